@@ -1,0 +1,89 @@
+"""Two towers and a temperature.
+
+B pairs, D embed_dim, L patches of an image, P values of a patch, T padded caption length
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import CLIPConfig, config_from_name
+from model.masking import PatchSelection, keep_all, patchify
+from model.packing import PackedTokens
+from model.text import TextTransformer
+from model.vision import VisionTransformer
+
+_INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+_MAX_LOGIT_SCALE = math.log(100)
+
+
+class CLIPOutput(NamedTuple):
+    """Unit-length features [B, D] of both sides and the temperature's inverse, shape [1], fp32."""
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+
+
+class _BoundedExp(torch.autograd.Function):
+    """exp(min(x, bound)) that x can leave again: beyond the bound only gradients that push back pass.
+
+    A clamp in `forward`, unlike one on the parameter after each step, also holds where the parameter is a shard or a
+    low-precision copy of the one that is optimised.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor, bound: float) -> Tensor:
+        scale = log_scale.clamp(max=bound).exp()
+        ctx.save_for_backward(scale, log_scale >= bound)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        scale, at_bound = ctx.saved_tensors
+        grad = grads[0] * scale
+        return torch.where(at_bound & (grad < 0), 0.0, grad), None
+
+
+class CLIP(nn.Module):
+    """Contrastive image-text model on packed tokens."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config.vision, config.embed_dim)
+        self.text = TextTransformer(config.text, config.embed_dim)
+        # one-dimensional: DeepSpeed cannot broadcast a parameter without dimensions
+        self.logit_scale = nn.Parameter(torch.full((1,), _INITIAL_LOGIT_SCALE))
+
+    @classmethod
+    def from_name(cls, name: str) -> CLIP:
+        """A freshly initialised model of a known name, e.g. "ViT-B-16"; ValueError for an unknown one."""
+        return cls(config_from_name(name))
+
+    def forward(self, patches_BLP: Tensor, selection: PatchSelection, text: PackedTokens) -> CLIPOutput:
+        """The training pass: masked images and their captions."""
+        image_features_BD = F.normalize(self.visual(patches_BLP, selection).float(), dim=-1)
+        text_features_BD = F.normalize(self.text(text).float(), dim=-1)
+        scale = _BoundedExp.apply(self.logit_scale.float(), _MAX_LOGIT_SCALE)
+        return CLIPOutput(image_features_BD, text_features_BD, scale)
+
+    def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
+        """Features [B, D] of whole images (normalised pixels, nothing masked)."""
+        patches_BLP = patchify(images_BCHW, self.config.vision.patch_size)
+        B, L, _ = patches_BLP.shape
+        if L != self.config.vision.num_patches:
+            size = self.config.vision.image_size
+            raise ValueError(f"{self.config.name} takes images of {size} x {size}, not {tuple(images_BCHW.shape[2:])}")
+        features_BD: Tensor = self.visual(patches_BLP, keep_all(B, L, patches_BLP.device))
+        return F.normalize(features_BD, dim=-1) if normalize else features_BD
+
+    def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
+        """Features [B, D] of captions: token ids ending in end-of-text, then any padding."""
+        features_BD: Tensor = self.text(PackedTokens.from_padded(tokens_BT, self.config.text.eot_token_id))
+        return F.normalize(features_BD, dim=-1) if normalize else features_BD

@@ -1,0 +1,134 @@
+"""Packed sequences: the tokens of a batch one after another, without padding.
+
+B sequences in the batch, N tokens in all, n_b tokens in sequence b (sum of n_b = N), T padded length
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def lengths_to_cu_seqlens(lengths_B: Tensor) -> Tensor:
+    """Prefix sums with a leading zero: [B] -> int32 [B + 1], the form variable-length kernels take."""
+    cu_seqlens_B1 = torch.zeros(lengths_B.numel() + 1, dtype=torch.int32, device=lengths_B.device)
+    torch.cumsum(lengths_B, 0, dtype=torch.int32, out=cu_seqlens_B1[1:])
+    return cu_seqlens_B1
+
+
+class Bucket(NamedTuple):
+    """n sequences of similar length as a padded [n, T] rectangle; `valid_nT` is None where nothing is padded."""
+
+    num_sequences: int
+    padded_length: int
+    valid_nT: Tensor | None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A batch rearranged for dense attention: all buckets' cells one after another, M cells in all.
+
+    token_index_M: the packed token in each cell (a padding cell repeats its sequence's last token)
+    cell_N: the cell of each packed token, the inverse
+    sequence_index_B, sequence_position_B: the order of the sequences in the buckets, and its inverse
+    """
+
+    shapes: list[Bucket]
+    token_index_M: Tensor
+    cell_N: Tensor
+    sequence_index_B: Tensor
+    sequence_position_B: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where each sequence of a packed batch begins and ends; made once, used by every layer.
+
+    cu_seqlens_B1: int32 prefix sums of the lengths
+    granularity: sequences whose lengths round up to the same multiple of this share a bucket
+    """
+
+    cu_seqlens_B1: Tensor
+    granularity: int = 16
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.cu_seqlens_B1.numel() - 1
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        """Tokens of each sequence."""
+        return self.cu_seqlens_B1.diff()
+
+    @cached_property
+    def first_token_B(self) -> Tensor:
+        """Index of each sequence's first token in the packed sequence."""
+        return self.cu_seqlens_B1[:-1].long()
+
+    @cached_property
+    def last_token_B(self) -> Tensor:
+        """Index of each sequence's last token in the packed sequence."""
+        return self.cu_seqlens_B1[1:].long() - 1
+
+    @cached_property
+    def uniform_length(self) -> int | None:
+        """The length, if all sequences have the same: then the packed batch is a rectangle as it stands."""
+        shortest, longest = torch.aminmax(self.lengths_B)
+        return int(longest) if int(shortest) == int(longest) else None
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """Every sequence in exactly one bucket. Reads the lengths on the host: a synchronisation on CUDA."""
+        device = self.cu_seqlens_B1.device
+        starts_B, lengths_B = self.first_token_B.cpu(), self.lengths_B.cpu()
+        steps_B = (lengths_B + self.granularity - 1) // self.granularity
+        sequence_index_B = steps_B.argsort(stable=True)
+        cell_N = torch.empty(int(lengths_B.sum()), dtype=torch.long)
+        shapes, token_indices, first_cell, first_sequence = [], [], 0, 0
+        for num_sequences in steps_B.unique(return_counts=True)[1].tolist():
+            sequence_n = sequence_index_B[first_sequence : first_sequence + num_sequences]
+            lengths_n1, starts_n1 = lengths_B[sequence_n, None], starts_B[sequence_n, None]
+            padded_length = int(lengths_n1.max())
+            offset_T = torch.arange(padded_length)
+            valid_nT = offset_T < lengths_n1
+            token_index_nT = starts_n1 + torch.minimum(offset_T, lengths_n1 - 1)
+            cells_nT = first_cell + torch.arange(num_sequences * padded_length).view_as(token_index_nT)
+            cell_N[token_index_nT[valid_nT]] = cells_nT[valid_nT]
+            mask = None if bool(valid_nT.all()) else valid_nT.to(device)
+            shapes.append(Bucket(num_sequences, padded_length, mask))
+            token_indices.append(token_index_nT.flatten())
+            first_cell += cells_nT.numel()
+            first_sequence += num_sequences
+        return Buckets(
+            shapes,
+            torch.cat(token_indices).to(device),
+            cell_N.to(device),
+            sequence_index_B.to(device),
+            sequence_index_B.argsort().to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Token ids of a batch of captions: tokens_N int64 and the layout that separates them."""
+
+    tokens_N: Tensor
+    layout: PackedLayout
+
+    @staticmethod
+    def from_padded(tokens_BT: Tensor, eot_token_id: int) -> PackedTokens:
+        """Drop what follows each row's first end-of-text token.
+
+        Raises ValueError if a row has none: its feature would be read at an arbitrary place.
+        """
+        is_eot_BT = tokens_BT == eot_token_id
+        if not bool(is_eot_BT.any(dim=1).all()):
+            raise ValueError(f"a caption has no end-of-text token ({eot_token_id}); was it made by another tokenizer?")
+        lengths_B = is_eot_BT.int().argmax(dim=1) + 1
+        keep_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
+        return PackedTokens(tokens_BT[keep_BT], PackedLayout(lengths_to_cu_seqlens(lengths_B), granularity=4))
