@@ -1,0 +1,172 @@
+"""Batches of images and packed captions, in the order that sample_order.py lays down.
+
+B pairs, C, H, W an image, N tokens of all captions
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
+from pipeline.errors import UserError
+from pipeline.image_transform import ImageError, decode_image, random_resized_crop
+from pipeline.manifest import Manifest
+from pipeline.sample_order import BatchPlan, SampleOrder
+from pipeline.tar_index import SampleIndex
+from pipeline.tokenizer import Tokenizer
+
+# A shard in which this many samples in a row cannot be used is no shard to train on.
+_MAX_SUBSTITUTES = 64
+
+
+class Sample(NamedTuple):
+    """One pair ready to be batched; `problems` names the unusable samples that it stands in for."""
+
+    image_CHW: Tensor
+    token_ids: list[int]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """uint8 images [B, 3, H, W], the captions packed, and what could not be read on the way."""
+
+    images_BCHW: Tensor
+    tokens_N: Tensor
+    cu_seqlens_B1: Tensor
+    problems: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader for asynchronous copies to the device."""
+        return Batch(
+            self.images_BCHW.pin_memory(), self.tokens_N.pin_memory(), self.cu_seqlens_B1.pin_memory(), self.problems
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copies do not block where memory is pinned."""
+        images_BCHW = self.images_BCHW.to(device, non_blocking=True)
+        tokens_N = self.tokens_N.to(device, non_blocking=True)
+        return Batch(images_BCHW, tokens_N, self.cu_seqlens_B1.to(device, non_blocking=True), self.problems)
+
+    @property
+    def text(self) -> PackedTokens:
+        """The captions as the text tower takes them."""
+        return PackedTokens(self.tokens_N, PackedLayout(self.cu_seqlens_B1, granularity=4))
+
+
+class OpenShard:
+    """A shard whose index is in memory and whose bytes are read on demand."""
+
+    def __init__(self, path: str, index: SampleIndex) -> None:
+        self.index = index
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
+
+    def read(self, sample: int) -> tuple[bytes, bytes]:
+        """(image, caption) bytes of the n-th usable sample."""
+        image_offset, image_size, text_offset, text_size = self.index.spans_n4[sample].tolist()
+        descriptor = self._file.fileno()
+        return os.pread(descriptor, image_size, image_offset), os.pread(descriptor, text_size, text_offset)
+
+
+class TrainingSet(Dataset[Sample]):
+    """Samples by (epoch, position): everything about one, its crop included, follows from those and the seed."""
+
+    def __init__(
+        self, manifest: Manifest, order: SampleOrder, tokenizer: Tokenizer, image_size: int, crop_min_area: float
+    ) -> None:
+        self._manifest = manifest
+        self._order = order
+        self._tokenizer = tokenizer
+        self._image_size = image_size
+        self._crop_min_area = crop_min_area
+        # two windows' worth: a batch may reach from the end of one into the next
+        self._open_shard = lru_cache(maxsize=2 * order.window_shards)(self._open)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """The sample at `place`; an unusable one is replaced by the next in its shard, so that batches stay full.
+
+        Raises UserError if a shard is missing or changed, or if nothing near the sample can be used.
+        """
+        epoch, position = place
+        shard_number, first = self._order.locate(epoch, position)
+        shard = self._open_shard(shard_number)
+        problems: list[str] = []
+        rng = random.Random(f"{self._order.seed}/{epoch}/{position}")
+        for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
+            sample = (first + distance) % len(shard.index.keys)
+            try:
+                image, caption = shard.read(sample)
+                crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
+                return Sample(crop_CHW, self._tokenizer.encode(_decode_caption(caption)), problems)
+            except (ImageError, UnicodeDecodeError, OSError) as error:
+                problems.append(f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}: {error}")
+        raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
+
+    def _open(self, number: int) -> OpenShard:
+        path, index = self._manifest.shards[number].read_index()
+        return OpenShard(str(path), index)
+
+    def __getstate__(self) -> dict[str, object]:
+        # for worker processes that are not forked: the cache of open files stays behind
+        return {name: value for name, value in self.__dict__.items() if name != "_open_shard"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._open_shard = lru_cache(maxsize=2 * self._order.window_shards)(self._open)
+
+
+def _decode_caption(caption: bytes) -> str:
+    text = caption.decode("utf-8").strip()
+    if not text:
+        raise ImageError("the caption is empty")
+    return text
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """The places of one rank's micro-batches, from `first_step` to `last_step` (exclusive)."""
+
+    def __init__(self, plan: BatchPlan, rank: int, first_step: int, last_step: int) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._steps = range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            for accumulation in range(self._plan.accumulation_steps):
+                epoch, positions = self._plan.micro_batch(step, accumulation, self._rank)
+                yield [(epoch, position) for position in positions]
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._plan.accumulation_steps
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the images, pack the captions."""
+    lengths_B = torch.tensor([len(sample.token_ids) for sample in samples])
+    return Batch(
+        torch.stack([sample.image_CHW for sample in samples]),
+        torch.tensor([token for sample in samples for token in sample.token_ids]),
+        lengths_to_cu_seqlens(lengths_B),
+        [problem for sample in samples for problem in sample.problems],
+    )
+
+
+def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader[Sample]:
+    """A loader whose output depends on neither the number of workers nor their speed."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,84 @@
+"""The DeepSpeed engine; the only module, with checkpoint.py, that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.clip import CLIP
+from pipeline.errors import UserError
+from pipeline.optimizer import make_optimizer
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe
+from pipeline.sample_order import BatchPlan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[1] / "ds_configs"
+
+# What a template must leave to the recipe, so that a number is said in one place only.
+_RECIPE_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+
+
+def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str, Any]:
+    """A template of ds_configs/ (by name, or a path) completed with the recipe's batch sizes and clipping.
+
+    Raises UserError if there is no such template, or if it sets what the recipe sets.
+    """
+    config = _read_template(template)
+    doubled = [key for key in _RECIPE_KEYS if key in config]
+    if doubled:
+        raise UserError(f"{template}: remove {', '.join(doubled)}: the recipe sets batch sizes, clipping and optimizer")
+    return config | {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW is the client optimizer
+        "steps_per_print": 1 << 62,  # the trainer reports its own progress
+    }
+
+
+def _read_template(template: str) -> dict[str, Any]:
+    is_path = template.endswith(".json") or "/" in template
+    path = Path(template) if is_path else TEMPLATES_DIRECTORY / f"{template}.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(path.stem for path in TEMPLATES_DIRECTORY.glob("*.json")))
+        raise UserError(f"no DeepSpeed config {template!r}; known: {known}, or give the path of a JSON file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> DeepSpeedEngine:
+    """Wrap the model and its AdamW; the process group must exist. Nothing is compiled at run time."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # An inference-only all-reduce for CPUs that would cost a minute of C++ compilation at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=make_optimizer(clip, recipe.optimizer), config=config)
+    return engine

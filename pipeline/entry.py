@@ -1,0 +1,34 @@
+"""How the command-line programs of the pipeline begin and end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pipeline.errors import UserError
+
+
+def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
+    """Accept the `--local_rank=N` that the `deepspeed` launcher appends; the environment says the same."""
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a program; a UserError becomes one line on stderr and exit code 2.
+
+    Every rank fails in the same way, so only rank 0 and ranks that fail alone say why.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

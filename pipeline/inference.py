@@ -1,0 +1,111 @@
+"""A trained model ready to encode, from a checkpoint's safe files alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model.clip import CLIP
+from model.config import CLIPConfig
+from model.masking import MaskingConfig
+from pipeline.checkpoint import MODEL_CARD, TOKENIZER, WEIGHTS, newest_checkpoint, what_is_missing
+from pipeline.errors import UserError
+from pipeline.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
+
+
+@dataclass(frozen=True)
+class InferenceModel:
+    """A model in evaluation mode with its tokenizer, and where it comes from."""
+
+    clip: CLIP
+    tokenizer: Tokenizer
+    image_size: int
+    name: str
+    checkpoint: str
+    step: int
+    samples_seen: int
+    weights_sha256: str
+    masking: MaskingConfig
+
+
+def load_for_inference(path: str, device: torch.device, tokenizer: str | None = None) -> InferenceModel:
+    """Load a run's newest complete checkpoint, or one checkpoint directory; fp32 weights, nothing unpickled.
+
+    `tokenizer`, if given, must be the one the model was trained with. Raises UserError for everything that does not
+    fit: no checkpoint, an incomplete one, weights of another model, another tokenizer.
+    """
+    directory = _find_checkpoint(Path(path))
+    card = _read_card(directory)
+    try:
+        config = CLIPConfig.from_dict(card["model"])
+        masking = MaskingConfig(**card["masking"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory / MODEL_CARD} does not describe a model: {error}") from error
+    clip = CLIP(config)
+    _load_weights(clip, directory)
+    trained_with = tokenizer_from_bytes(
+        (directory / TOKENIZER).read_bytes(), config.text.context_length, str(directory / TOKENIZER)
+    )
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer, config.text.context_length)
+        if given.sha256 != card["tokenizer_sha256"]:
+            raise UserError(
+                f"{tokenizer} is not the tokenizer that {directory} was trained with "
+                f"({given.encoder.vocab_size} tokens, the model has {config.text.vocab_size}); leave --tokenizer out "
+                "to use the checkpoint's own"
+            )
+    return InferenceModel(
+        clip=clip.to(device).eval(),
+        tokenizer=trained_with,
+        image_size=config.vision.image_size,
+        name=config.name,
+        checkpoint=str(directory),
+        step=card["step"],
+        samples_seen=card["samples_seen"],
+        weights_sha256=card["weights_sha256"],
+        masking=masking,
+    )
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"no run or checkpoint at {path}")
+    if (path / MODEL_CARD).exists() or path.name.startswith("step_"):
+        problem = what_is_missing(path)
+        if problem:
+            raise UserError(f"checkpoint {path} is not complete: {problem}")
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"{path} holds no complete checkpoint: give a run directory or one of its checkpoints/step_*")
+    return newest
+
+
+def _read_card(directory: Path) -> dict[str, Any]:
+    try:
+        card: dict[str, Any] = json.loads((directory / MODEL_CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / MODEL_CARD} cannot be read: {error}") from error
+    return card
+
+
+def _load_weights(clip: CLIP, directory: Path) -> None:
+    try:
+        weights = load_file(directory / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{directory / WEIGHTS} is not a {clip.config.name}: {name} is {found.get(name, 'absent')}, the "
+                f"model's is {expected.get(name, 'absent')}; {MODEL_CARD} and weights belong to different models"
+            )
+    clip.load_state_dict(weights)

@@ -1,0 +1,106 @@
+"""Which process this is among all, on which device, and the few collectives that are not DeepSpeed's.
+
+N, M rows on this rank and on all ranks, D columns
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` of `world_size`, `local_rank` on its node, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a small tensor, the same on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Synchronises with the host."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def gather_rows(self, rows_ND: Tensor) -> Tensor:
+        """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""
+        if self.world_size == 1:
+            return rows_ND
+        counts = [torch.zeros(1, dtype=torch.long, device=rows_ND.device) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor([rows_ND.shape[0]], device=rows_ND.device))
+        sizes = [int(count) for count in counts]
+        padded = rows_ND.new_zeros(max(sizes), *rows_ND.shape[1:])
+        padded[: rows_ND.shape[0]] = rows_ND
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _environment_from_launcher() -> None:
+    """Complete torch's variables: `deepspeed` and `torchrun` set them, `srun` has its own, plain python none."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        if int(os.environ["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "under srun with several tasks, export MASTER_ADDR (the first node) and MASTER_PORT before srun; "
+                "slurm/train.sbatch shows how"
+            )
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            raise UserError("MASTER_PORT is not set: export the same free port on every rank")
+        os.environ["MASTER_PORT"] = str(_free_port())
+
+
+def init_ranks() -> Ranks:
+    """Join the other processes started by `deepspeed`, `torchrun` or `srun`; a plain process is a world of one."""
+    _environment_from_launcher()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    return Ranks(rank, local_rank, world_size, device)

@@ -1,0 +1,239 @@
+"""Recipes: every option of a training run, typed, documented and checked before anything starts.
+
+A recipe is a YAML file of sections; `base: NAME` makes it a diff over another one. `section.key=value` on the command
+line has the last word.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config import CLIPConfig, config_from_name
+from model.masking import STRATEGIES, MaskingConfig
+from pipeline.errors import UserError
+
+RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The two towers."""
+
+    name: str = Field("ViT-B-16", description="model name as in open_clip, or ViT-tiny-16, ViT-tiny-8")
+    image_size: int | None = Field(None, description="pixels a side; none: the model's own", gt=0)
+    context_length: int | None = Field(None, description="longest caption in tokens; none: the model's own", gt=2)
+
+    @model_validator(mode="after")
+    def _known_model(self) -> ModelSection:
+        config_from_name(self.name)
+        return self
+
+
+class DataSection(_Section):
+    """What to train on."""
+
+    train: str = Field("", description="directory of tar shards with a manifest.jsonl, any fsspec URL")
+    tokenizer: str = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
+    workers: int = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
+    window_shards: int = Field(8, description="samples are shuffled within windows of this many shards", ge=1)
+    crop_min_area: float = Field(0.9, description="random crops keep at least this share of the image", gt=0, le=1)
+    max_bad_ratio: float = Field(0.01, description="stop if more than this share of samples is unusable", ge=0, le=1)
+
+
+class MaskingSection(_Section):
+    """Which patches each step drops (docs/masking.md)."""
+
+    strategy: str = Field("cluster", description=" | ".join(STRATEGIES))
+    target_mask_ratio: float = Field(0.5, description="share of the batch's patches that is dropped, exactly")
+    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster)")
+    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster)")
+    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster)")
+
+    @model_validator(mode="after")
+    def _valid_masking(self) -> MaskingSection:
+        self.to_config()
+        return self
+
+    def to_config(self) -> MaskingConfig:
+        """The same as the model package knows it."""
+        return MaskingConfig(**self.model_dump())
+
+
+class OptimizerSection(_Section):
+    """AdamW with warm-up and cosine decay; no decay on biases, norms, embeddings and the temperature."""
+
+    lr: float = Field(5e-4, description="peak learning rate", gt=0)
+    final_lr_ratio: float = Field(0.0, description="learning rate at the end as a share of the peak", ge=0, le=1)
+    warmup_steps: int = Field(2000, description="steps of linear warm-up", ge=0)
+    weight_decay: float = Field(0.2, description="decoupled weight decay of matrices", ge=0)
+    beta1: float = Field(0.9, description="decay of the first moment", ge=0, lt=1)
+    beta2: float = Field(0.98, description="decay of the second moment", ge=0, lt=1)
+    eps: float = Field(1e-6, description="added to the root of the second moment", gt=0)
+    max_grad_norm: float = Field(1.0, description="gradients are clipped to this norm; 0: not at all", ge=0)
+
+
+class TrainSection(_Section):
+    """How long, how much at once, where to."""
+
+    output: str = Field("", description="run directory: recipe, metrics, checkpoints")
+    epochs: float = Field(32.0, description="passes over the data", gt=0)
+    max_steps: int | None = Field(None, description="stop after this many steps; none: as epochs say", gt=0)
+    global_batch_size: int = Field(2048, description="pairs per optimiser step, all ranks together", gt=0)
+    micro_batch_size: int = Field(256, description="pairs per forward pass of one rank", gt=0)
+    seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
+    deepspeed_config: str = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
+    log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)
+    save_every_steps: int = Field(1000, description="steps between checkpoints; the last step always saves", gt=0)
+    keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
+
+
+class Recipe(_Section):
+    """All options of a run."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    masking: MaskingSection = MaskingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+
+    def to_yaml(self) -> str:
+        """Every option resolved, the content of a run directory's recipe.yaml."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def clip_config(self, vocab_size: int, eot_token_id: int) -> CLIPConfig:
+        """The model's configuration with this recipe's image size and the tokenizer's vocabulary."""
+        fields = config_from_name(self.model.name).to_dict()
+        fields["vision"]["image_size"] = self.model.image_size or fields["vision"]["image_size"]
+        fields["text"]["context_length"] = self.context_length
+        fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
+        try:
+            return CLIPConfig.from_dict(fields)
+        except ValueError as error:
+            raise UserError(f"recipe: model {self.model.name}: {error}") from error
+
+    @property
+    def context_length(self) -> int:
+        """Longest caption in tokens."""
+        return self.model.context_length or config_from_name(self.model.name).text.context_length
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name (pipeline/recipes/) or path and apply `section.key=value` overrides.
+
+    Raises UserError in one line: unknown names with the nearest valid one, wrong types with what was expected.
+    """
+    fields = _read_with_bases(name_or_path, seen=())
+    for override in overrides:
+        _merge(fields, _parse_override(override))
+    return parse_recipe(fields, name_or_path)
+
+
+def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
+    """Check nested plain values; raises UserError that names the source, the key and the expectation."""
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {key}: {message} (got {first['input']!r})"[:500]) from None
+
+
+def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = _find(name_or_path)
+    if path in seen:
+        raise UserError(f"recipe {path}: its bases lead back to itself")
+    try:
+        fields = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"recipe {path}: expected sections such as `model:` with `key: value` lines under them")
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    beside = path.parent / str(base)
+    merged = _read_with_bases(str(beside) if beside.exists() else str(base), (*seen, path))
+    _merge(merged, fields)
+    return merged
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        path = Path(name_or_path)
+        if not path.exists():
+            raise UserError(f"no recipe at {path}")
+        return path.resolve()
+    known = sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml"))
+    if name_or_path not in known:
+        raise UserError(f"no recipe {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known)}")
+    return RECIPES_DIRECTORY / f"{name_or_path}.yaml"
+
+
+def _merge(target: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    section, dot, field = key.partition(".")
+    if not separator or not dot:
+        raise UserError(f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}") from error
+    return {section: {field: value}}
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    *sections, key = (str(part) for part in location)
+    known = [name for name, _ in _fields() if not sections or name.startswith(f"{sections[0]}.")]
+    if not sections:
+        known = list(Recipe.model_fields)
+    full = ".".join([*sections, key])
+    return f"unknown option {full!r}{_nearest(full, known)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def _fields() -> Iterator[tuple[str, Any]]:
+    for section_name, section in Recipe.model_fields.items():
+        section_type = section.annotation
+        assert section_type is not None
+        for name, field in section_type.model_fields.items():
+            yield f"{section_name}.{name}", field
+
+
+def describe_options() -> str:
+    """Every option with its default and meaning, one line each, for `--help`."""
+    lines = []
+    for name, field in _fields():
+        default = "none" if field.default is None else repr(field.default) if field.default == "" else field.default
+        lines.append(f"  {name}={default}".ljust(42) + f" {field.description}")
+    return "\n".join(lines)
+
+
+def read_recipe_file(path: str) -> Recipe:
+    """A run directory's recipe.yaml, resolved already; any fsspec URL."""
+    with fsspec.open(path, "r") as file:
+        return parse_recipe(yaml.safe_load(file.read()), path)

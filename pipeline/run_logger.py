@@ -1,0 +1,73 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class RunLogger:
+    """Writes on the main rank; what a resumed run will write again is removed first."""
+
+    def __init__(self, run_directory: Path, first_step: int, total_steps: int) -> None:
+        self._path = run_directory / METRICS
+        self._total_steps = total_steps
+        self._tensorboard = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
+        _drop_lines_after(self._path, first_step)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One logged step: a line of JSON, a point on each curve, a line of progress."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name not in ("step", "time"):
+                self._tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
+        print(progress_line(metrics, self._total_steps), flush=True)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self._tensorboard.close()
+
+
+def progress_line(metrics: dict[str, Any], total_steps: int) -> str:
+    """What a person watching wants to know, in one line."""
+    steps_left = total_steps - metrics["step"]
+    eta = format_duration(steps_left * metrics["seconds_per_step"]) if steps_left else "done"
+    return (
+        f"step {metrics['step']:>6,}/{total_steps:,}  epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  "
+        f"lr {metrics['lr']:.2e}  {metrics['samples_per_s']:,.0f} samples/s  {metrics['tokens_per_s']:,.0f} tokens/s  "
+        f"masked {metrics['mask_ratio']:.1%}  data wait {metrics['data_wait_share']:.1%}  ETA {eta}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """3723 -> "1h02m", 63 -> "1m03s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the last line of a run that was killed while writing it
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,84 @@
+"""What a run directory says about itself: recipe.yaml, run.json; and whether a run may be continued."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import write_atomically, write_json
+from pipeline.recipe import Recipe, read_recipe_file
+
+RECIPE, RECORD = "recipe.yaml", "run.json"
+
+# Options that change neither what is computed nor in which order; all others are fixed for a run's life.
+_MAY_CHANGE = {
+    "data.train",  # the manifest's hash is compared instead
+    "data.tokenizer",  # likewise
+    "data.workers",
+    "data.max_bad_ratio",
+    "train.output",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+}
+_PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)}
+    return {"python": platform.python_version(), **found}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def write_record(run_directory: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write recipe.yaml and run.json (main rank)."""
+    write_atomically(run_directory / RECIPE, recipe.to_yaml())
+    write_json(run_directory / RECORD, record)
+
+
+def read_record(run_directory: Path) -> dict[str, Any]:
+    """run.json, empty if there is none."""
+    path = run_directory / RECORD
+    if not path.exists():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return record
+
+
+def check_unchanged(run_directory: Path, recipe: Recipe, manifest_sha256: str, tokenizer_sha256: str) -> None:
+    """Raise UserError if a run that is to be continued would become another one half way."""
+    before = _flat(read_recipe_file(str(run_directory / RECIPE)))
+    now = _flat(recipe)
+    for key in sorted(before.keys() | now.keys()):
+        if key not in _MAY_CHANGE and before.get(key) != now.get(key):
+            raise UserError(
+                f"{run_directory} was started with {key}={before.get(key)}, now it is {now.get(key)}: change it back "
+                "to continue that run, or choose another train.output"
+            )
+    record = read_record(run_directory)
+    hashes = {"manifest_sha256": ("data", manifest_sha256), "tokenizer_sha256": ("tokenizer", tokenizer_sha256)}
+    for name, (what, sha256) in hashes.items():
+        if record.get(name, sha256) != sha256:
+            raise UserError(
+                f"{run_directory} was started with other {what} ({name} {record[name][:12]}…, now {sha256[:12]}…): "
+                "give the same, or choose another train.output"
+            )
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {f"{s}.{name}": value for s, fields in recipe.model_dump().items() for name, value in fields.items()}

@@ -1,0 +1,154 @@
+"""Captions -> token ids: SentencePiece models trained by `data-prep tokenizer`, or CLIP's byte-pair encoding.
+
+B captions, T longest of them in tokens
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+CLIP_BPE = "clip-bpe"
+
+
+class TextEncoder(Protocol):
+    """What a tokenizer library must offer: ids of a text without special tokens, and the ids of those."""
+
+    vocab_size: int
+    start_token_id: int
+    end_token_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without start and end."""
+
+
+class _SentencePiece:
+    def __init__(self, model: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.start_token_id: int = self._processor.bos_id()
+        self.end_token_id: int = self._processor.eos_id()
+        if min(self.start_token_id, self.end_token_id) < 0:
+            raise ValueError("has no start or end token; train it with `data-prep tokenizer`")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+
+class _ClipBytePairs:
+    """CLIP's tokenizer (lower-cased byte-level BPE, 49,408 tokens) from its published merges file."""
+
+    def __init__(self, merges_file: bytes) -> None:
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+        from tokenizers.models import BPE
+
+        lines = gzip.decompress(merges_file).decode().split("\n")
+        # the file holds more merges than were used: vocabulary = 2 x 256 bytes + merges + 2 special tokens
+        merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
+        symbols = _byte_symbols()
+        tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(a + b for a, b in merges)]
+        tokens += ["<start_of_text>", "<end_of_text>"]
+        self.vocab_size = len(tokens)
+        self.start_token_id, self.end_token_id = len(tokens) - 2, len(tokens) - 1
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        self._tokenizer = Tokenizer(BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+        )
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(words, behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character per byte, in the order of CLIP's vocabulary (GPT-2's byte alphabet)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+class Tokenizer:
+    """Wraps captions in start and end tokens and cuts them to the context length, keeping the end token.
+
+    `source` is what the file was, byte for byte: it travels with every checkpoint, and its hash is how a checkpoint
+    knows its tokenizer.
+    """
+
+    def __init__(self, encoder: TextEncoder, source: bytes, context_length: int) -> None:
+        self.encoder = encoder
+        self.source = source
+        self.sha256 = hashlib.sha256(source).hexdigest()
+        self.context_length = context_length
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one caption, at most `context_length` of them; the last is the end token."""
+        ids = self.encoder.encode(text)[: self.context_length - 2]
+        return [self.encoder.start_token_id, *ids, self.encoder.end_token_id]
+
+    def encode_batch(self, texts: Sequence[str]) -> Tensor:
+        """Token ids of captions, zero-padded to the longest: int64 [B, T]."""
+        rows = [torch.tensor(self.encode(text)) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def load_tokenizer(path: str, context_length: int) -> Tokenizer:
+    """Read a SentencePiece model, a `bpe_simple_vocab_16e6.txt.gz`, or, for "clip-bpe", open_clip's copy of that.
+
+    Raises UserError if the file is missing or is neither.
+    """
+    if path == CLIP_BPE:
+        path = _installed_clip_merges()
+    try:
+        with fsspec.open(path, "rb") as file:
+            source: bytes = file.read()
+    except OSError as error:
+        raise UserError(
+            f"no tokenizer at {path}: make one with `data-prep tokenizer SHARDS --output {path}`"
+        ) from error
+    return tokenizer_from_bytes(source, context_length, path)
+
+
+def tokenizer_from_bytes(source: bytes, context_length: int, name: str) -> Tokenizer:
+    """The tokenizer a file's content describes; `name` is for the error message."""
+    is_gzip = source[:2] == b"\x1f\x8b"
+    try:
+        encoder: TextEncoder = _ClipBytePairs(source) if is_gzip else _SentencePiece(source)
+    except Exception as error:
+        raise UserError(
+            f"{name} is neither a SentencePiece model nor CLIP's merges file (bpe_simple_vocab_16e6.txt.gz): {error}"
+        ) from error
+    return Tokenizer(encoder, source, context_length)
+
+
+def _installed_clip_merges() -> str:
+    """Path of the merges in an installed open_clip_torch, found without importing it."""
+    spec = importlib.util.find_spec("open_clip")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        merges = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+        if merges.exists():
+            return str(merges)
+    raise UserError(
+        f'tokenizer "{CLIP_BPE}" needs CLIP\'s merges: install open_clip_torch, or give the path of '
+        "bpe_simple_vocab_16e6.txt.gz as data.tokenizer"
+    )

@@ -1,0 +1,46 @@
+"""Train a CLIP model: `deepspeed pipeline/train.py --recipe NAME section.key=value …`; also torchrun, srun, python."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # a script's own directory comes first on sys.path; the project's packages lie one level up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.entry import add_launcher_argument, run
+from pipeline.recipe import RECIPES_DIRECTORY, describe_options, load_recipe
+
+
+def _parser() -> argparse.ArgumentParser:
+    known = ", ".join(sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml")))
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a cluster-masked CLIP model. A run directory with a checkpoint is continued.",
+        epilog=f"recipes: {known}\n\noptions of a recipe, with defaults:\n{describe_options()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe in pipeline/recipes/, or a YAML file")
+    parser.add_argument("--deepspeed_config", help="template in ds_configs/ or JSON file; over train.deepspeed_config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
+    add_launcher_argument(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, check the recipe, then train; recipe errors appear before anything heavy is imported."""
+    options = _parser().parse_args(arguments)
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from pipeline.ranks import init_ranks
+    from pipeline.trainer import Trainer
+
+    template = options.deepspeed_config or recipe.train.deepspeed_config
+    return Trainer(recipe, template, init_ranks()).run()
+
+
+if __name__ == "__main__":
+    run(main)
