@@ -1,0 +1,194 @@
+"""The packed towers against a plain padded implementation, written independently with explicit softmax attention.
+
+B sequences, T padded tokens, D width, H heads, L patches
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from model.clip import CLIP
+from model.config import CLIPConfig, config_from_name
+from model.masking import MaskingConfig, PatchSelection, choose_patches, keep_all, patchify
+from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
+
+Weights = dict[str, Tensor]
+
+
+def small_config(layers: int = 3) -> CLIPConfig:
+    config = config_from_name("ViT-test-8")
+    text = dataclasses.replace(config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers)
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text)
+
+
+def make_clip(seed: int = 0) -> CLIP:
+    torch.manual_seed(seed)
+    clip = CLIP(small_config())
+    with torch.no_grad():  # biases and norms away from their neutral values, so that a forgotten one shows
+        for parameter in clip.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return clip
+
+
+def norm(x: Tensor, w: Weights, name: str) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def padded_transformer(x_BTD: Tensor, w: Weights, prefix: str, layers: int, heads: int, blocked_BTT: Tensor) -> Tensor:
+    """Dense blocks; blocked[b, i, j] hides token j from token i."""
+    B, T, D = x_BTD.shape
+    for layer in range(layers):
+        p = f"{prefix}.resblocks.{layer}"
+        qkv = norm(x_BTD, w, f"{p}.ln_1") @ w[f"{p}.attn.in_proj_weight"].T + w[f"{p}.attn.in_proj_bias"]
+        q, k, v = (part.view(B, T, heads, D // heads).transpose(1, 2) for part in qkv.split(D, dim=-1))
+        scores = q @ k.transpose(2, 3) / (D // heads) ** 0.5
+        attention = scores.masked_fill(blocked_BTT[:, None], float("-inf")).softmax(-1)
+        out = (attention @ v).transpose(1, 2).reshape(B, T, D)
+        x_BTD = x_BTD + out @ w[f"{p}.attn.out_proj.weight"].T + w[f"{p}.attn.out_proj.bias"]
+        hidden = norm(x_BTD, w, f"{p}.ln_2") @ w[f"{p}.mlp.c_fc.weight"].T + w[f"{p}.mlp.c_fc.bias"]
+        x_BTD = x_BTD + F.gelu(hidden) @ w[f"{p}.mlp.c_proj.weight"].T + w[f"{p}.mlp.c_proj.bias"]
+    return x_BTD
+
+
+def padded_image_features(w: Weights, images: Tensor, kept_BL: Tensor, config: CLIPConfig) -> Tensor:
+    """All patches go through; the dropped ones are hidden from everybody as keys."""
+    v = config.vision
+    kernel = w["visual.patch_embedding.weight"].view(v.width, 3, v.patch_size, v.patch_size)
+    patches = F.conv2d(images, kernel, stride=v.patch_size).flatten(2).transpose(1, 2)
+    B, L, _ = patches.shape
+    x = torch.cat((w["visual.class_embedding"].expand(B, 1, -1), patches), 1) + w["visual.positional_embedding"]
+    blocked = ~torch.cat((torch.ones(B, 1, dtype=torch.bool), kept_BL), 1)[:, None, :].expand(B, L + 1, L + 1)
+    x = padded_transformer(norm(x, w, "visual.ln_pre"), w, "visual.transformer", v.layers, v.heads, blocked)
+    return norm(x[:, 0], w, "visual.ln_post") @ w["visual.proj"]
+
+
+def padded_text_features(w: Weights, tokens_BT: Tensor, config: CLIPConfig) -> Tensor:
+    B, T = tokens_BT.shape
+    x = w["text.token_embedding.weight"][tokens_BT] + w["text.positional_embedding"][:T]
+    blocked = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, T, T)
+    x = padded_transformer(x, w, "text.transformer", config.text.layers, config.text.heads, blocked)
+    end_B = (tokens_BT == config.text.eot_token_id).int().argmax(1)
+    return norm(x[torch.arange(B), end_B], w, "text.ln_final") @ w["text.text_projection"]
+
+
+def captions_BT(lengths: list[int], seed: int = 0) -> Tensor:
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        tokens[row, : length - 1] = torch.randint(1, 49, (length - 1,), generator=Generator().manual_seed(seed + row))
+        tokens[row, length - 1] = 49
+    return tokens
+
+
+def assert_same_gradients(clip: CLIP, packed: Tensor, padded: Tensor, weights: Weights, prefix: str) -> None:
+    """Compare values and all parameter gradients of a random projection of the features, to 1e-5."""
+    assert torch.allclose(packed, padded, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(packed.shape, generator=Generator().manual_seed(9))
+    (packed * direction).sum().backward()
+    (padded * direction).sum().backward()
+    compared = 0
+    for name, parameter in clip.named_parameters():
+        if name.startswith(prefix):
+            reference = weights[name].grad
+            assert parameter.grad is not None, name
+            assert reference is not None, name
+            scale = max(1.0, float(reference.abs().max()))
+            assert (parameter.grad - reference).abs().max() <= 1e-5 * scale, name
+            compared += 1
+    assert compared > 30
+
+
+def leaf_weights(clip: CLIP) -> Weights:
+    return {name: value.detach().clone().requires_grad_() for name, value in clip.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", ["none", "random", "cluster", "uneven"])
+def test_image_tower_equals_padded(strategy: str) -> None:
+    clip, images = make_clip(), torch.randn(5, 3, 32, 32, generator=Generator().manual_seed(1))
+    patches = patchify(images, 8)
+    if strategy == "uneven":  # lengths far apart, so that buckets are padded; one image keeps a single patch
+        kept = torch.tensor([0, *range(16, 32), 35, 37, 40, 48, 49, 50, *range(70, 80)])
+        counts = torch.stack([((kept >= 16 * b) & (kept < 16 * b + 16)).sum() for b in range(5)])
+        selection = PatchSelection(kept, lengths_to_cu_seqlens(counts))
+    else:
+        selection = choose_patches(patches, MaskingConfig(strategy=strategy), Generator().manual_seed(2))
+    kept_BL = torch.zeros(5 * 16, dtype=torch.bool).index_fill(0, selection.kept_K, True).view(5, 16)
+    weights = leaf_weights(clip)
+    padded = padded_image_features(weights, images, kept_BL, clip.config)
+    assert_same_gradients(clip, clip.visual(patches, selection), padded, weights, "visual.")
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 20, 9, 13, 3, 4, 8], [7]])
+def test_text_tower_equals_padded(lengths: list[int]) -> None:
+    clip, tokens = make_clip(), captions_BT(lengths)
+    weights = leaf_weights(clip)
+    padded = padded_text_features(weights, tokens, clip.config)
+    assert_same_gradients(clip, clip.encode_text(tokens, normalize=False), padded, weights, "text.")
+
+
+def test_dropped_patches_get_no_gradient_and_have_no_influence() -> None:
+    clip = make_clip()
+    patches = patchify(torch.randn(4, 3, 32, 32), 8).requires_grad_()
+    selection = choose_patches(patches.detach(), MaskingConfig(), Generator().manual_seed(0))
+    features = clip.visual(patches, selection)
+    features.square().sum().backward()
+    assert patches.grad is not None
+    touched = patches.grad.flatten(0, 1).abs().amax(1) > 0
+    assert touched.nonzero().squeeze(1).tolist() == selection.kept_K.tolist()
+    noisy = patches.detach().flatten(0, 1).clone()
+    noisy[~touched] = 1e6
+    assert torch.equal(clip.visual(noisy.view_as(patches), selection), features)
+
+
+@pytest.mark.parametrize("granularity", [1, 4, 16, 64])
+def test_buckets_hold_every_token_once(granularity: int) -> None:
+    lengths = torch.tensor([3, 17, 1, 16, 40, 17, 2])
+    layout = PackedLayout(lengths_to_cu_seqlens(lengths), granularity)
+    buckets = layout.buckets
+    assert sum(bucket.num_sequences for bucket in buckets.shapes) == 7
+    assert sorted(buckets.sequence_index_B.tolist()) == list(range(7))
+    assert torch.equal(buckets.sequence_index_B[buckets.sequence_position_B], torch.arange(7))
+    assert buckets.cell_N.unique().numel() == int(lengths.sum())
+    assert torch.equal(buckets.token_index_M[buckets.cell_N], torch.arange(int(lengths.sum())))
+
+
+def test_padded_api_reads_up_to_the_first_end_token() -> None:
+    clip, tokens = make_clip(), captions_BT([6, 9])
+    longer = F.pad(tokens, (0, 5), value=3)
+    assert torch.equal(clip.encode_text(tokens), clip.encode_text(longer))
+    assert torch.allclose(clip.encode_text(tokens).norm(dim=1), torch.ones(2))
+    with pytest.raises(ValueError, match="end-of-text"):
+        PackedTokens.from_padded(torch.tensor([[1, 2, 49], [1, 2, 3]]), 49)
+
+
+def test_encode_image_keeps_every_patch_and_checks_the_size() -> None:
+    clip, images = make_clip(), torch.randn(3, 3, 32, 32)
+    expected = clip.visual(patchify(images, 8), keep_all(3, 16, images.device))
+    assert torch.equal(clip.encode_image(images, normalize=False), expected)
+    with pytest.raises(ValueError, match="32 x 32"):
+        clip.encode_image(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("raw", [-1.0, 2.0, 4.6, 4.7])
+def test_logit_scale_is_bounded_and_can_come_back(raw: float) -> None:
+    clip, images, tokens = make_clip(), torch.randn(2, 3, 32, 32), captions_BT([4, 6])
+    clip.logit_scale.data.fill_(raw)
+    patches = patchify(images, 8)
+    scale = clip(patches, keep_all(2, 16, images.device), PackedTokens.from_padded(tokens, 49)).logit_scale
+    assert scale.item() == pytest.approx(min(torch.tensor(raw).exp().item(), 100.0), rel=1e-5)
+    (upwards,) = torch.autograd.grad(-scale.sum(), clip.logit_scale, retain_graph=True)
+    (downwards,) = torch.autograd.grad(scale.sum(), clip.logit_scale)
+    assert downwards.item() == pytest.approx(scale.item(), rel=1e-5)
+    assert upwards.item() == pytest.approx(0.0 if raw > 4.606 else -scale.item(), rel=1e-5)
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    clip, images = make_clip(), torch.randn(4, 3, 32, 32)
+    selection = choose_patches(patchify(images, 8), MaskingConfig(), Generator().manual_seed(0))
+    exact = F.normalize(clip.visual(patchify(images, 8), selection), dim=-1)
+    rounded = F.normalize(clip.bfloat16().visual(patchify(images, 8), selection).float(), dim=-1)
+    assert (exact * rounded).sum(1).min() > 0.998

@@ -1,0 +1,65 @@
+"""The direction of imports, and names in pipeline/ that would replace other modules when it is first on sys.path."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_PARTY = {"model", "data_prep", "pipeline"}
+MAY_IMPORT = {"model": {"model"}, "data_prep": {"data_prep"}, "pipeline": {"pipeline", "model"}}
+NEVER = {"data_prep": {"torch", "deepspeed"}, "pipeline": {"img2dataset"}}
+
+
+def imported_packages(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "imports are absolute"
+            yield node.module.split(".")[0]
+
+
+def violations(package: str, source: str) -> set[str]:
+    found = set(imported_packages(source))
+    if package == "model":
+        return found - {"model", "torch", "__future__"} - set(sys.stdlib_module_names)
+    return (found & FIRST_PARTY) - MAY_IMPORT[package] | found & NEVER[package]
+
+
+@pytest.mark.parametrize("package", sorted(FIRST_PARTY))
+def test_imports_go_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert len(files) > 5
+    wrong = {str(path): violations(package, path.read_text()) for path in files}
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def test_the_import_check_notices() -> None:
+    assert violations("model", "import numpy") == {"numpy"}
+    assert violations("data_prep", "def f():\n    from torch import nn") == {"torch"}
+    assert violations("pipeline", "from data_prep.verify import verify") == {"data_prep"}
+
+
+def test_no_module_of_pipeline_shadows_another() -> None:
+    installed = set(importlib.metadata.packages_distributions()) - FIRST_PARTY
+    taken = installed | set(sys.stdlib_module_names) | {"model", "data_prep"}
+    assert "json" in taken
+    assert "torch" in taken
+    own = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert own & taken - {"__init__", "__pycache__"} == set()
+
+
+def test_only_engine_and_checkpoint_know_deepspeed() -> None:
+    users = {
+        path.name
+        for path in (ROOT / "pipeline").rglob("*.py")
+        if "deepspeed" in set(imported_packages(path.read_text()))
+    }
+    # train_step and trainer name the engine's type and nothing else of it
+    assert users <= {"engine.py", "checkpoint.py", "train_step.py", "trainer.py"}
