@@ -148,7 +148,8 @@ def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: {key}: {message} (got {first['input']!r})"[:500]) from None
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"{source}: {key}: {message}{got}") from None
 
 
 def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not separator or not dot:
         raise UserError(f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}") from error
     return {section: {field: value}}

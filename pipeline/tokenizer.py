@@ -55,9 +55,9 @@ class _ClipBytePairs:
         from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
         from tokenizers.models import BPE
 
-        lines = gzip.decompress(merges_file).decode().split("\n")
-        # the file holds more merges than were used: vocabulary = 2 x 256 bytes + merges + 2 special tokens
-        merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
+        # a first line of comment, then more merges than were used: 2 x 256 bytes + 48,894 merges + 2 special tokens
+        lines = gzip.decompress(merges_file).decode().strip().split("\n")[1 : 1 + 48_894]
+        merges = [(first, second) for first, second in (line.split() for line in lines)]
         symbols = _byte_symbols()
         tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(a + b for a, b in merges)]
         tokens += ["<start_of_text>", "<end_of_text>"]

@@ -1,0 +1,157 @@
+"""Small data and runs that the tests make for themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+# ranks of a test share the machine with other tests: one thread each, and no search for accelerators
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+Member = tuple[str, bytes]
+
+
+def jpeg_bytes(seed: int, width: int = 40, height: int = 32) -> bytes:
+    """A small JPEG with a colour gradient that depends on the seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([(x * a + y * b) % 256 for a, b in rng.integers(1, 6, (3, 2))], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Sequence[Member]) -> None:
+    """An uncompressed tar of (name, content)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+def write_shards(directory: Path, sizes: Sequence[int], replace: dict[str, bytes] | None = None) -> Path:
+    """Shards of pairs with a manifest; `replace` puts other content under a member's name, e.g. "00000001.jpg"."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines, number = [], 0
+    for shard, size in enumerate(sizes):
+        members: list[Member] = []
+        for _ in range(size):
+            key = f"{number:08d}"
+            members.append((f"{key}.jpg", jpeg_bytes(number)))
+            members.append(
+                (f"{key}.txt", f"picture number {number} of a {['cat', 'dog', 'bird'][number % 3]}".encode())
+            )
+            members.append((f"{key}.json", json.dumps({"key": key}).encode()))
+            number += 1
+        members = [(name, (replace or {}).get(name, content)) for name, content in members]
+        path = directory / f"{shard:05d}.tar"
+        write_tar(path, members)
+        content = path.read_bytes()
+        line = {"shard": path.name, "samples": size, "bytes": len(content)}
+        lines.append(json.dumps(line | {"sha256": hashlib.sha256(content).hexdigest()}))
+    (directory / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def train_tokenizer(path: Path) -> Path:
+    """A tiny SentencePiece model with the token ids that data-prep uses."""
+    import sentencepiece
+
+    captions = [f"picture number {n} of a {animal}" for n in range(60) for animal in ("cat", "dog", "bird")]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pairs in three uneven shards."""
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", [40, 31, 25])
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A function that gives a TCP port nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return int(listener.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def launch(free_port: Callable[[], int]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script of the project as a user would: `ranks=0` is plain python, else the deepspeed launcher."""
+
+    def run(
+        script: str | Path, *arguments: str, ranks: int = 0, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script)]
+        if ranks:
+            launcher = Path(sys.executable).with_name("deepspeed")
+            options = ["-q", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+            command = [str(launcher), *options, str(script)]
+        # the launcher looks for `python` and `ninja` on the path
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **RANK_ENVIRONMENT, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_options(shards: Path, tokenizer_file: Path) -> list[str]:
+    """Recipe options of a run of seconds: add train.output and what is tested."""
+    return [
+        "--recipe",
+        "demo",
+        "model.name=ViT-test-8",
+        f"data.train={shards}",
+        f"data.tokenizer={tokenizer_file}",
+        "data.workers=0",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=8",
+        "train.log_every_steps=1",
+        "optimizer.warmup_steps=2",
+    ]

@@ -1,0 +1,66 @@
+"""Started by the launcher: gradients of one global batch spread over ranks, and this rank's masks.
+
+usage: gradient_worker.py --template NAME BATCH.pt OUTPUT_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from model.clip import CLIP
+from model.config import config_from_name
+from model.masking import MaskingConfig, PatchSelection, choose_patches
+from model.packing import PackedTokens, lengths_to_cu_seqlens
+from pipeline.engine import deepspeed_config, make_engine
+from pipeline.ranks import init_ranks
+from pipeline.recipe import load_recipe
+from pipeline.sample_order import BatchPlan
+from pipeline.train_step import global_contrastive_loss, seed_masks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("--template")
+    parser.add_argument("batch")
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    ranks = init_ranks()
+    batch = torch.load(options.batch, weights_only=True)
+    G, L, _ = batch["patches"].shape
+    B = G // ranks.world_size
+    mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
+
+    torch.manual_seed(0)
+    clip = CLIP(config_from_name("ViT-test-8"))
+    recipe = load_recipe("demo", ["optimizer.max_grad_norm=0"])
+    config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
+    engine = make_engine(clip, recipe, config, ranks)
+
+    counts = batch["kept"].view(G, L)[mine].sum(1)
+    kept = batch["kept"].view(G, L)[mine].flatten().nonzero().squeeze(1)
+    text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
+    output = engine(batch["patches"][mine], PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
+    loss = global_contrastive_loss(output, ranks)
+    engine.backward(loss)
+    gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
+    mean_loss = ranks.mean(loss.detach().clone())
+
+    generator = torch.Generator()
+    seed_masks(generator, 0, 5, 0, ranks.rank)
+    selection = choose_patches(batch["patches"][mine], MaskingConfig(), generator)
+    save_file({"kept": selection.kept_K}, options.output / f"masks_{ranks.rank}.safetensors")
+    if ranks.is_main:
+        save_file({**gradients, "loss": mean_loss.view(1)}, options.output / "gradients.safetensors")
+
+
+if __name__ == "__main__":
+    main()

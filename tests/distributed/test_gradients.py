@@ -1,0 +1,68 @@
+"""Two ranks under the deepspeed launcher have the gradients of one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from model.clip import CLIP
+from model.config import config_from_name
+from model.masking import PatchSelection
+from model.packing import PackedTokens, lengths_to_cu_seqlens
+
+G, L, P, T = 12, 16, 192, 9
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 1000, (G, T), generator=generator)
+    lengths = torch.randint(2, T + 1, (G,), generator=generator)
+    tokens[torch.arange(G), lengths - 1] = 49407
+    tokens = tokens * (torch.arange(T) < lengths[:, None])
+    kept = torch.rand(G, L, generator=generator) < torch.rand(G, 1, generator=generator)
+    kept[:, 0] = True
+    return {"patches": torch.randn(G, L, P, generator=generator), "tokens": tokens, "kept": kept.flatten()}
+
+
+def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    clip = CLIP(config_from_name("ViT-test-8"))
+    counts = batch["kept"].view(G, L).sum(1)
+    selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
+    output = clip(batch["patches"], selection, PackedTokens.from_padded(batch["tokens"], 49407))
+    logits = output.logit_scale * output.image_features @ output.text_features.T
+    loss = (F.cross_entropy(logits, torch.arange(G)) + F.cross_entropy(logits.T, torch.arange(G))) / 2
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 2), (2, 3), (3, 1)])
+def test_ranks_have_the_gradients_of_the_concatenated_batch(
+    ranks: int, stage: int, tmp_path: Path, launch: Callable
+) -> None:
+    batch = make_batch()
+    torch.save(batch, tmp_path / "batch.pt")
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    worker = Path(__file__).with_name("gradient_worker.py")
+    done = launch(worker, "--template", str(template), str(tmp_path / "batch.pt"), str(tmp_path), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    loss, expected = single_process_gradients(batch)
+    found = load_file(tmp_path / "gradients.safetensors")
+    assert found.pop("loss").item() == pytest.approx(loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert (found[name].view_as(gradient) - gradient).abs().max() < 1e-5 * scale, name
+
+    masks = [load_file(tmp_path / f"masks_{rank}.safetensors")["kept"] for rank in range(ranks)]
+    assert {mask.numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}  # exactly the budget on every rank
+    assert not torch.equal(masks[0], masks[1])  # and each rank its own masks

@@ -1,0 +1,102 @@
+"""What counts as a checkpoint, and what is refused when one is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.clip import CLIP
+from model.masking import MaskingConfig
+from pipeline.checkpoint import Progress, _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.errors import UserError
+from pipeline.inference import load_for_inference
+from pipeline.recipe import load_recipe
+from pipeline.run_record import check_unchanged, write_record
+from pipeline.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def save(run: Path, step: int, tokenizer_file: Path) -> Path:
+    tokenizer = load_tokenizer(str(tokenizer_file), 77)
+    recipe = load_recipe("demo", ["model.name=ViT-test-8", "model.context_length=20"])
+    clip = CLIP(recipe.clip_config(tokenizer.encoder.vocab_size, tokenizer.encoder.end_token_id))
+    directory = run / "checkpoints" / f"step_{step:08d}"
+    directory.mkdir(parents=True)
+    progress = Progress(step, step * 16)
+    _write_model_files(directory, clip, dict(clip.state_dict()), progress, tokenizer, MaskingConfig())
+    _publish(directory, progress, world_size=1)
+    return directory
+
+
+def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, tokenizer_file: Path) -> None:
+    first, second = save(tmp_path, 1, tokenizer_file), save(tmp_path, 2, tokenizer_file)
+    assert newest_checkpoint(tmp_path) == second
+    weights = second / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    assert "has" in str(what_is_missing(second))
+    assert newest_checkpoint(tmp_path) == first
+    weights.unlink()
+    assert what_is_missing(second) == "model.safetensors is missing"
+    (first / "COMPLETE.json").write_text("{")
+    with pytest.raises(UserError, match=r"step_00000002 cannot be used: model\.safetensors is missing"):
+        newest_checkpoint(tmp_path)
+    weights.write_bytes(content)
+    assert newest_checkpoint(tmp_path) == second
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Path) -> None:
+    directory = save(tmp_path, 1, tokenizer_file)
+    assert load_for_inference(str(tmp_path), CPU, str(tokenizer_file)).step == 1
+    assert load_for_inference(str(directory), CPU).name == "ViT-test-8"
+
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["other words entirely"] * 50),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=280,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        load_for_inference(str(tmp_path), CPU, str(tmp_path / "other.model"))
+
+    card_path = directory / "model.json"
+    card = json.loads(card_path.read_text())
+    card["model"]["vision"]["width"] = 64
+    damaged = json.dumps(card, indent=2) + "\n"
+    card_path.write_text(damaged)
+    complete = json.loads((directory / "COMPLETE.json").read_text())
+    complete["files"]["model.json"] = len(damaged)
+    (directory / "COMPLETE.json").write_text(json.dumps(complete))
+    with pytest.raises(UserError, match="belong to different models"):
+        load_for_inference(str(directory), CPU)
+    with pytest.raises(UserError, match="no run or checkpoint at"):
+        load_for_inference(str(tmp_path / "absent"), CPU)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        load_for_inference(str(tmp_path / "checkpoints"), CPU)
+
+
+def test_a_run_is_continued_only_as_it_was_started(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    write_record(tmp_path, recipe, {"manifest_sha256": "aa", "tokenizer_sha256": "bb"})
+    check_unchanged(tmp_path, recipe, "aa", "bb")
+    check_unchanged(tmp_path, load_recipe("demo", ["data.workers=7", "train.log_every_steps=1"]), "aa", "bb")
+    with pytest.raises(UserError, match=r"optimizer\.lr=0\.001, now it is 0\.1"):
+        check_unchanged(tmp_path, load_recipe("demo", ["optimizer.lr=0.1"]), "aa", "bb")
+    with pytest.raises(UserError, match="other data"):
+        check_unchanged(tmp_path, recipe, "cc", "bb")
+    with pytest.raises(UserError, match="other tokenizer"):
+        check_unchanged(tmp_path, recipe, "aa", "cc")

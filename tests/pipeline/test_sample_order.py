@@ -1,0 +1,75 @@
+"""The order of samples: each once per epoch, whatever the ranks; shuffled; the same for ever."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.sample_order import BatchPlan, SampleOrder
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    window=st.integers(1, 13),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_sample_stands_at_exactly_one_position(sizes: list[int], window: int, seed: int, epoch: int) -> None:
+    order = SampleOrder(tuple(sizes), window, seed)
+    places = [order.locate(epoch, position) for position in range(order.num_samples)]
+    assert sorted(places) == [(shard, index) for shard, size in enumerate(sizes) for index in range(size)]
+    # a window's samples stand together: no more than `window` shards are open at a time
+    first_seen = list(dict.fromkeys(shard for shard, _ in places))
+    for start in range(0, len(first_seen), 1):
+        positions = [i for i, (shard, _) in enumerate(places) if shard == first_seen[start]]
+        assert len({places[i][0] for i in range(positions[0], positions[-1] + 1)}) <= window
+
+
+def test_epochs_and_seeds_differ_and_shuffling_is_real() -> None:
+    order = SampleOrder((50, 50, 50), 3, seed=0)
+    sequences = [
+        [SampleOrder((50, 50, 50), 3, seed).locate(epoch, p) for p in range(150)]
+        for seed, epoch in [(0, 0), (0, 1), (1, 0)]
+    ]
+    assert sequences[0] == [order.locate(0, p) for p in range(150)]
+    assert all(a != b for a in sequences for b in sequences if a is not b)
+    neighbours = sum(abs(a[1] - b[1]) <= 1 for a, b in zip(sequences[0], sequences[0][1:], strict=False))
+    assert neighbours < 20
+
+
+@given(
+    samples=st.integers(1, 400),
+    ranks=st.integers(1, 5),
+    micro=st.integers(1, 6),
+    accumulation=st.integers(1, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_ranks_share_an_epoch_without_overlap(samples: int, ranks: int, micro: int, accumulation: int) -> None:
+    plan = BatchPlan(samples, ranks * micro * accumulation, micro, ranks)
+    assert plan.accumulation_steps == accumulation
+    for epoch in range(2):
+        read = []
+        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            for a in range(accumulation):
+                for rank in range(ranks):
+                    which, positions = plan.micro_batch(step, a, rank)
+                    assert which == epoch
+                    read += positions
+        assert read == list(range(plan.steps_per_epoch * plan.global_batch_size))
+        assert samples - len(read) < plan.global_batch_size
+
+
+def test_a_step_reads_the_same_samples_at_any_world_size() -> None:
+    for step in range(10):
+        seen = set()
+        for ranks, micro, accumulation in [(1, 24, 1), (2, 12, 1), (3, 4, 2), (4, 6, 1), (1, 3, 8)]:
+            plan = BatchPlan(100, 24, micro, ranks)
+            positions = [
+                (plan.micro_batch(step, a, rank)[0], p)
+                for a in range(accumulation)
+                for rank in range(ranks)
+                for p in plan.micro_batch(step, a, rank)[1]
+            ]
+            seen.add(tuple(positions))
+        assert len(seen) == 1
