@@ -1,0 +1,86 @@
+"""Making files and folders so that a crash never leaves a half-made one under its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name next to `path`; rename it to `path` if the block ends well, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def building(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a fresh folder `DIRECTORY.partial`; rename it to `directory` if the block ends well, else remove it.
+
+    A killed build leaves its `.partial` folder, which the next one replaces.
+
+    Raises UserError when `directory` has content and `overwrite` is false.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a folder to write to")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty: choose another folder or pass --overwrite")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    # the old content goes only now that the new one is whole
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.replace(directory)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file atomically: readers see the old content or the new, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object, indented, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_json_lines` wrote; an absent file is an empty list."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

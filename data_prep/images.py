@@ -1,0 +1,69 @@
+"""Encoded images: which format the bytes are, and whether they decode within limits."""
+
+from __future__ import annotations
+
+import io
+
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 25_000_000
+MAX_SIDE = 16_384
+
+
+class ImageError(Exception):
+    """An encoded image that must not be trained on."""
+
+
+class ImageTooLargeError(ImageError):
+    """The header announces more pixels than the limits allow; nothing was decoded."""
+
+
+def image_extension(data: bytes) -> str | None:
+    """`jpg`, `png` or `webp` by the first bytes; None for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def check_image(data: bytes) -> None:
+    """Decode an image fully, its limits first from the header.
+
+    Raises ImageTooLargeError, or ImageError for bytes that are no JPEG, PNG or WebP or do not decode to the end.
+    """
+    extension = image_extension(data)
+    if extension is None:
+        raise ImageError("not a JPEG, PNG or WebP")
+    if extension == "jpg":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(width, height)
+            simplejpeg.decode_jpeg(data, strict=True)
+        except ValueError:
+            # strict also refuses stray bytes that do no harm: Pillow, which refuses missing data only, decides
+            pass
+        else:
+            return
+    _check_with_pillow(data)
+
+
+def _check_with_pillow(data: bytes) -> None:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            _check_size(*image.size)
+            image.load()
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(str(error)) from error
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, …
+        raise ImageError(f"does not decode: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ImageTooLargeError(f"{width} x {height} pixels")

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from make_images import good_sample, write_tar
+
+from data_prep.__main__ import main
+
+COMMANDS = ("synthetic", "ingest", "download", "pack", "verify", "tokenizer")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_heavy_import(command: str) -> None:
+    code = (
+        "import sys; from data_prep.__main__ import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'pyarrow', 'numpy', 'img2dataset', 'sentencepiece', 'PIL'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "absent"], "is not a directory"),
+        (["verify", "."], "holds no *.tar"),
+        (["tokenizer", "absent", "--output", "x.model"], "is not a directory"),
+        (["ingest", "absent.tsv", "--output", "x.parquet"], "no such file"),
+        (["download", "absent.parquet", "--output", "x"], "no such file"),
+        (["pack", "absent", "--output", "x"], "no such file"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "data_prep", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_exits_with_1_when_the_data_is_not_fit(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [*good_sample("a"), ("b.jpg", b""), ("b.txt", b"x")])
+    assert main(["verify", str(tmp_path), "--processes", "1"]) == 1
+    assert main(["verify", str(tmp_path), "--processes", "1", "--max-bad-ratio", "0.5"]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "00000.tar", good_sample("a"))
+    tmp_path.chmod(0o500)
+    assert main(["verify", str(tmp_path), "--processes", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_counts_must_be_positive(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", "x", "--processes", value])
+    assert "--processes" in capsys.readouterr().err

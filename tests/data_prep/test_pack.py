@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from make_images import encoded
+
+from data_prep.__main__ import main
+from data_prep.errors import UserError
+from data_prep.evaluation_sets import write_classification_set, write_retrieval_set
+from data_prep.tar_reader import TarSamples
+from data_prep.verify import verify
+
+PICTURES = [encoded(0), encoded(1, kind="PNG"), encoded(2, kind="WEBP")]
+CAPTIONS = [["one", "uno"], ["two"], ["three", "drei\nzeilen"]]
+
+
+def samples(directory: Path) -> list[dict[str, bytes]]:
+    return [sample.members for path in sorted(directory.glob("*.tar")) for sample in TarSamples(path)]
+
+
+def write_parquet(path: Path, **columns: Any) -> Path:
+    table = {"image": PICTURES, "captions": CAPTIONS, "filename": ["1.jpg", "2.png", "3.webp"]} | columns
+    pq.write_table(pa.table({name: values for name, values in table.items() if values is not None}), path)
+    return path
+
+
+def write_folder(folder: Path) -> Path:
+    for index, (image, extension) in enumerate(zip(PICTURES, ("jpg", "png", "webp"), strict=True)):
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        (folder / "sub" / f"{index}.{extension}").write_bytes(image)
+        (folder / "sub" / f"{index}.txt").write_text(CAPTIONS[index][0] + "\n")
+    return folder
+
+
+def write_csv(folder: Path, name: str) -> Path:
+    write_folder(folder / "pictures")
+    with (folder / name).open("w", newline="") as stream:
+        table = csv.writer(stream, delimiter="\t" if name.endswith("tsv") else ",")
+        table.writerow(["caption", "image"])
+        for index, extension in enumerate(("jpg", "png", "webp")):
+            table.writerow([CAPTIONS[index][0], f"pictures/sub/{index}.{extension}"])
+    return folder / name
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "tsv", "parquet", "struct parquet"])
+def test_every_source_gives_the_same_shards(tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        source = write_folder(tmp_path / "source")
+    elif kind.endswith("parquet"):
+        images = [{"bytes": image, "path": "x"} for image in PICTURES] if kind.startswith("struct") else PICTURES
+        source = write_parquet(tmp_path / "source.parquet", image=images)
+    else:
+        source = write_csv(tmp_path, f"list.{kind}")
+    output = tmp_path / "shards"
+    assert main(["pack", str(source), "--output", str(output), "--samples-per-shard", "2"]) == 0
+    packed = samples(output)
+    assert [sample["txt"].decode() for sample in packed] == ["one", "two", "three"]
+    for sample, image, extension in zip(packed, PICTURES, ("jpg", "png", "webp"), strict=True):
+        assert sample[extension] == image  # as it was, byte by byte
+        assert json.loads(sample["json"])["filename"].endswith(extension)
+    assert verify(output, 1, max_bad_ratio=0.0)
+    assert json.loads((output / "dataset.json").read_text())["shards"] == 2
+
+
+def test_each_caption_becomes_a_sample(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source.parquet")
+    assert main(["pack", str(source), "--output", str(tmp_path / "out"), "--captions", "each"]) == 0
+    assert [sample["txt"].decode() for sample in samples(tmp_path / "out")] == [
+        "one", "uno", "two", "three", "drei\nzeilen",
+    ]  # fmt: skip
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source.parquet")
+    for name in ("a", "b"):
+        main(["pack", str(source), "--output", str(tmp_path / name)])
+    assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
+
+
+def test_what_cannot_be_packed_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(encoded())
+    (tmp_path / "page.jpg").write_bytes(b"<html>")
+    (tmp_path / "list.csv").write_text("image,caption\ngood.jpg,yes\npage.jpg,x\nabsent.jpg,x\ngood.jpg,\n")
+    assert main(["pack", str(tmp_path / "list.csv"), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 samples" in printed
+    for reason in ("image cannot be read", "not a JPEG, PNG or WebP", "no caption"):
+        assert reason in printed
+    assert len(samples(tmp_path / "out")) == 1
+
+
+def read_webdataset(directory: Path) -> list[dict[str, Any]]:
+    """An evaluation set as CLIP_benchmark reads it."""
+    shards = int((directory / "test" / "nshards.txt").read_text())
+    urls = [str(directory / "test" / f"{index}.tar") for index in range(shards)]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").rename(image="jpg;png;webp")
+    return list(dataset)
+
+
+def test_retrieval_set_has_all_captions_one_per_line(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source.parquet")
+    assert main(["pack", str(source), "--output", str(tmp_path / "out"), "--as", "retrieval"]) == 0
+    read = read_webdataset(tmp_path / "out")
+    assert [sample["txt"].split("\n") for sample in read] == [["one", "uno"], ["two"], ["three", "drei zeilen"]]
+    assert all(sample["image"].size == (24, 24) for sample in read)
+
+
+@pytest.fixture
+def label_files(tmp_path: Path) -> list[str]:
+    (tmp_path / "classes.txt").write_text("red fox\ncat\n\n")
+    (tmp_path / "templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+    return [
+        "--label-column", "label",
+        "--classnames", str(tmp_path / "classes.txt"),
+        "--templates", str(tmp_path / "templates.txt"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [["cat", "red fox", "cat"], [1, 0, 1]])
+def test_classification_set_from_names_or_numbers(tmp_path: Path, label_files: list[str], labels: list[Any]) -> None:
+    source = write_parquet(tmp_path / "source.parquet", captions=None, label=labels)
+    output = tmp_path / "out"
+    assert main(["pack", str(source), "--output", str(output), "--as", "classification", *label_files]) == 0
+    assert [sample["cls"] for sample in read_webdataset(output)] == [1, 0, 1]
+    assert (output / "classnames.txt").read_text() == "red fox\ncat\n"
+    templates = (output / "zeroshot_classification_templates.txt").read_text()
+    assert templates == "a photo of a {c}.\nthe {c}\n"
+
+
+def test_captions_drawn_from_templates_depend_on_the_seed_alone(tmp_path: Path, label_files: list[str]) -> None:
+    source = write_parquet(
+        tmp_path / "source.parquet",
+        image=PICTURES * 10,
+        captions=None,
+        filename=None,
+        label=["cat", "red fox", "cat"] * 10,
+    )
+    drawn = {}
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        main(["pack", str(source), "--output", str(tmp_path / name), "--seed", seed, *label_files])
+        drawn[name] = [sample["txt"].decode() for sample in samples(tmp_path / name)]
+    assert drawn["a"] == drawn["b"] != drawn["c"]
+    assert set(drawn["a"]) == {"a photo of a cat.", "the cat", "a photo of a red fox.", "the red fox"}
+    assert all(("cat" in caption) == (index % 3 != 1) for index, caption in enumerate(drawn["a"]))
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must be refused with one line; returns the line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_refusals_say_what_to_do_and_leave_nothing(
+    tmp_path: Path, label_files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write_parquet(tmp_path / "source.parquet", label=["cat", "dog", "cat"]))
+    bad = write_parquet(tmp_path / "bad.parquet", image=[b"a", b"b", b"c"])
+    output = ["--output", str(tmp_path / "out")]
+    assert "did you mean 'image'" in refusal(["pack", source, *output, "--image-column", "imag"], capsys)
+    captionless = str(write_parquet(tmp_path / "x.parquet", captions=None))
+    assert "--caption-column" in refusal(["pack", captionless, *output], capsys)
+    assert "not image bytes" in refusal(["pack", source, *output, "--image-column", "filename"], capsys)
+    assert "'dog'" in refusal(["pack", source, *output, *label_files], capsys)
+    assert "needs --label-column" in refusal(["pack", source, *output, "--as", "classification"], capsys)
+    assert "all of --label-column" in refusal(["pack", source, *output, *label_files[:2]], capsys)
+    assert "3 × not a JPEG" in refusal(["pack", str(bad), *output], capsys)
+    assert "no such file" in refusal(["pack", str(tmp_path / "absent"), *output], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "no image" in refusal(["pack", str(tmp_path / "empty"), *output], capsys)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_with_content_is_replaced_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(write_parquet(tmp_path / "source.parquet"))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    assert "--overwrite" in refusal(["pack", source, "--output", str(output)], capsys)
+    bad = str(write_parquet(tmp_path / "bad.parquet", image=[b"", b"", b""]))
+    refusal(["pack", bad, "--output", str(output), "--overwrite"], capsys)
+    assert (output / "precious").exists()  # a failed run has replaced nothing
+    assert main(["pack", source, "--output", str(output), "--overwrite"]) == 0
+    assert not (output / "precious").exists()
+    assert len(samples(output)) == 3
+
+
+def test_the_source_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "source")
+    for output in (folder, tmp_path):
+        assert "holds the source" in refusal(["pack", str(folder), "--output", str(output), "--overwrite"], capsys)
+    assert len(list(folder.rglob("*.*"))) == 6
+
+
+def test_evaluation_sets_have_a_plain_layout_and_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        written = write_retrieval_set(tmp_path / name, ((image, ["x"]) for image in PICTURES), samples_per_shard=2)
+        assert written == 3
+    assert (tmp_path / "a/test/nshards.txt").read_text() == "2\n"
+    for shard in ("0.tar", "1.tar"):
+        assert (tmp_path / "a/test" / shard).read_bytes() == (tmp_path / "b/test" / shard).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO((tmp_path / "a/test/0.tar").read_bytes())) as tar:
+        assert tar.getnames() == ["s0000000.jpg", "s0000000.txt", "s0000001.png", "s0000001.txt"]
+        assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
+
+
+def test_evaluation_sets_refuse_what_cannot_be_evaluated(tmp_path: Path) -> None:
+    image = encoded()
+    with pytest.raises(UserError, match="class 2"):
+        write_classification_set(tmp_path / "a", [(image, 2)], ["x", "y"], ["{c}"])
+    with pytest.raises(UserError, match=r"\{c\}"):
+        write_classification_set(tmp_path / "b", [(image, 0)], ["x"], ["a photo"])
+    with pytest.raises(UserError, match="caption"):
+        write_retrieval_set(tmp_path / "c", [(image, ["fine", " "])])
+    with pytest.raises(UserError, match="sample 1 is not"):
+        write_retrieval_set(tmp_path / "d", [(image, ["fine"]), (b"GIF89a", ["x"])])
+    assert not list(tmp_path.rglob("nshards.txt"))

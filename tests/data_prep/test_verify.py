@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make_images import encoded, good_sample, png_bomb, write_tar
+
+from data_prep.errors import UserError
+from data_prep.verify import inspect_shard, verify
+
+
+def manifest(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "manifest.jsonl").read_text().splitlines()]
+
+
+def dataset(directory: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((directory / "dataset.json").read_text())
+    return value
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_manifest_of_sound_shards(tmp_path: Path, processes: int) -> None:
+    for shard in range(3):
+        write_tar(
+            tmp_path / f"{shard:05d}.tar",
+            [member for index in range(shard + 1) for member in good_sample(f"{shard}{index}", index)],
+        )
+    assert verify(tmp_path, processes, max_bad_ratio=0.0)
+    for shard, line in enumerate(manifest(tmp_path)):
+        content = (tmp_path / f"{shard:05d}.tar").read_bytes()
+        assert line == {
+            "shard": f"{shard:05d}.tar",
+            "samples": shard + 1,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    summary = dataset(tmp_path)
+    assert (summary["format_version"], summary["samples"], summary["shards"]) == (1, 6, 3)
+    assert summary["bytes"] == sum(line["bytes"] for line in manifest(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("bad.jpg", encoded()[:-200]), ("bad.txt", b"x")], "image_does_not_decode"),
+        ([("bad.png", png_bomb(19_000, 19_000)), ("bad.txt", b"x")], "image_too_large"),
+        ([("bad.jpg", b""), ("bad.txt", b"x")], "image_does_not_decode"),
+        ([("bad.jpg", encoded())], "no_caption"),
+        ([("bad.jpg", encoded()), ("bad.txt", b" \n")], "empty_caption"),
+        ([("bad.jpg", encoded()), ("bad.txt", b"caf\xe9")], "caption_not_utf8"),
+        ([("bad.txt", b"x"), ("bad.json", b"{}")], "no_image"),
+        ([("bad.jpg", encoded()), ("bad.png", encoded(kind="PNG")), ("bad.txt", b"x")], "duplicate_member"),
+        ([("bad.jpg", encoded()), ("bad.txt", b"x"), ("bad.txt", b"y")], "duplicate_member"),
+        ([("../bad.jpg", encoded()), ("../bad.txt", b"x")], "unsafe_name"),
+        ([("/etc/bad.jpg", encoded()), ("/etc/bad.txt", b"x")], "unsafe_name"),
+    ],
+)
+def test_each_fault_is_named_and_its_key_skipped(
+    tmp_path: Path, members: list[tuple[str, bytes]], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "00000.tar", [*good_sample("a"), *members, *good_sample("z")])
+    assert not verify(tmp_path, 1, max_bad_ratio=0.1)
+    assert dataset(tmp_path)["skipped"] == {reason: 1}
+    (line,) = manifest(tmp_path)
+    assert line["samples"] == 2
+    assert line["skip"] == [members[0][0].rsplit(".", 1)[0]]
+    assert reason in capsys.readouterr().out
+    assert verify(tmp_path, 1, max_bad_ratio=0.4)
+
+
+def test_a_key_that_returns_later_is_not_trained_on(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [*good_sample("a"), *good_sample("b"), *good_sample("a", seed=1)])
+    report = inspect_shard(tmp_path / "00000.tar")
+    assert (report.samples, report.skipped, report.skipped_samples) == (1, {"a": "duplicate_key"}, 2)
+    verify(tmp_path, 1, max_bad_ratio=1.0)
+    assert dataset(tmp_path)["skipped"] == {"duplicate_key": 2}
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_unknown_members_are_counted_and_never_opened(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("a.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    device = tarfile.TarInfo("b.jpg")
+    device.type = tarfile.CHRTYPE
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    pickled = pickle.dumps(Bomb())
+    members = [folder, link, *good_sample("a"), ("a.pkl", pickled), ("a.pyd", pickled), device, ("README", b"")]
+    write_tar(tmp_path / "00000.tar", members)
+    before = sorted(tmp_path.rglob("*"))
+    assert verify(tmp_path, 1, max_bad_ratio=0.0)
+    assert dataset(tmp_path)["unknown_members"] == 5
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "manifest.jsonl", tmp_path / "dataset.json"])
+
+
+@pytest.mark.parametrize("kept", ["inside a header", "inside an image", "at a member's end", "nothing"])
+def test_what_precedes_a_truncation_stays_usable(tmp_path: Path, kept: str) -> None:
+    path = write_tar(tmp_path / "00000.tar", [m for i in range(4) for m in good_sample(f"{i}", i)])
+    with tarfile.open(path) as tar:
+        third = tar.getmember("2.jpg")
+    length = {
+        "inside a header": third.offset + 100,
+        "inside an image": third.offset_data + 50,
+        "at a member's end": third.offset,
+        "nothing": 0,
+    }[kept]
+    path.write_bytes(path.read_bytes()[:length])
+    assert not verify(tmp_path, 1, max_bad_ratio=1.0)
+    (line,) = manifest(tmp_path)
+    assert line["truncated"] is True
+    assert line["samples"] == (0 if kept == "nothing" else 2)
+    assert dataset(tmp_path)["truncated_shards"] == ["00000.tar"]
+
+
+def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", [*good_sample("0"), *good_sample("1")])
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("1.jpg").offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 512] = b"\x7f" * 512
+    path.write_bytes(content)
+    report = inspect_shard(path)
+    assert (report.truncated, report.samples) == (True, 1)
+
+
+def test_an_empty_shard_is_no_error_beside_others(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", good_sample("a"))
+    with (tmp_path / "00001.tar").open("wb") as stream:
+        webdataset.TarWriter(stream).close()  # what img2dataset leaves when a whole shard fails
+    assert verify(tmp_path, 2, max_bad_ratio=0.0)
+    assert [line["samples"] for line in manifest(tmp_path)] == [1, 0]
+    assert not dataset(tmp_path)["truncated_shards"]
+
+
+def test_verifying_twice_gives_the_same_manifest(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [*good_sample("a"), ("b.jpg", b"no")])
+    verify(tmp_path, 1, max_bad_ratio=1.0)
+    first = (tmp_path / "manifest.jsonl").read_bytes()
+    verify(tmp_path, 2, max_bad_ratio=1.0)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == first
+
+
+def test_no_usable_sample_is_a_failure(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [("a.jpg", b"no"), ("a.txt", b"x")])
+    assert not verify(tmp_path, 1, max_bad_ratio=1.0)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_directory_without_shards_is_refused(tmp_path: Path, exists: bool) -> None:
+    directory = tmp_path / "shards"
+    if exists:
+        directory.mkdir()
+    with pytest.raises(UserError, match=r"shards"):
+        verify(directory, 1, max_bad_ratio=0.0)
+
+
+def test_names_that_are_not_utf8_do_not_stop_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", [("aXb.jpg", b"no"), ("aXb.txt", b"x"), *good_sample("c")])
+    content = path.read_bytes()
+    for name in (b"aXb.jpg", b"aXb.txt"):
+        content = content.replace(name, name.replace(b"X", b"\xe9"))
+    with_checksums = bytearray(content)
+    for offset in (content.index(b"a\xe9b.jpg"), content.index(b"a\xe9b.txt")):
+        header = with_checksums[offset : offset + 512]
+        header[148:156] = b" " * 8
+        with_checksums[offset + 148 : offset + 156] = f"{sum(header):06o}\0 ".encode()
+    path.write_bytes(with_checksums)
+    verify(tmp_path, 1, max_bad_ratio=1.0)
+    (line,) = manifest(tmp_path)
+    assert (line["samples"], line["skip"]) == (1, ["a\ufffdb"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_raises_and_no_sample_is_invented(tmp_path: Path, data: st.DataObject) -> None:
+    sound = write_tar(tmp_path / "sound.tar", [m for i in range(3) for m in good_sample(f"{i}", i)]).read_bytes()
+    content = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        damage = data.draw(st.binary(min_size=1, max_size=32))
+        content[start : start + len(damage)] = damage
+    path = tmp_path / "damaged.tar"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    report = inspect_shard(path)
+    # at most one new key per damaged name
+    assert report.samples + len(report.skipped) <= 3 + 4

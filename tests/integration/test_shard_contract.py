@@ -1,0 +1,79 @@
+"""What `data-prep verify` counts is what the training loader finds, shard by shard and key by key."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.verify import verify
+from pipeline.manifest import read_manifest
+
+
+def encoded(kind: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(stream, kind)
+    return stream.getvalue()
+
+
+CONTENTS = {
+    "jpg": [encoded("JPEG"), encoded("JPEG")[:-9], b""],
+    "png": [encoded("PNG")],
+    "txt": [b"a caption", b"", b"\xff"],
+    "json": [b"{}"],
+    "cls": [b"3"],
+    "JPG": [encoded("JPEG")],
+    "tar.gz": [b"x"],
+}
+MEMBERS = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "c", "../a", "./b", "/etc/c", "folder/a", "", "f/"]),
+        st.sampled_from(sorted(CONTENTS)),
+        st.integers(0, 2),
+        st.sampled_from([tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.DIRTYPE]),
+    ),
+    max_size=14,
+)
+
+
+def write_tar(path: Path, members: list[tuple[str, str, int, bytes]], tar_format: int) -> None:
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for key, extension, choice, kind in members:
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.type = kind
+            content = CONTENTS[extension][choice % len(CONTENTS[extension])] if kind == tarfile.REGTYPE else b""
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(members=MEMBERS, tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+def test_the_loader_finds_the_samples_that_verify_counted(
+    tmp_path: Path, members: list[tuple[str, str, int, bytes]], tar_format: int
+) -> None:
+    good = [("good", "jpg", 0, tarfile.REGTYPE), ("good", "txt", 0, tarfile.REGTYPE)]
+    write_tar(tmp_path / "00000.tar", [*members, *good], tar_format)
+    verify(tmp_path, processes=1, max_bad_ratio=1.0)
+    (shard,) = read_manifest(str(tmp_path)).shards
+    _, index = shard.read_index()  # raises if the counts differ
+    assert "good" in index.keys
+    assert len(index.keys) == shard.samples
+
+
+@pytest.mark.xfail(strict=True, reason="the loader refuses a truncated shard as a whole")
+@pytest.mark.parametrize("cut", ["header", "content"])
+def test_the_loader_uses_what_precedes_a_truncation(tmp_path: Path, cut: str) -> None:
+    path = tmp_path / "00000.tar"
+    write_tar(path, [(key, kind, 0, tarfile.REGTYPE) for key in "abc" for kind in ("jpg", "txt")], tarfile.USTAR_FORMAT)
+    with tarfile.open(path) as tar:
+        third = tar.getmember("c.jpg")
+    path.write_bytes(path.read_bytes()[: third.offset + 9 if cut == "header" else third.offset_data + 9])
+    assert not verify(tmp_path, processes=1, max_bad_ratio=1.0)
+    (shard,) = read_manifest(str(tmp_path)).shards
+    _, index = shard.read_index()
+    assert index.keys == ["a", "b"]
