@@ -93,7 +93,8 @@ def init_ranks() -> Ranks:
     _environment_from_launcher()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
-    if torch.cuda.is_available():
+    # DeepSpeed's own variable: a machine with a GPU can still run several ranks on its CPU
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:

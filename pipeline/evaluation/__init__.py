@@ -1,0 +1,1 @@
+"""From a checkpoint to benchmark figures: zero-shot classification, retrieval, composition."""

@@ -1,0 +1,218 @@
+"""The three evaluation layouts, checked and typed: what they hold is docs/evaluation.md's first section.
+
+Zero-shot classification and retrieval are CLIP_benchmark's webdatasets; composition is SugarCrepe's JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.tar_samples import ImageFile, TarSample, read_tar_samples
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+
+
+@dataclass(frozen=True)
+class ClassificationSample:
+    """One image and the index of its class."""
+
+    image: ImageFile
+    label: int
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """Images of known classes; `{c}` in a template stands for the class name."""
+
+    name: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    samples: tuple[ClassificationSample, ...]
+
+
+@dataclass(frozen=True)
+class RetrievalSample:
+    """One image and its captions, at least one."""
+
+    image: ImageFile
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Images to be found by their captions, and captions by their images."""
+
+    name: str
+    samples: tuple[RetrievalSample, ...]
+
+
+@dataclass(frozen=True)
+class CompositionSample:
+    """One image, its caption and a hard negative: the same words rearranged, or one of them replaced."""
+
+    image: ImageFile
+    category: str
+    caption: str
+    negative_caption: str
+
+
+@dataclass(frozen=True)
+class CompositionSet:
+    """Hard negatives of several categories (`swap_att`, `replace_obj`, ...)."""
+
+    name: str
+    samples: tuple[CompositionSample, ...]
+
+
+EvaluationSet = ClassificationSet | RetrievalSet | CompositionSet
+
+
+def open_evaluation_set(directory: Path) -> EvaluationSet:
+    """Read the evaluation set in a directory, whichever of the three layouts it has.
+
+    Raises UserError, naming the file and what was expected of it, for everything that does not fit the layout.
+    """
+    if not directory.is_dir():
+        raise UserError(f"no evaluation set at {directory}: there is no such directory")
+    if (directory / "images").is_dir():
+        dataset: EvaluationSet = _read_composition_set(directory)
+    elif _is_classification(directory):
+        dataset = _read_classification_set(directory)
+    elif (directory / "test").is_dir():
+        dataset = _read_retrieval_set(directory)
+    else:
+        raise UserError(
+            f"no evaluation set in {directory}: expected test/ with {CLASSNAMES} (zero-shot), test/ alone (retrieval) "
+            "or images/ with *.json (composition)"
+        )
+    _check_expected_count(directory, len(dataset.samples))
+    return dataset
+
+
+def _is_classification(directory: Path) -> bool:
+    declared = directory / "dataset_type.txt"
+    if declared.is_file():
+        return declared.read_text(encoding="utf-8").strip() != "retrieval"
+    return (directory / CLASSNAMES).exists() or (directory / TEMPLATES).exists()
+
+
+def _read_classification_set(directory: Path) -> ClassificationSet:
+    class_names = _read_lines(directory / CLASSNAMES)
+    templates = _read_lines(directory / TEMPLATES)
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"{directory / TEMPLATES}: template {template!r} has no {{c}} for the class name")
+    samples = tuple(
+        ClassificationSample(sample.require_image(), _label(sample, len(class_names)))
+        for sample in _test_samples(directory)
+    )
+    return ClassificationSet(directory.resolve().name, class_names, templates, samples)
+
+
+def _label(sample: TarSample, num_classes: int) -> int:
+    text = sample.texts.get("cls", "").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{sample} has no class index: expected a .cls member with an integer, found {text!r}")
+    if int(text) >= num_classes:
+        raise UserError(f"{sample} has class {text}, but {CLASSNAMES} names only classes 0 to {num_classes - 1}")
+    return int(text)
+
+
+def _read_retrieval_set(directory: Path) -> RetrievalSet:
+    samples = tuple(RetrievalSample(sample.require_image(), _captions(sample)) for sample in _test_samples(directory))
+    return RetrievalSet(directory.resolve().name, samples)
+
+
+def _captions(sample: TarSample) -> tuple[str, ...]:
+    captions = tuple(line.strip() for line in sample.texts.get("txt", "").splitlines() if line.strip())
+    if not captions:
+        hint = f"; for classification the set needs {CLASSNAMES}" if "cls" in sample.texts else ""
+        raise UserError(f"{sample} has no caption: expected a .txt member with one caption per line{hint}")
+    return captions
+
+
+def _read_composition_set(directory: Path) -> CompositionSet:
+    files = sorted(path for path in directory.glob("*.json") if path.name != "dataset.json")
+    if not files:
+        raise UserError(f"no categories in {directory}: expected files such as swap_att.json beside images/")
+    samples = tuple(sample for file in files for sample in _category_samples(file, directory / "images"))
+    return CompositionSet(directory.resolve().name, samples)
+
+
+def _category_samples(file: Path, images: Path) -> list[CompositionSample]:
+    entries = _read_json_object(file)
+    if not entries:
+        raise UserError(f"{file} is empty: expected entries with filename, caption, negative_caption")
+    samples = []
+    for index, entry in entries.items():
+        fields = entry if isinstance(entry, dict) else {}
+        texts = [fields.get(name) for name in ("filename", "caption", "negative_caption")]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{file}, entry {index}: expected strings filename, caption and negative_caption")
+        filename, caption, negative = map(str, texts)
+        if Path(filename).name != filename:
+            raise UserError(f"{file}, entry {index}: filename {filename!r} must lie directly in images/")
+        try:
+            image = ImageFile.whole(images / filename)
+        except OSError as error:
+            raise UserError(f"{file}, entry {index}: missing image {images / filename}") from error
+        samples.append(CompositionSample(image, file.stem, caption, negative))
+    return samples
+
+
+def _test_samples(directory: Path) -> list[TarSample]:
+    """Samples of every shard that test/nshards.txt promises, no more and no fewer."""
+    test = directory / "test"
+    count_file = test / "nshards.txt"
+    text = _read_text(count_file, "the number of shards 0.tar, 1.tar, … beside it").strip()
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise UserError(f"{count_file} must hold a positive integer, the number of shards; it holds {text!r}")
+    found = len(list(test.glob("*.tar")))
+    if found > int(text):
+        raise UserError(f"{test} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
+    samples = [sample for shard in range(int(text)) for sample in read_tar_samples(test / f"{shard}.tar")]
+    if not samples:
+        raise UserError(f"the shards in {test} hold no samples")
+    return samples
+
+
+def _check_expected_count(directory: Path, samples: int) -> None:
+    """A set may state its size in dataset.json; a part of a set must not pass for the whole."""
+    file = directory / "dataset.json"
+    expected = _read_json_object(file).get("samples") if file.is_file() else None
+    if expected is not None and expected != samples:
+        raise UserError(f"{directory} holds {samples} samples, but its dataset.json says {expected}: copy it again")
+
+
+def _read_lines(file: Path) -> tuple[str, ...]:
+    lines = [line.strip() for line in _read_text(file, "one entry per line").rstrip().splitlines()]
+    if not lines:
+        raise UserError(f"{file} is empty: expected one entry per line")
+    if "" in lines:
+        number = lines.index("") + 1
+        raise UserError(f"{file}, line {number} is blank: fill or remove it (a class is the number of its line)")
+    return tuple(lines)
+
+
+def _read_text(file: Path, expectation: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"missing {file}: expected {expectation}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text") from error
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file, "a JSON object"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return content

@@ -1,0 +1,70 @@
+"""Zero-shot classification with prompt ensembles, as CLIP_benchmark and open_clip define it.
+
+N images, C classes, T templates, U distinct prompts, D embed_dim
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.evaluation.datasets import ClassificationSet
+from pipeline.evaluation.features import FeatureEncoder, distinct
+from pipeline.evaluation.ranking import hit_probability
+from pipeline.evaluation.results import Scores
+
+TASK = "zeroshot_classification"
+
+_ROWS_AT_ONCE = 4096
+
+
+def evaluate_zero_shot(encoder: FeatureEncoder, dataset: ClassificationSet) -> Scores:
+    """acc1, acc5 and mean_per_class_recall of one set. Raises UserError as the encoder does."""
+    prompts = [template.replace("{c}", name) for name in dataset.class_names for template in dataset.templates]
+    distinct_prompts, index_CT = distinct(prompts)
+    prompt_features_UD = encoder.encode_texts(distinct_prompts)
+    classifier_CD = build_classifier(prompt_features_UD[index_CT.view(len(dataset.class_names), -1)])
+    image_features_ND = encoder.encode_images([sample.image for sample in dataset.samples])
+    labels_N = torch.tensor([sample.label for sample in dataset.samples])
+    return Scores(
+        metrics=classification_metrics(image_features_ND, classifier_CD, labels_N),
+        chance=classification_chance(len(dataset.class_names)),
+        samples=len(dataset.samples),
+        template_sha256=hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest(),
+    )
+
+
+def build_classifier(prompt_features_CTD: Tensor) -> Tensor:
+    """Unit-length class features [C, D]: the mean over the templates of unit-length prompt features."""
+    return F.normalize(F.normalize(prompt_features_CTD, dim=-1).mean(dim=1), dim=-1)
+
+
+def classification_metrics(image_features_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """acc1, acc5 (from five classes on) and mean_per_class_recall, over the classes that occur in labels_N."""
+    num_classes = len(classifier_CD)
+    better, tied = [], []
+    for features_RD, labels_R in zip(
+        image_features_ND.split(_ROWS_AT_ONCE), labels_N.split(_ROWS_AT_ONCE), strict=True
+    ):
+        scores_RC = features_RD @ classifier_CD.T
+        label_scores_R1 = scores_RC.gather(1, labels_R[:, None])
+        better.append((scores_RC > label_scores_R1).sum(dim=1))
+        tied.append((scores_RC == label_scores_R1).sum(dim=1))
+    better_N, tied_N = torch.cat(better), torch.cat(tied)
+    one_N = torch.ones_like(labels_N)
+    hits1_N = hit_probability(better_N, tied_N, one_N, k=1)
+    metrics = {"acc1": hits1_N.mean().item()}
+    if num_classes >= 5:
+        metrics["acc5"] = hit_probability(better_N, tied_N, one_N, k=5).mean().item()
+    count_C = torch.bincount(labels_N, minlength=num_classes)
+    recall_C = torch.bincount(labels_N, weights=hits1_N, minlength=num_classes) / count_C
+    return metrics | {"mean_per_class_recall": recall_C[count_C > 0].mean().item()}
+
+
+def classification_chance(num_classes: int) -> dict[str, float]:
+    """The same metrics for a model that knows nothing."""
+    chance = {"acc1": 1 / num_classes, "mean_per_class_recall": 1 / num_classes}
+    return chance | ({"acc5": 5 / num_classes} if num_classes >= 5 else {})

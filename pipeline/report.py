@@ -1,0 +1,119 @@
+"""Make a report, Markdown and one self-contained HTML page, of runs and results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # started as a script, the first entry is pipeline/ itself; imports must be those of the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from pipeline import report_tables as tables
+from pipeline.entry import run
+from pipeline.files import write_atomically
+from pipeline.recipe import Recipe
+from pipeline.report_curves import draw_curves
+from pipeline.report_inputs import read_inputs
+from pipeline.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
+from pipeline.run_logger import timestamp
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write report.html and report.md; returns the exit code. Raises UserError for inputs that are no results."""
+    arguments = _parser().parse_args(argv)
+    inputs = read_inputs(arguments.results)
+    recipes = [run.recipe for run in inputs.runs if run.recipe]
+    masks = draw_masks(arguments.images, recipes[0] if recipes else Recipe()) if arguments.images else None
+    content = {
+        "created": timestamp(),
+        "sources": [str(path) for path in arguments.results],
+        "headline": tables.headline_table(inputs.results),
+        "datasets": tables.dataset_tables(inputs.results),
+        "provenance": tables.provenance_table(inputs.results) if inputs.results else None,
+        "training": tables.training_table(inputs.runs),
+        "curves": draw_curves(inputs.runs),
+        "masks": masks,
+        "strategies": STRATEGIES,
+    }
+    print(write_report(arguments.output, content))
+    return 0
+
+
+def write_report(directory: Path, content: dict[str, Any]) -> Path:
+    """Render the templates into a directory; returns the HTML page, which needs no other file."""
+    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    for curve in content["curves"]:
+        write_atomically(directory / "figures" / f"{curve.name}.svg", curve.light_svg)
+    if content["masks"]:
+        _write_strips(directory / "figures", content["masks"])
+    write_atomically(directory / "report.md", render("report.md.j2", content))
+    page = directory / "report.html"
+    write_atomically(page, render("report.html.j2", content))
+    return page.resolve()
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """One of the templates, filled in; everything that is not markup is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["md"] = _escape_markdown
+    return environment.get_template(template).render(content)
+
+
+def _write_strips(directory: Path, grid: PictureGrid) -> None:
+    for number, row in enumerate(grid.rows):
+        strip = side_by_side([row.original.jpeg, *(picture.jpeg for picture in row.masked)])
+        write_atomically(directory / f"masks_{number}.jpg", strip)
+
+
+def _data_uri(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _escape_markdown(text: str) -> str:
+    for character in "\\|`*_<>[]":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="report.py",
+        description="Make report.html and report.md of training runs and evaluation results.",
+        epilog="example: python pipeline/report.py runs/demo --output runs/demo/report --images eval/retrieval",
+    )
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="run directories (with evaluation/results.jsonl, if evaluated), directories with results.jsonl, or files",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where report.html and report.md go")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="evaluation set or shard directory: show what masking hides on its images",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,90 @@
+"""What a report is made of: runs (recipe, metrics) and results, found in the directories and files given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
+from pipeline.recipe import Recipe, read_recipe_file
+from pipeline.run_logger import METRICS
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its directory's name, its recipe, and its logged steps in order."""
+
+    name: str
+    recipe: Recipe | None
+    steps: tuple[dict[str, Any], ...]
+
+    def curve(self, metric: str) -> tuple[list[float], list[float]]:
+        """Samples seen (else steps) and values of a metric, at the logged steps that have both."""
+        points = []
+        for step in self.steps:
+            position, value = step.get("samples_seen", step.get("step")), step.get(metric)
+            if isinstance(position, (int, float)) and isinstance(value, (int, float)):
+                points.append((float(position), float(value)))
+        return [position for position, _ in points], [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """All runs and results, in the order given; a result that is found twice counts once."""
+
+    runs: tuple[Run, ...]
+    results: tuple[Result, ...]
+
+
+def read_inputs(paths: Sequence[Path]) -> ReportInputs:
+    """Read run directories, directories with results, and results files.
+
+    Raises UserError for a path that is none of these, and if nothing at all is found.
+    """
+    runs: list[Run] = []
+    results: dict[tuple[str, str, str, str], Result] = {}
+    for path in paths:
+        result_files = _result_files(path)
+        is_run = (path / METRICS).is_file()
+        if not result_files and not is_run:
+            raise UserError(
+                f"nothing to report in {path}: expected a run directory ({METRICS}), a directory with {RESULTS_FILE}, "
+                f"or such a file"
+            )
+        if is_run:
+            runs.append(_read_run(path))
+        results.update({result.key: result for file in result_files for result in read_results(file)})
+    return ReportInputs(tuple(runs), tuple(results.values()))
+
+
+def _result_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in (path / RESULTS_FILE, path / "evaluation" / RESULTS_FILE) if file.is_file()]
+
+
+def _read_run(directory: Path) -> Run:
+    recipe = directory / RECIPE_FILE
+    return Run(
+        name=directory.resolve().name,
+        recipe=read_recipe_file(str(recipe)) if recipe.is_file() else None,
+        steps=tuple(_read_steps(directory / METRICS)),
+    )
+
+
+def _read_steps(file: Path) -> list[dict[str, Any]]:
+    """Logged steps in order. A line that was cut off is passed over; of a step logged twice the later line counts."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            fields = json.loads(line)
+            steps[int(fields["step"])] = fields
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [steps[step] for step in sorted(steps)]

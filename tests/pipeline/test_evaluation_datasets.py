@@ -1,0 +1,211 @@
+"""Readers of the three evaluation layouts: what they return, and one clear line for whatever does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.evaluation.datasets import (
+    ClassificationSet,
+    CompositionSet,
+    RetrievalSet,
+    open_evaluation_set,
+)
+
+Members = Sequence[tuple[str, bytes]]
+Damage = Callable[[Path], object]
+
+
+def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Members) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_test_split(directory: Path, shards: Sequence[Members]) -> None:
+    for index, members in enumerate(shards):
+        write_tar(directory / "test" / f"{index}.tar", members)
+    (directory / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+
+
+def write_classification_set(directory: Path) -> None:
+    write_test_split(
+        directory,
+        [[("a.png", png()), ("a.cls", b"1")], [("b.png", png()), ("b.cls", b"0\n"), ("b.json", b"{}")]],
+    )
+    (directory / "classnames.txt").write_text("red square\nblue disc\n")
+    (directory / "zeroshot_classification_templates.txt").write_text("a {c}.\na photo of a {c}.\n")
+
+
+def write_composition_set(directory: Path) -> None:
+    (directory / "images").mkdir(parents=True)
+    (directory / "images" / "1.png").write_bytes(png())
+    entry = {"filename": "1.png", "caption": "a red cat", "negative_caption": "a blue cat"}
+    (directory / "replace_att.json").write_text(json.dumps({"0": entry, "1": entry}))
+    (directory / "swap_obj.json").write_text(json.dumps({"0": entry | {"negative_caption": "cat red a"}}))
+
+
+def test_classification_set(tmp_path: Path) -> None:
+    write_classification_set(tmp_path / "shapes")
+    dataset = open_evaluation_set(tmp_path / "shapes")
+    assert isinstance(dataset, ClassificationSet)
+    assert dataset.name == "shapes"
+    assert dataset.class_names == ("red square", "blue disc")
+    assert dataset.templates == ("a {c}.", "a photo of a {c}.")
+    assert [sample.label for sample in dataset.samples] == [1, 0]
+    assert all(sample.image.read() == png() for sample in dataset.samples)
+
+
+def test_retrieval_set_with_several_captions(tmp_path: Path) -> None:
+    write_test_split(
+        tmp_path,
+        [[("b.JPG", png((9, 8, 7))), ("b.txt", "one dög\n\n two \n".encode()), ("a.webp", png()), ("a.txt", b"x")]],
+    )
+    dataset = open_evaluation_set(tmp_path)
+    assert isinstance(dataset, RetrievalSet)
+    assert [sample.captions for sample in dataset.samples] == [("one dög", "two"), ("x",)]
+    assert [sample.image.read() for sample in dataset.samples] == [png((9, 8, 7)), png()]
+
+
+def test_composition_set(tmp_path: Path) -> None:
+    write_composition_set(tmp_path)
+    dataset = open_evaluation_set(tmp_path)
+    assert isinstance(dataset, CompositionSet)
+    assert [sample.category for sample in dataset.samples] == ["replace_att", "replace_att", "swap_obj"]
+    assert dataset.samples[2].negative_caption == "cat red a"
+    assert dataset.samples[0].image.read() == png()
+
+
+def test_members_outside_the_closed_list_are_never_read(tmp_path: Path) -> None:
+    write_test_split(tmp_path, [[("a.png", png()), ("a.txt", b"x"), ("a.pyd", b"\x80"), ("b.pickle", b"\x80")]])
+    dataset = open_evaluation_set(tmp_path)
+    assert len(dataset.samples) == 1
+
+
+def _remove(name: str) -> Damage:
+    return lambda directory: (directory / name).unlink()
+
+
+def _write(name: str, text: str) -> Damage:
+    return lambda directory: (directory / name).write_text(text)
+
+
+def _shard(*members: tuple[str, bytes]) -> Damage:
+    return lambda directory: write_tar(directory / "test" / "0.tar", members)
+
+
+def _cut(bytes_left: int) -> Damage:
+    def cut(directory: Path) -> None:
+        path = directory / "test" / "0.tar"
+        path.write_bytes(path.read_bytes()[:bytes_left])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("test/nshards.txt"), "nshards.txt: expected the number of shards"),
+        (_write("test/nshards.txt", "two"), "must hold a positive integer"),
+        (_write("test/nshards.txt", "0"), "must hold a positive integer"),
+        (_write("test/nshards.txt", "1"), "holds 2 tars, but nshards.txt says 1"),
+        (_remove("test/1.tar"), "missing shard .*1.tar"),
+        (_remove("zeroshot_classification_templates.txt"), "missing .*templates.txt"),
+        (_remove("classnames.txt"), "missing .*classnames.txt"),
+        (_write("classnames.txt", ""), "classnames.txt is empty"),
+        (_write("classnames.txt", "a\n\nb\n"), "line 2 is blank"),
+        (_write("classnames.txt", "only one\n"), "'a' in .*0.tar has class 1, but classnames.txt names only"),
+        (_write("zeroshot_classification_templates.txt", "a photo"), "'a photo' has no {c}"),
+        (_shard(("a.png", b"x")), "no class index"),
+        (_shard(("a.png", b"x"), ("a.cls", b"-1")), "no class index: .* found '-1'"),
+        (_shard(("a.png", b"x"), ("a.cls", b"\xff")), "not UTF-8"),
+        (_shard(("a.cls", b"1")), "has no image"),
+        (_shard(("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")), "two images: a.png and a.jpg"),
+        (_shard(("a.cls", b"1"), ("a.png", b"x"), ("a.cls", b"0")), r"two \.cls members"),
+        (_write("test/0.tar", "<html>"), "cannot read .*0.tar"),
+        (_cut(700), "cannot read .*0.tar"),
+        (_cut(1024), "0.tar: no end-of-archive mark"),
+        (_write("dataset.json", '{"samples": 3}'), "holds 2 samples, but its dataset.json says 3"),
+        (_write("dataset.json", "{"), "is not JSON"),
+    ],
+)
+def test_damaged_classification_set(tmp_path: Path, damage: Damage, message: str) -> None:
+    write_classification_set(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as failure:
+        open_evaluation_set(tmp_path)
+    assert "\n" not in str(failure.value)
+
+
+def test_shards_without_samples(tmp_path: Path) -> None:
+    write_test_split(tmp_path, [[]])
+    with pytest.raises(UserError, match="hold no samples"):
+        open_evaluation_set(tmp_path)
+
+
+@pytest.mark.parametrize("members", [[("a.jpg", b"x")], [("a.jpg", b"x"), ("a.txt", b" \n")]])
+def test_retrieval_sample_without_caption(tmp_path: Path, members: Members) -> None:
+    write_test_split(tmp_path, [members])
+    with pytest.raises(UserError, match=r"sample 'a' in .*0\.tar has no caption"):
+        open_evaluation_set(tmp_path)
+
+
+def test_classification_set_without_any_side_file_says_what_is_missing(tmp_path: Path) -> None:
+    write_test_split(tmp_path, [[("a.jpg", b"x"), ("a.cls", b"0")]])
+    with pytest.raises(UserError, match=r"needs classnames\.txt"):
+        open_evaluation_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("images/1.png"), "replace_att.json, entry 0: missing image .*1.png"),
+        (_write("swap_obj.json", "{}"), "swap_obj.json is empty"),
+        (_write("swap_obj.json", "[]"), "must hold a JSON object"),
+        (_write("swap_obj.json", '{"7": {"filename": "1.png", "caption": ""}}'), "entry 7: expected strings"),
+        (
+            _write("swap_obj.json", '{"0": {"filename": "../x", "caption": "a", "negative_caption": "b"}}'),
+            "directly in images/",
+        ),
+    ],
+)
+def test_damaged_composition_set(tmp_path: Path, damage: Damage, message: str) -> None:
+    write_composition_set(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_evaluation_set(tmp_path)
+
+
+def test_directories_that_are_no_evaluation_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        open_evaluation_set(tmp_path / "absent")
+    with pytest.raises(UserError, match="no evaluation set in"):
+        open_evaluation_set(tmp_path)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="no categories in"):
+        open_evaluation_set(tmp_path)
+
+
+def test_an_image_over_the_byte_limit_is_not_read(tmp_path: Path) -> None:
+    write_composition_set(tmp_path)
+    with (tmp_path / "images" / "1.png").open("r+b") as file:
+        file.truncate(65 * 2**20)
+    dataset = open_evaluation_set(tmp_path)
+    with pytest.raises(UserError, match="over the limit"):
+        dataset.samples[0].image.read()

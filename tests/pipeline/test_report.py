@@ -1,0 +1,217 @@
+"""The report from made-up runs and results: what its tables say, what its pictures show, and that it stands alone."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.masking import MaskingConfig
+from pipeline import report
+from pipeline.errors import UserError
+from pipeline.evaluation.results import Result, write_results
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.report_inputs import read_inputs
+from pipeline.report_masks import draw_masks, hidden_patches
+from pipeline.report_tables import dataset_tables, headline_table, training_table
+
+CHANCE = {"acc1": 0.1}
+
+
+def result_of(run: str, acc1: float, dataset: str = "cifar10", samples: int = 1000, template: str = "ab") -> Result:
+    return Result(
+        model="ViT-tiny-8",
+        checkpoint=f"runs/{run}/checkpoints/step_00000200",
+        dataset=dataset,
+        task="zeroshot_classification",
+        metrics={"acc1": acc1},
+        samples=samples,
+        chance=CHANCE,
+        template_sha256=template * 32,
+        step=200,
+    )
+
+
+def write_run(directory: Path, strategy: str = "cluster", last_line: str = '{"step": 30, "lo') -> Path:
+    directory.mkdir(parents=True)
+    recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}, "masking": {"strategy": strategy}}, "test")
+    (directory / "recipe.yaml").write_text(recipe.to_yaml())
+    steps = [{"step": step, "samples_seen": 64 * step, "loss": 4 - step / 10} for step in (10, 20)]
+    steps[1] |= {"mask_ratio": 0.5, "mask_ratio_std": 0.1, "wall_time_s": 83.0, "samples_per_s": 512.0}
+    lines = [json.dumps(step) for step in steps]
+    (directory / "metrics.jsonl").write_text("\n".join([*lines, last_line]))
+    write_results(directory / "evaluation", [result_of(directory.name, 0.25)])
+    return directory
+
+
+def write_images(directory: Path) -> Path:
+    """A composition set of three images: half flat sky, half noise."""
+    (directory / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    entries = {}
+    for index in range(3):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels[:32] = (120, 160, 230)
+        Image.fromarray(pixels).save(directory / "images" / f"{index}.png")
+        entries[str(index)] = {"filename": f"{index}.png", "caption": f"sky <{index}>", "negative_caption": "no"}
+    (directory / "swap_att.json").write_text(json.dumps(entries))
+    return directory
+
+
+class _Resources(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "data")]
+
+
+def test_page_stands_alone_and_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "alpha"), write_run(tmp_path / "beta", "random")]
+    images = write_images(tmp_path / "sky")
+    assert report.main([*map(str, runs), "--output", str(tmp_path / "out"), "--images", str(images)]) == 0
+    page = tmp_path / "out" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page.resolve())
+
+    text = page.read_text()
+    resources = _Resources()
+    resources.feed(text)
+    assert resources.addresses
+    assert all(address.startswith("data:image/") for address in resources.addresses)
+    assert not resources.tags & {"script", "link", "iframe"}
+    assert "url(" not in text
+    assert "@import" not in text
+    for expected in ("alpha", "beta", "25.00", "10.00", "cluster, 50%", "1m23s", "prefers-color-scheme: dark"):
+        assert expected in text
+    # two curves for two kinds of page, three pictures of three images
+    assert len(resources.addresses) == 2 * 2 + 3 * 3
+
+
+def test_data_from_outside_is_escaped(tmp_path: Path) -> None:
+    write_results(tmp_path, [result_of("<script>alert(1)<b>", 0.5, dataset="a|b <img src=x>")])
+    report.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    resources = _Resources()
+    resources.feed((tmp_path / "out" / "report.html").read_text())
+    assert not resources.tags & {"script", "img", "b"}
+    assert "a\\|b \\<img src=x\\>" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_markdown_tables_are_whole_and_figures_exist(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "alpha")
+    images = write_images(tmp_path / "sky")
+    report.main([str(run), "--output", str(tmp_path / "out"), "--images", str(images)])
+    text = (tmp_path / "out" / "report.md").read_text()
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        rows = block.splitlines()
+        assert len(rows) >= 3
+        assert set(rows[1]) <= set("|:-")
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    figures = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(figures) == 2 + 3
+    assert all((tmp_path / "out" / figure).stat().st_size for figure in figures)
+
+
+def test_interrupted_and_repeated_lines_of_metrics(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "alpha", last_line='{"step": 20, "samples_seen": 1280, "loss": 1.5}\n{"step": 30, "l')
+    (loaded,) = read_inputs([run]).runs
+    assert [step["step"] for step in loaded.steps] == [10, 20]
+    assert loaded.curve("loss") == ([640, 1280], [3.0, 1.5])
+    assert loaded.curve("mask_ratio") == ([], [])
+
+
+def test_results_given_twice_count_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "alpha")
+    inputs = read_inputs([run, run / "evaluation", run / "evaluation" / "results.jsonl"])
+    assert len(inputs.results) == 1
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_paths_without_results(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"nothing to report in .*{name}"):
+        read_inputs([tmp_path / name])
+
+
+def test_best_is_marked_and_chance_comes_last() -> None:
+    (table,) = dataset_tables([result_of("a", 0.3), result_of("b", 0.4), result_of("c", 0.4)])
+    assert [row.label for row in table.rows] == ["a", "b", "c", "chance"]
+    assert [row.cells[0].text for row in table.rows] == ["30.00", "40.00", "40.00", "10.00"]
+    assert [row.cells[0].is_best for row in table.rows] == [False, True, True, False]
+    assert not table.warning
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (result_of("b", 0.4, samples=999), "numbers of samples"),
+        (result_of("b", 0.4, template="cd"), "prompt templates"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_said_to_be_so(other: Result, reason: str) -> None:
+    (table,) = dataset_tables([result_of("a", 0.3), other])
+    assert reason in table.warning
+
+
+def test_headlines_leave_gaps_where_a_checkpoint_was_not_evaluated() -> None:
+    table = headline_table([result_of("a", 0.3), result_of("a", 0.5, "sun"), result_of("b", 0.4)])
+    assert table is not None
+    assert table.columns == ("cifar10 acc1", "sun acc1")
+    assert [[cell.text for cell in row.cells] for row in table.rows[:2]] == [["30.00", "50.00"], ["40.00", ""]]
+    assert headline_table([result_of("a", 0.3)]) is None
+
+
+def test_training_table_lists_recipe_and_outcome(tmp_path: Path) -> None:
+    table = training_table(read_inputs([write_run(tmp_path / "alpha")]).runs)
+    assert table is not None
+    facts = {row.label: row.cells[0].text for row in table.rows}
+    assert facts["model"] == "ViT-tiny-8"
+    assert facts["samples seen"] == "1,280"
+    assert facts["wall time"] == "1m23s"
+
+
+def _pixels(jpeg: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))).permute(2, 0, 1).float()
+
+
+def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:
+    recipe: Recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test")
+    grid = draw_masks(write_images(tmp_path), recipe)
+    originals = [_pixels(row.original.jpeg) for row in grid.rows]
+    images_BCHW = torch.stack(
+        [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
+    )
+    for index, strategy in enumerate(("random", "cluster")):
+        hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(strategy=strategy))
+        assert hidden_BL.float().mean() == 0.5
+        for row, original, hidden_L in zip(grid.rows, originals, hidden_BL, strict=True):
+            assert row.masked[index].hidden == pytest.approx(hidden_L.float().mean().item())
+            difference = (_pixels(row.masked[index].jpeg) - original).abs().mean(dim=0)
+            by_patch = difference.view(8, difference.shape[0] // 8, 8, -1).mean(dim=(1, 3)).flatten()
+            assert torch.equal(by_patch > 12, hidden_L)
+
+
+def test_clusters_hide_the_flat_sky_first(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    images_BCHW = torch.stack(
+        [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
+    )
+    hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(anchor_ratio=0.1))
+    sky, noise = hidden_BL[:, :32].float().mean(), hidden_BL[:, 32:].float().mean()
+    assert sky > 0.8
+    assert noise < 0.2
+
+
+def test_data_uri_round_trip() -> None:
+    uri = report._data_uri(b"\x00\xffpicture", "image/jpeg")
+    assert base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")) == b"\x00\xffpicture"
