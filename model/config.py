@@ -96,6 +96,7 @@ _CONFIGS = [
     _config("ViT-H-14", 1024, (224, 14, 1280, 32, 16), (1024, 24, 16)),
     _config("ViT-tiny-16", 192, (224, 16, 192, 6, 3), (192, 4, 3)),
     _config("ViT-tiny-8", 192, (64, 8, 192, 6, 3), (192, 4, 3)),
+    _config("ViT-nano-8", 128, (64, 8, 128, 4, 4), (128, 3, 4)),
     _config("ViT-test-8", 32, (32, 8, 32, 2, 2), (32, 2, 2)),
 ]
 CONFIGS: dict[str, CLIPConfig] = {config.name: config for config in _CONFIGS}
