@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.files import write_text
+from data_prep.files import write_json, write_text
 from data_prep.images import image_extension
 from data_prep.shards import Members, ShardWriter
 
@@ -38,7 +38,7 @@ def write_classification_set(
 
     write_text(directory / "classnames.txt", _lines(classnames))
     write_text(directory / "zeroshot_classification_templates.txt", _lines(templates))
-    return _write_test_split(directory / "test", members(), samples_per_shard)
+    return _write_samples(directory, members(), samples_per_shard)
 
 
 def write_retrieval_set(
@@ -59,15 +59,17 @@ def write_retrieval_set(
                 raise UserError(f"sample {index} has no caption or an empty one: every image needs captions")
             yield {_extension(image, index): image, "txt": "\n".join(lines).encode("utf-8")}
 
-    return _write_test_split(directory / "test", members(), samples_per_shard)
+    write_text(directory / "dataset_type.txt", "retrieval\n")  # without it CLIP_benchmark takes captions for classes
+    return _write_samples(directory, members(), samples_per_shard)
 
 
-def _write_test_split(directory: Path, samples: Iterable[Members], samples_per_shard: int) -> int:
-    with ShardWriter(directory, samples_per_shard, shard_name="{}.tar".format) as writer:
+def _write_samples(directory: Path, samples: Iterable[Members], samples_per_shard: int) -> int:
+    with ShardWriter(directory / "test", samples_per_shard, shard_name="{}.tar".format) as writer:
         for index, members in enumerate(samples):
             writer.write(f"s{index:07d}", members)
-    # the count comes last: readers find a set only once all of its shards are there
-    write_text(directory / "nshards.txt", f"{writer.shards}\n")
+    write_json(directory / "dataset.json", {"samples": writer.samples})
+    # the number of shards comes last: readers find a set only once all of it is there
+    write_text(directory / "test" / "nshards.txt", f"{writer.shards}\n")
     return writer.samples
 
 

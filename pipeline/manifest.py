@@ -18,12 +18,15 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: where it is, its usable samples, its size, and the keys of samples that are not to be used."""
+    """One tar: where it is, its usable samples, its size, the keys of samples that are not to be used, and whether
+    `verify` found it cut off, so that only what precedes the damage is used.
+    """
 
     url: str
     samples: int
     size_bytes: int
     skip: frozenset[str]
+    truncated: bool
 
     def local_path(self) -> Path:
         """The tar as a local file; a remote one is fetched once into fsspec's cache."""
@@ -42,7 +45,7 @@ class Shard:
         if size_bytes != self.size_bytes:
             raise UserError(f"{self.url} has {size_bytes} bytes, not {self.size_bytes}: {_VERIFY_AGAIN}")
         try:
-            index = index_samples(path, self.skip)
+            index = index_samples(path, self.skip, self.truncated)
         except Exception as error:
             raise UserError(f"{self.url} cannot be read as a tar ({error}): {_VERIFY_AGAIN}") from error
         if len(index.keys) != self.samples:
@@ -101,7 +104,11 @@ def _parse_line(directory: str, number: int, line: bytes) -> Shard:
         if "/" in name or not name.endswith(".tar"):
             raise ValueError(f"shard name {name!r}")
         return Shard(
-            f"{directory}/{name}", int(fields["samples"]), int(fields["bytes"]), frozenset(fields.get("skip", ()))
+            url=f"{directory}/{name}",
+            samples=int(fields["samples"]),
+            size_bytes=int(fields["bytes"]),
+            skip=frozenset(fields.get("skip", ())),
+            truncated=bool(fields.get("truncated", False)),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

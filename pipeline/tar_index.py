@@ -39,16 +39,41 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", kind.lower()
 
 
-def read_members(path: Path) -> list[Member]:
-    """Regular files of an uncompressed tar in order; raises tarfile.TarError or OSError if it is damaged."""
+def read_members(path: Path, up_to_damage: bool = False) -> list[Member]:
+    """Regular files of an uncompressed tar in order.
+
+    Raises tarfile.TarError or OSError if it is damaged or cut off, unless what precedes the damage is wanted.
+    """
     if path.stat().st_size == 0:
         raise tarfile.ReadError("empty file")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return list(_plain_members(data))
+            return _collect(_plain_members(data), up_to_damage)
     except NotPlainTarError:
-        with tarfile.open(path, "r:") as tar:
-            return [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+        return _collect(_members_by_tarfile(path), up_to_damage)
+
+
+def _collect(members: Iterator[Member], up_to_damage: bool) -> list[Member]:
+    found: list[Member] = []
+    try:
+        found.extend(members)
+    except (tarfile.TarError, EOFError, ValueError):
+        if not up_to_damage:
+            raise
+    return found
+
+
+def _members_by_tarfile(path: Path) -> Iterator[Member]:
+    end = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            padded_end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            if padded_end > end:
+                raise tarfile.ReadError("cut off inside a member")
+            if member.isreg() and not member.issparse():
+                yield Member(member.name, member.offset_data, member.size)
+        if tar.fileobj is None or end < tar.offset + _BLOCK:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("no end-of-archive mark: cut off")
 
 
 def _plain_members(data: mmap.mmap) -> Iterator[Member]:
@@ -86,12 +111,15 @@ class SampleIndex(NamedTuple):
     spans_n4: np.ndarray
 
 
-def index_samples(path: Path, skip: Container[str]) -> SampleIndex:
-    """Samples with an image and a caption whose key is not to be skipped, in order."""
+def index_samples(path: Path, skip: Container[str], truncated: bool = False) -> SampleIndex:
+    """Samples with an image and a caption whose key is not to be skipped, in order.
+
+    Of a shard known to be truncated, those before the damage; otherwise damage raises as in `read_members`.
+    """
     keys: list[str] = []
     spans: list[list[int]] = []
     current, image, caption = "", None, None
-    for member in [*read_members(path), Member("", 0, 0)]:
+    for member in [*read_members(path, up_to_damage=truncated), Member("", 0, 0)]:
         key, kind = split_name(member.name)
         if key != current:
             if image and caption and current not in skip:
