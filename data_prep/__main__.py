@@ -205,6 +205,9 @@ def _add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "tokenizer", _tokenizer, "train SentencePiece on the captions of a shard directory")
     parser.add_argument("directory", type=Path, metavar="DIR", help="shard directory")
     parser.add_argument("--output", type=Path, required=True, metavar="MODEL", help="model file to write")
+    parser.add_argument(
+        "--model-type", choices=("unigram", "bpe"), default="unigram", help="bpe suits captions of few distinct words"
+    )
     parser.add_argument("--vocab-size", type=_positive, default=8192, metavar="N", help="most pieces")
     parser.add_argument(
         "--max-captions", type=_positive, default=2_000_000, metavar="N", help="train on a sample of at most N"
@@ -215,7 +218,14 @@ def _add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
 def _tokenizer(options: argparse.Namespace) -> int:
     from data_prep.tokenizer import train_tokenizer
 
-    train_tokenizer(options.directory, options.output, options.vocab_size, options.max_captions, options.seed)
+    train_tokenizer(
+        options.directory,
+        options.output,
+        options.model_type,
+        options.vocab_size,
+        options.max_captions,
+        options.seed,
+    )
     return 0
 
 

@@ -22,9 +22,13 @@ BYTE_PIECES = 256
 SPECIAL_PIECES = 4
 
 
-def train_tokenizer(directory: Path, output: Path, vocab_size: int, max_captions: int, seed: int) -> int:
-    """Train a unigram model with byte fallback and lower-casing; returns the size of its vocabulary.
+def train_tokenizer(
+    directory: Path, output: Path, model_type: str, vocab_size: int, max_captions: int, seed: int
+) -> int:
+    """Train a model with byte fallback and lower-casing; returns the size of its vocabulary.
 
+    `model_type` is "unigram" or "bpe". Unigram takes as pieces what several words share, so that with few distinct
+    words it breaks even common ones apart; there "bpe" is better.
     Ids: 0 padding, 1 unknown, 2 begin, 3 end. `vocab_size` is an upper limit: few captions give fewer pieces.
     With more than `max_captions` captions, a uniform sample drawn from `seed` is used. Prints the mean length.
 
@@ -35,7 +39,7 @@ def train_tokenizer(directory: Path, output: Path, vocab_size: int, max_captions
     captions = _sample(_captions(directory), max_captions, seed)
     if not captions:
         raise UserError(f"{directory} has no captions (*.txt members) to train on")
-    model = _train(captions, vocab_size)
+    model = _train(captions, model_type, vocab_size)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     with replacing(output) as temporary:
         temporary.write_bytes(model)
@@ -69,13 +73,13 @@ def _sample(captions: Iterator[str], size: int, seed: int) -> list[str]:
     return kept
 
 
-def _train(captions: list[str], vocab_size: int) -> bytes:
+def _train(captions: list[str], model_type: str, vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,

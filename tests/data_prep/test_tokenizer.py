@@ -28,7 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(shards: Path, output: Path, vocab_size: int = 400, max_captions: int = 10_000, seed: int = 0) -> bytes:
-    train_tokenizer(shards, output, vocab_size, max_captions, seed)
+    train_tokenizer(shards, output, "unigram", vocab_size, max_captions, seed)
     return output.read_bytes()
 
 
@@ -45,8 +45,15 @@ def test_ids_case_and_byte_fallback(shards: Path, tmp_path: Path) -> None:
 
 
 def test_few_captions_give_fewer_pieces_than_asked_for(shards: Path, tmp_path: Path) -> None:
-    size = train_tokenizer(shards, tmp_path / "tokenizer.model", 8192, 10_000, 0)
-    assert 260 < size < 8192
+    for model_type in ("unigram", "bpe"):
+        size = train_tokenizer(shards, tmp_path / "tokenizer.model", model_type, 8192, 10_000, 0)
+        assert 260 < size < 8192
+
+
+def test_byte_pairs_keep_frequent_words_whole(shards: Path, tmp_path: Path) -> None:
+    train_tokenizer(shards, tmp_path / "tokenizer.model", "bpe", 600, 10_000, 0)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert processor.encode("a red circle", out_type=str) == ["▁a", "▁red", "▁circle"]
 
 
 def test_equal_input_gives_an_equal_model(shards: Path, tmp_path: Path) -> None:
