@@ -19,7 +19,7 @@ step "1/8 draw image-caption pairs and evaluation sets"
 data-prep synthetic "$out/web" --train 10000 --validation 1000 --size 64 --base-url "http://127.0.0.1:$port"
 
 step "2/8 serve them on 127.0.0.1:$port"
-python -m http.server "$port" --bind 127.0.0.1 --directory "$out/web" >/dev/null 2>&1 &
+python "$here/examples/serve.py" "$out/web" "$port" &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 
@@ -27,12 +27,12 @@ step "3/8 ingest the url list"
 data-prep ingest "$out/web/train.tsv" --output "$out/urls.parquet"
 
 step "4/8 download it into shards"
-data-prep download "$out/urls.parquet" --output "$out/shards" --samples-per-shard 1000 --resize-mode no
+data-prep download "$out/urls.parquet" --output "$out/shards" --samples-per-shard 500 --resize-mode no
 kill $server
 
 step "5/8 verify the shards, train a tokenizer on their captions"
 data-prep verify "$out/shards"
-data-prep tokenizer "$out/shards" --output "$out/tokenizer.model" --vocab-size 1024
+data-prep tokenizer "$out/shards" --output "$out/tokenizer.model" --model-type bpe --vocab-size 1024
 
 step "6/8 train, cluster masking at 50 %, two ranks under the deepspeed launcher"
 deepspeed -q --num_accelerators 2 --master_port "$port" "$here/pipeline/train.py" --recipe demo \

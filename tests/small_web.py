@@ -45,6 +45,7 @@ class SmallWeb:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 1024  # a downloader opens many connections at once
 
             def handle_error(self, *_: object) -> None:
                 pass  # clients that hang up are part of the tests
