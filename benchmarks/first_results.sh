@@ -64,3 +64,4 @@ for strategy in none random cluster; do
 done
 python "$here/pipeline/report.py" "$out"/runs/flickr_{none,random,cluster} --images "$out/flickr8k" --output "$out/report_flickr"
 python "$here/pipeline/report.py" "$out"/runs/cifar_{none,random,cluster} --images "$out/cifar10" --output "$out/report_cifar"
+python "$here/benchmarks/first_results_table.py" "$out"

@@ -11,12 +11,8 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
-
-import torch
 
 from pipeline.entry import add_launcher_argument, run
 from pipeline.errors import UserError
@@ -31,6 +27,7 @@ from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.results import RESULTS_FILE, Result, Scores, format_table, write_results
 from pipeline.inference import load_for_inference
 from pipeline.ranks import init_ranks
+from pipeline.run_record import versions
 
 TASKS = {"zeroshot": zero_shot.TASK, "retrieval": retrieval.TASK, "composition": composition.TASK}
 
@@ -60,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             weights_sha256=model.weights_sha256,
             step=model.step,
             samples_seen=model.samples_seen,
-            versions=_versions(),
+            versions=versions(),
             wall_time_s=round(time.monotonic() - start_s, 3),
         )
         if ranks.is_main:
@@ -103,14 +100,6 @@ def _select(tasks: str, datasets: Sequence[EvaluationSet]) -> list[EvaluationSet
         if TASKS[task] not in map(task_of, datasets):
             raise UserError(f"no dataset for task {task}: none of the --data directories ({', '.join(names)}) fits")
     return [dataset for dataset in datasets if task_of(dataset) in {TASKS[task] for task in wanted}]
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "cluster-clip": version("cluster-clip"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _parser() -> argparse.ArgumentParser:
