@@ -28,7 +28,6 @@ def read_run(run: Path) -> dict[str, Any]:
         "samples_seen": metrics[-1]["samples_seen"],
         "mask_ratio": metrics[-1]["mask_ratio"],
         "tokens_per_sample": (metrics[-1]["image_tokens"] + metrics[-1]["text_tokens"]) / 64,
-        "samples_per_s": sorted(line["samples_per_s"] for line in metrics)[len(metrics) // 2],
     }
 
 

@@ -17,10 +17,7 @@ def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a program; a UserError becomes one line on stderr and exit code 2.
-
-    Every rank fails in the same way, so only rank 0 and ranks that fail alone say why.
-    """
+    """Run a program; a UserError becomes one line on stderr (of each rank that meets it) and exit code 2."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:

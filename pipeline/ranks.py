@@ -103,5 +103,6 @@ def init_ranks() -> Ranks:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        device_id = device if device.type == "cuda" else None  # tells NCCL which GPU is this rank's before first use
+        dist.init_process_group(backend, rank=rank, world_size=world_size, device_id=device_id)
     return Ranks(rank, local_rank, world_size, device)

@@ -80,6 +80,10 @@ def test_from_a_web_server_to_a_report(tmp_path: Path, file_server: str, launch:
     )
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert set(figures(results)) == {"zeroshot", "zeroshot_heldout", "retrieval", "composition"}
+    alone = ["--checkpoint", str(run), "--data", *sets[2:], "--output", str(tmp_path / "one_rank")]
+    assert launch("pipeline/evaluate.py", *alone).returncode == 0
+    for dataset, values in figures(tmp_path / "one_rank").items():
+        assert figures(results)[dataset] == values, "figures depend on the number of ranks"
 
     report = launch("pipeline/report.py", str(run), "--images", sets[2], "--output", str(tmp_path / "report"))
     assert report.returncode == 0, report.stderr[-3000:]
@@ -94,6 +98,18 @@ def first_rows(source: Path, target: Path, rows: int) -> Path:
     return target
 
 
+def train_and_evaluate(folder: Path, launch: Callable, dataset: str, image_size: int) -> dict[str, float]:
+    """150 steps on folder/shards, then figures over chance on folder/DATASET."""
+    options = [f"data.train={folder / 'shards'}", f"data.tokenizer={folder / 't.model'}", "data.workers=0"]
+    options += [f"model.image_size={image_size}", "train.max_steps=150", "train.global_batch_size=64"]
+    trained = launch("pipeline/train.py", "--recipe", "demo", *options, f"train.output={folder / 'run'}")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    arguments = ["--checkpoint", str(folder / "run"), "--data", str(folder / dataset)]
+    evaluated = launch("pipeline/evaluate.py", *arguments, "--output", str(folder / "results"))
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    return figures(folder / "results")[dataset]
+
+
 @needs_data
 def test_photographs_are_learned(tmp_path: Path, launch: Callable) -> None:
     """Seconds of training on Flickr8k: captions and pictures of the training set find each other above chance."""
@@ -102,14 +118,7 @@ def test_photographs_are_learned(tmp_path: Path, launch: Callable) -> None:
     prepare("verify", tmp_path / "shards")
     prepare("tokenizer", tmp_path / "shards", "--vocab-size", "1500", "--output", tmp_path / "t.model")
     prepare("pack", table, "--as", "retrieval", "--output", tmp_path / "flickr")
-    options = [f"data.train={tmp_path / 'shards'}", f"data.tokenizer={tmp_path / 't.model'}", "data.workers=0"]
-    size = ["model.name=ViT-nano-8", "model.image_size=64", "train.max_steps=150", "train.global_batch_size=64"]
-    trained = launch("pipeline/train.py", "--recipe", "demo", *options, *size, f"train.output={tmp_path / 'run'}")
-    assert trained.returncode == 0, trained.stderr[-3000:]
-    arguments = ["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "flickr")]
-    evaluated = launch("pipeline/evaluate.py", *arguments, "--output", str(tmp_path / "results"))
-    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    over_chance = figures(tmp_path / "results")["flickr"]
+    over_chance = train_and_evaluate(tmp_path, launch, "flickr", image_size=64)
     assert over_chance["image_retrieval_recall@10"] > 2
     assert over_chance["text_retrieval_recall@10"] > 2
 
@@ -128,11 +137,4 @@ def test_labelled_pictures_become_pairs_and_a_zero_shot_set(tmp_path: Path, laun
     prepare("pack", test, *labels, "--as", "classification", "--output", tmp_path / "cifar10")
     tokenizer = ["--model-type", "bpe", "--vocab-size", "400", "--output", tmp_path / "t.model"]
     prepare("tokenizer", tmp_path / "shards", *tokenizer)
-    options = [f"data.train={tmp_path / 'shards'}", f"data.tokenizer={tmp_path / 't.model'}", "data.workers=0"]
-    size = ["model.name=ViT-nano-8", "model.image_size=32", "train.max_steps=150", "train.global_batch_size=64"]
-    trained = launch("pipeline/train.py", "--recipe", "demo", *options, *size, f"train.output={tmp_path / 'run'}")
-    assert trained.returncode == 0, trained.stderr[-3000:]
-    arguments = ["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "cifar10")]
-    evaluated = launch("pipeline/evaluate.py", *arguments, "--output", str(tmp_path / "results"))
-    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    assert figures(tmp_path / "results")["cifar10"]["acc1"] > 1.5
+    assert train_and_evaluate(tmp_path, launch, "cifar10", image_size=32)["acc1"] > 1.5
