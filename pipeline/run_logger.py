@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.files import write_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -19,10 +21,15 @@ class RunLogger:
         self._path = run_directory / METRICS
         self._total_steps = total_steps
         self._tensorboard = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
-        _drop_lines_after(self._path, first_step)
+        kept = _drop_lines_after(self._path, first_step)
+        self._wall_time_before_s = kept[-1].get("wall_time_s", 0.0) if kept else 0.0
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One logged step: a line of JSON, a point on each curve, a line of progress."""
+        """One logged step: a line of JSON, a point on each curve, a line of progress.
+
+        `wall_time_s` comes in counted from this start and goes out counted over all starts of the run.
+        """
+        metrics = {**metrics, "wall_time_s": self._wall_time_before_s + metrics["wall_time_s"]}
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
@@ -53,19 +60,19 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove lines beyond a step, and one that was cut off; returns what is left, parsed."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
+            metrics = json.loads(line)
+            if metrics["step"] <= step:
+                kept.append(metrics)
+        except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while writing it
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+    return kept
 
 
 def timestamp() -> str:

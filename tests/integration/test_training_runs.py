@@ -89,6 +89,8 @@ def test_resume_is_bit_exact(finished_run: Path, tmp_path: Path, launch: Callabl
     assert "step_00000004 at step 4" in done.stdout
     assert_same_weights(finished_run, run)
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(finished_run)]
+    times = [line["wall_time_s"] for line in metrics(run)]
+    assert times == sorted(times), "time is counted over all starts"
     # once finished, the same command is a no-op that says so
     again = launch(TRAIN, *options, ranks=2)
     assert again.returncode == 0
