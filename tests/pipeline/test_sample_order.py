@@ -34,6 +34,9 @@ def test_epochs_and_seeds_differ_and_shuffling_is_real() -> None:
     ]
     assert sequences[0] == [order.locate(0, p) for p in range(150)]
     assert all(a != b for a in sequences for b in sequences if a is not b)
+    # the shards' own order changes too, with windows of one shard
+    shard_orders = {tuple(SampleOrder((9,) * 12, 1, 0).locate(epoch, p)[0] for p in range(108)) for epoch in range(3)}
+    assert len(shard_orders) == 3
     neighbours = sum(abs(a[1] - b[1]) <= 1 for a, b in zip(sequences[0], sequences[0][1:], strict=False))
     assert neighbours < 20
 
