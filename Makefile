@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format peers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,5 +37,8 @@ format: $(READY) ## Format the code
 	@ruff check --fix-only --quiet .
 	@ruff format --quiet .
 
-clean: ## Remove .venv, caches and the demo's output
-	@rm -rf $(VENV) demo_run .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+peers: ## Build .peers, a separate environment with open_clip and transformers, for parity tests
+	@PYTHON="$(PYTHON)" PIP_OPTIONS="$(PIP_OPTIONS)" bash tests/peers/setup.sh .peers
+
+clean: ## Remove .venv, .peers, caches and the demo's output
+	@rm -rf $(VENV) .peers demo_run .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -103,6 +103,7 @@ def _write_model_files(
         **asdict(progress),
     }
     (directory / MODEL_CARD).write_text(json.dumps(card, indent=2) + "\n")
+    shutil.copymode(directory / MODEL_CARD, directory / WEIGHTS)  # safetensors makes files for their owner alone
 
 
 def _publish(directory: Path, progress: Progress, world_size: int) -> None:

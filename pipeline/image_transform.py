@@ -71,11 +71,13 @@ def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
-    """The evaluation transform: shorter side to `size`, then the middle square; uint8 [3, size, size]."""
+    """The evaluation transform: shorter side to `size`, then the middle square; uint8 [3, size, size].
+
+    Rounds as torchvision does (longer side down, offset to the nearest): open_clip sees the same picture.
+    """
     _, H, W = image_CHW.shape
-    scale = size / min(H, W)
-    image_CHW = _resize(image_CHW, max(size, round(H * scale)), max(size, round(W * scale)))
-    top, left = (image_CHW.shape[1] - size) // 2, (image_CHW.shape[2] - size) // 2
+    image_CHW = _resize(image_CHW, size * H // min(H, W), size * W // min(H, W))
+    top, left = (round((side - size) / 2) for side in image_CHW.shape[1:])
     return image_CHW[:, top : top + size, left : left + size].contiguous()
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import html
 import importlib.util
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -48,26 +50,26 @@ class _SentencePiece:
         return ids
 
 
-class _ClipBytePairs:
-    """CLIP's tokenizer (lower-cased byte-level BPE, 49,408 tokens) from its published merges file."""
+class ClipBytePairs:
+    """CLIP's tokenizer (lower-cased byte-level BPE, 49,408 tokens) from its published merges file.
+
+    `tokens` in the order of their ids, the last two being start and end; `merges` in the order of their priority.
+    """
 
     def __init__(self, merges_file: bytes) -> None:
-        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, pre_tokenizers
         from tokenizers.models import BPE
 
         # a first line of comment, then more merges than were used: 2 x 256 bytes + 48,894 merges + 2 special tokens
         lines = gzip.decompress(merges_file).decode().strip().split("\n")[1 : 1 + 48_894]
-        merges = [(first, second) for first, second in (line.split() for line in lines)]
+        self.merges = [(first, second) for first, second in (line.split() for line in lines)]
         symbols = _byte_symbols()
-        tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(a + b for a, b in merges)]
-        tokens += ["<start_of_text>", "<end_of_text>"]
-        self.vocab_size = len(tokens)
-        self.start_token_id, self.end_token_id = len(tokens) - 2, len(tokens) - 1
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        self._tokenizer = Tokenizer(BPE(vocabulary, merges, end_of_word_suffix="</w>"))
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
-        )
+        self.tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(a + b for a, b in self.merges)]
+        self.tokens += ["<start_of_text>", "<end_of_text>"]
+        self.vocab_size = len(self.tokens)
+        self.start_token_id, self.end_token_id = self.vocab_size - 2, self.vocab_size - 1
+        vocabulary = {token: index for index, token in enumerate(self.tokens)}
+        self._tokenizer = Tokenizer(BPE(vocabulary, self.merges, end_of_word_suffix="</w>"))
         words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -77,8 +79,18 @@ class _ClipBytePairs:
         )
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(_clean(text)).ids
         return ids
+
+
+_STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
+
+
+def _clean(text: str) -> str:
+    """CLIP's cleaning, with two of the repairs that it leaves to ftfy: composed letters and straight quotes."""
+    # twice, as CLIP does: captions scraped from the web are often escaped twice
+    text = html.unescape(html.unescape(text)).translate(_STRAIGHT_QUOTES)
+    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
 def _byte_symbols() -> list[str]:
@@ -133,7 +145,7 @@ def tokenizer_from_bytes(source: bytes, context_length: int, name: str) -> Token
     """The tokenizer a file's content describes; `name` is for the error message."""
     is_gzip = source[:2] == b"\x1f\x8b"
     try:
-        encoder: TextEncoder = _ClipBytePairs(source) if is_gzip else _SentencePiece(source)
+        encoder: TextEncoder = ClipBytePairs(source) if is_gzip else _SentencePiece(source)
     except Exception as error:
         raise UserError(
             f"{name} is neither a SentencePiece model nor CLIP's merges file (bpe_simple_vocab_16e6.txt.gz): {error}"

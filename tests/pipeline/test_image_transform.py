@@ -69,9 +69,9 @@ def test_center_crop_is_close_to_pillow(width: int, height: int) -> None:
     ours = resize_center_crop(decode_image(data), 32)
     assert ours.shape == (3, 32, 32)
     image = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
-    scale = 32 / min(width, height)
-    image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - 32) // 2, (image.height - 32) // 2
+    short = min(width, height)
+    image = image.resize((int(32 * width / short), int(32 * height / short)), Image.Resampling.BICUBIC)
+    left, top = round((image.width - 32) / 2), round((image.height - 32) / 2)
     expected = torch.from_numpy(np.array(image.crop((left, top, left + 32, top + 32)))).permute(2, 0, 1)
     assert (ours.float() - expected.float()).abs().mean() < 1.0
 

@@ -1,0 +1,87 @@
+"""Do weights that were written and read back give the same features?
+
+B images and captions, T padded caption length, S image size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.clip import CLIP
+from model.vision import normalize_pixels
+from pipeline.errors import UserError
+from pipeline.image_transform import ImageError, decode_image, resize_center_crop
+from pipeline.inference import InferenceModel
+from pipeline.report_masks import read_images
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Normalised pixels [B, 3, S, S] and token ids [B, T], and in words what they are."""
+
+    images_BCHW: Tensor
+    tokens_BT: Tensor
+    description: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest absolute difference between two models' unit-length features."""
+
+    image: float
+    text: float
+
+    @property
+    def is_small(self) -> bool:
+        """Within TOLERANCE; false for features that are not finite."""
+        return self.image <= TOLERANCE and self.text <= TOLERANCE
+
+
+def random_examples(model: InferenceModel, count: int = 4) -> Examples:
+    """Noise images, and captions of 1 to `count` random tokens; the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    images_BCHW = torch.randint(0, 256, (count, 3, model.image_size, model.image_size), generator=generator)
+    encoder, config = model.tokenizer.encoder, model.clip.config.text
+    longest = min(count, config.context_length - 2)
+    tokens_BT = torch.full((count, longest + 2), encoder.end_token_id)
+    tokens_BT[:, 0] = encoder.start_token_id
+    for row in range(count):
+        words = torch.randint(0, encoder.start_token_id, (min(row + 1, longest),), generator=generator)
+        tokens_BT[row, 1 : 1 + len(words)] = words
+    return Examples(normalize_pixels(images_BCHW), tokens_BT, f"{count} random images and captions")
+
+
+def examples_from(directory: Path, model: InferenceModel) -> Examples:
+    """Some images and captions of an evaluation set or a shard directory.
+
+    Raises UserError if the directory is neither, or an image does not decode.
+    """
+    images = []
+    samples = read_images(directory)
+    for sample in samples:
+        try:
+            images.append(resize_center_crop(decode_image(sample.image.read()), model.image_size))
+        except ImageError as error:
+            raise UserError(f"{sample.image} does not decode: {error}") from error
+    tokens_BT = model.tokenizer.encode_batch([sample.caption for sample in samples])
+    return Examples(
+        normalize_pixels(torch.stack(images)), tokens_BT, f"{len(samples)} images and captions of {directory}"
+    )
+
+
+@torch.inference_mode()
+def reload_difference(clip: CLIP, weights: Mapping[str, Tensor], examples: Examples) -> Difference:
+    """How far a new model with these weights is from `clip` (in evaluation mode, on the CPU)."""
+    reloaded = CLIP(clip.config)
+    reloaded.load_state_dict(weights)
+    reloaded.eval()
+    image_BD = clip.encode_image(examples.images_BCHW) - reloaded.encode_image(examples.images_BCHW)
+    text_BD = clip.encode_text(examples.tokens_BT) - reloaded.encode_text(examples.tokens_BT)
+    return Difference(image_BD.abs().max().item(), text_BD.abs().max().item())
