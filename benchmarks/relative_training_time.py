@@ -26,6 +26,7 @@ import torch
 import torchvision_cpu  # noqa: F401  makes torchvision importable on a CPU build
 from open_clip import ClipLoss, create_model
 from record import record
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.clip import CLIP
@@ -91,9 +92,9 @@ def packed_arm(name: str, batch: int, strategy: str) -> Step:
 
 
 def flops(step: Step) -> float:
-    """Floating-point operations of one step, forward and backward."""
+    """Floating-point operations of one step, forward and backward, attention counted in the same way for all."""
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, sdpa_kernel(SDPBackend.MATH):
         step()
     return float(counter.get_total_flops())
 

@@ -38,7 +38,8 @@ def _attention_by_products(
             scores_nHTT = scores_nHTT.masked_fill(hidden_TT, -torch.inf)
         elif mask_n11T is not None:
             scores_nHTT = scores_nHTT.masked_fill(~mask_n11T, -torch.inf)
-        return scores_nHTT.softmax(dim=-1) @ value_nHTE
+        out_nHTE: Tensor = scores_nHTT.softmax(dim=-1) @ value_nHTE
+    return out_nHTE
 
 
 def packed_attention(qkv_N3HE: Tensor, layout: PackedLayout, causal: bool) -> Tensor:
