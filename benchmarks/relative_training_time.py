@@ -137,12 +137,19 @@ def main() -> None:
         "random_0.5": packed_arm(options.model, options.batch, "random"),
         "cluster_0.5": packed_arm(options.model, options.batch, "cluster"),
     }
-    figures: dict[str, Any] = measure(arms, options.rounds)
-    for name in ("random_0.5", "cluster_0.5"):
-        figures[name]["over_none"] = round(figures[name]["time"] / figures["none"]["time"], 3)
+    figures = measure(arms, options.rounds)
     for name, values in figures.items():
         print(name, values)
-    result = {options.model: figures, "mean_caption_tokens": (SHORTEST + LONGEST) / 2, "batch": options.batch}
+    result: dict[str, Any] = {
+        options.model: {name: values["time"] for name, values in figures.items()},
+        "over_none": {
+            name: round(figures[name]["time"] / figures["none"]["time"], 3) for name in ("random_0.5", "cluster_0.5")
+        },
+        "flops": {name: values["flops"] for name, values in figures.items()},
+        "spread": {name: [values["time_lowest"], values["time_highest"]] for name, values in figures.items()},
+        "mean_caption_tokens": (SHORTEST + LONGEST) / 2,
+        "batch": options.batch,
+    }
     name = "relative_training_time" + ("" if options.model == "ViT-B-16" else f"_{options.model}")
     command = f".peers/bin/python benchmarks/relative_training_time.py --model {options.model}"
     print(record(name, result, command, options.rounds))
