@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from model.clip import CLIP
 from pipeline.checkpoint import Progress, newest_checkpoint, resume, save_checkpoint
@@ -20,6 +20,7 @@ from pipeline.engine import deepspeed_config, make_engine, zero_stage
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.manifest import read_manifest
+from pipeline.metrics_window import MetricsWindow
 from pipeline.optimizer import learning_rate
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -63,6 +64,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, template: str, ranks: Ranks) -> None:
         if not recipe.train.output:
             raise UserError("no run directory: give train.output=DIRECTORY")
+        self._start_s = time.perf_counter()
         self.recipe = recipe
         self.ranks = ranks
         self.run_directory = Path(recipe.train.output)
@@ -113,7 +115,7 @@ class Trainer:
         generator = Generator(device=self.ranks.device)
         batches = self._batches()
         logger = RunLogger(self.run_directory, self.progress.step, self.total_steps) if self.ranks.is_main else None
-        window = _Window(self.ranks)
+        window = MetricsWindow(self.ranks)
         bad_samples, samples_read = 0, 0
         while self.progress.step < self.total_steps:
             step = self.progress.step
@@ -147,7 +149,7 @@ class Trainer:
                 if self.ranks.any(self._stop_requested):
                     self._save()
                     break
-                window = _Window(self.ranks)
+                window = MetricsWindow(self.ranks)
             if is_last or self.progress.step % self.recipe.train.save_every_steps == 0:
                 self._save()
         if logger:
@@ -166,7 +168,7 @@ class Trainer:
             # a worker's error arrives with its traceback in the message; the last line is ours
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
-    def _metrics(self, window: _Window, lr: float, bad_samples: int) -> dict[str, Any]:
+    def _metrics(self, window: MetricsWindow, lr: float, bad_samples: int) -> dict[str, Any]:
         """Means over the steps since the last log, over all ranks. Waits for the device."""
         means, seconds, data_wait_share = window.close()
         values = self.ranks.mean(torch.cat((means, means.new_tensor([bad_samples])))).tolist()
@@ -185,7 +187,7 @@ class Trainer:
             "tokens_per_s": (report["image_tokens"] + report["text_tokens"]) * micro_batches_per_s,
             "data_wait_share": data_wait_share,
             "seconds_per_step": seconds / window.steps,
-            "wall_time_s": time.perf_counter() - _PROCESS_START_S,
+            "wall_time_s": time.perf_counter() - self._start_s,
             "time": timestamp(),
         }
 
@@ -270,33 +272,3 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self.ranks.is_main:
             print(text, flush=True)
-
-
-class _Window:
-    """The steps between two lines of metrics: device sums, and where the time went."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.steps = 0
-        self._sums: Tensor = torch.zeros(len(REPORT_NAMES), device=ranks.device)
-        self._start_s = time.perf_counter()
-        self._data_wait_s = 0.0
-
-    def timed_fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
-        start_s = time.perf_counter()
-        fetched = [next(batches) for _ in range(count)]
-        self._data_wait_s += time.perf_counter() - start_s
-        return fetched
-
-    def add(self, report: Tensor) -> None:
-        self._sums += report
-        self.steps += 1
-
-    def close(self) -> tuple[Tensor, float, float]:
-        """(means, seconds, share of them spent waiting for data)."""
-        means = self._sums / self.steps
-        means.sum().item()  # waits for the device, so that the time is that of finished work
-        seconds = time.perf_counter() - self._start_s
-        return means, seconds, self._data_wait_s / seconds
-
-
-_PROCESS_START_S = time.perf_counter()
