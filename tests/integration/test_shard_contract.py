@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.shards import ShardWriter
 from data_prep.verify import verify
 from pipeline.manifest import read_manifest
 
@@ -76,3 +77,25 @@ def test_the_loader_uses_what_precedes_a_truncation(tmp_path: Path, cut: str) ->
     (shard,) = read_manifest(str(tmp_path)).shards
     _, index = shard.read_index()
     assert index.keys == ["a", "b"]
+
+
+def test_webdataset_reads_our_shards_as_the_loader_does(tmp_path: Path) -> None:
+    import webdataset
+
+    with ShardWriter(tmp_path, samples_per_shard=2) as writer:
+        for key in ("000000", "000001", "000002"):
+            writer.write(key, {"jpg": encoded("JPEG"), "txt": f"caption of {key}".encode(), "json": b"{}"})
+    verify(tmp_path, processes=1, max_bad_ratio=0.0)
+    shards = read_manifest(str(tmp_path)).shards
+    by_webdataset = [
+        (sample["__key__"], sample["jpg"], sample["txt"])
+        for sample in webdataset.WebDataset([shard.url for shard in shards], shardshuffle=False)
+    ]
+    by_loader = []
+    for shard in shards:
+        path, index = shard.read_index()
+        content = path.read_bytes()
+        for key, (image, image_size, text, text_size) in zip(index.keys, index.spans_n4.tolist(), strict=True):
+            by_loader.append((key, content[image : image + image_size], content[text : text + text_size]))
+    assert by_loader == by_webdataset
+    assert len(by_loader) == 3
