@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # First results on real photographs: Flickr8k retrieval and CIFAR-10 zero-shot with none, random and cluster masking,
-# equal samples seen. About an hour on two CPU cores. Rerun after an interruption, it goes on where it stopped.
+# equal samples seen. About half an hour on two CPU cores. Rerun after an interruption, it goes on where it stopped.
 #   first_results.sh DATA OUTPUT     DATA holds flickr8k_{train,val}.parquet and cifar10_{train,test}.parquet
 set -euo pipefail
 data=$1

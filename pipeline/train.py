@@ -32,14 +32,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, check the recipe, then train; recipe errors appear before anything heavy is imported."""
-    options = _parser().parse_args(arguments)
-    recipe = load_recipe(options.recipe, options.overrides)
+    options = _parser().parse_intermixed_args(arguments)  # options may stand among the overrides
+    overrides = list(options.overrides)
+    if options.deepspeed_config:  # an option like any other, so that a resumed run is held to it
+        overrides.append(f"train.deepspeed_config={options.deepspeed_config}")
+    recipe = load_recipe(options.recipe, overrides)
 
     from pipeline.ranks import init_ranks
     from pipeline.trainer import Trainer
 
-    template = options.deepspeed_config or recipe.train.deepspeed_config
-    return Trainer(recipe, template, init_ranks()).run()
+    return Trainer(recipe, init_ranks()).run()
 
 
 if __name__ == "__main__":

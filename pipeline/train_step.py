@@ -83,7 +83,7 @@ def _report(loss: Tensor, output: CLIPOutput, selection: PatchSelection, patches
             output.logit_scale.detach().squeeze(0),
             masked_share_B.mean(),
             masked_share_B.std(correction=0),
-            loss.new_tensor(image_tokens),
-            loss.new_tensor(text_tokens),
+            torch.full_like(loss, image_tokens),
+            torch.full_like(loss, text_tokens),
         ]
     )

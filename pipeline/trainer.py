@@ -61,7 +61,7 @@ def plan_batches(recipe: Recipe, num_samples: int, world_size: int) -> BatchPlan
 class Trainer:
     """Everything one run needs, made once; `run` is the loop."""
 
-    def __init__(self, recipe: Recipe, template: str, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         if not recipe.train.output:
             raise UserError("no run directory: give train.output=DIRECTORY")
         self._start_s = time.perf_counter()
@@ -74,7 +74,7 @@ class Trainer:
         epochs_steps = max(1, round(recipe.train.epochs * self.plan.steps_per_epoch))
         self.total_steps = recipe.train.max_steps or epochs_steps
         self.masking = recipe.masking.to_config()
-        self.config = deepspeed_config(recipe, self.plan, template)
+        self.config = deepspeed_config(recipe, self.plan, recipe.train.deepspeed_config)
         self._checkpoint = newest_checkpoint(self.run_directory)
         if self._checkpoint is not None:
             check_unchanged(self.run_directory, recipe, self.manifest.sha256, self.tokenizer.sha256)
