@@ -11,6 +11,9 @@ TOKENIZER=${TOKENIZER:-$PROJECT/data/tokenizer.model}
 RUN=${RUN:-$PROJECT/runs/$SLURM_JOB_NAME}
 EVALUATION_SETS=${EVALUATION_SETS:-}
 
+# Preparation: further options of `data-prep download`; the same ones again when a download is continued.
+DOWNLOAD_OPTIONS=${DOWNLOAD_OPTIONS:-}
+
 # Training: a recipe and further section.key=value options.
 RECIPE=${RECIPE:-base}
 OPTIONS=${OPTIONS:-}
