@@ -28,7 +28,6 @@ from data_prep.files import read_json_lines, sha256_of, write_json_lines
 from data_prep.outcomes import OK, OTHER, count_outcomes, print_outcomes
 from data_prep.verify import DATASET, MANIFEST, PROVENANCE
 
-RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
 POLL_S = 0.2
 LOG = "download.log"
 RERUN = "run the same command again: it goes on with the shards that are missing"
