@@ -1,0 +1,103 @@
+"""Commands: where pairs come from without the web: drawn, or local images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.commands.options import Commands, add_command, add_output, add_processes, positive
+from data_prep.errors import UserError
+
+
+def add_synthetic(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep synthetic`."""
+    parser = add_command(commands, "synthetic", _synthetic, "draw image-caption pairs and evaluation sets")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--train", type=positive, default=20_000, metavar="N", help="training pairs")
+    parser.add_argument("--validation", type=positive, default=1000, metavar="N", help="validation pairs")
+    parser.add_argument("--size", type=positive, default=64, metavar="PX", help="side of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    add_processes(parser)
+    parser.add_argument("--base-url", metavar="URL", help="also write train.tsv with urls under this address")
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from data_prep.synthetic import generate
+
+    generate(
+        output=options.output,
+        train=options.train,
+        validation=options.validation,
+        size=options.size,
+        seed=options.seed,
+        processes=options.processes,
+        base_url=options.base_url,
+    )
+    return 0
+
+
+def add_pack(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep pack`."""
+    parser = add_command(commands, "pack", _pack, "local images and captions -> shards or evaluation sets")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE",
+        help="folder (image.jpg beside image.txt), .csv or .tsv of paths, or .parquet with image bytes",
+    )  # fmt: skip
+    add_output(parser)
+    parser.add_argument(
+        "--as", dest="layout", choices=("training", "retrieval", "classification"), default="training",
+        help="what to write",
+    )  # fmt: skip
+    parser.add_argument("--image-column", metavar="NAME", help="image bytes or path (default: by usual names)")
+    parser.add_argument("--caption-column", metavar="NAME", help="caption or list of captions (likewise)")
+    parser.add_argument("--label-column", metavar="NAME", help="class name or number")
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="one class per line")
+    parser.add_argument("--templates", type=Path, metavar="FILE", help="one template per line, {c} is the class")
+    parser.add_argument(
+        "--captions", choices=("first", "each"), default="first",
+        help="of several captions: the first, or a sample for each",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="for drawing templates")
+    parser.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="shard size")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from data_prep import pack
+    from data_prep.local_sources import Columns
+
+    labels = (options.label_column, options.classnames, options.templates)
+    labelled = all(labels)
+    if any(labels) and not labelled:
+        raise UserError("labels need all of --label-column, --classnames and --templates")
+    if options.layout == "classification" and not labelled:
+        raise UserError("--as classification needs --label-column, --classnames and --templates")
+    if options.layout == "retrieval" and labelled:
+        raise UserError("--as retrieval takes captions: drop --label-column, --classnames and --templates")
+    columns = Columns(options.image_column, options.caption_column, options.label_column)
+    classnames = pack.read_lines(options.classnames) if labelled else None
+    templates = pack.read_lines(options.templates) if labelled else None
+    if options.layout == "retrieval":
+        pack.pack_retrieval(options.source, options.output, columns, overwrite=options.overwrite)
+    elif options.layout == "classification" and classnames and templates:
+        pack.pack_classification(
+            options.source,
+            options.output,
+            columns,
+            classnames=classnames,
+            templates=templates,
+            overwrite=options.overwrite,
+        )
+    else:
+        pack.pack_training(
+            options.source,
+            options.output,
+            columns,
+            each_caption=options.captions == "each",
+            classnames=classnames,
+            templates=templates,
+            seed=options.seed,
+            samples_per_shard=options.samples_per_shard,
+            overwrite=options.overwrite,
+        )
+    return 0

@@ -1,0 +1,57 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
+PROCESSES = os.cpu_count() or 1
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    """A command of its own: `run` gets the parsed options and returns the exit code."""
+    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_Formatter)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """`--output DIR`."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """`--processes N`."""
+    parser.add_argument("--processes", type=positive, default=PROCESSES, metavar="N", help="parallel processes")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse's `type`."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """An integer of at least 0, likewise."""
+    return _at_least(0, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    value = int(text)
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+    return value
