@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from data_prep.commands.corpora import add_pack, add_synthetic
+from data_prep.commands.downloads import add_download, add_report, add_retry
 from data_prep.commands.shards import add_tokenizer, add_verify
-from data_prep.commands.web import add_download, add_ingest
+from data_prep.commands.web import add_ingest
 from data_prep.errors import UserError
 
 # What a command imports, it imports when it runs: `--help` answers at once.
@@ -22,7 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Web data: ingest, download, verify. Local data: pack, verify. Then: tokenizer.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_synthetic, add_ingest, add_download, add_pack, add_verify, add_tokenizer):
+    for add in (
+        add_synthetic,
+        add_ingest,
+        add_download,
+        add_retry,
+        add_report,
+        add_pack,
+        add_verify,
+        add_tokenizer,
+    ):
         add(commands)
     options = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run

@@ -1,49 +1,35 @@
-"""Download the images of a canonical parquet into shards, with img2dataset in a child process."""
+"""Download the images of a canonical parquet into shards, and try again what failed."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.console import progress_bar
+from data_prep.child import fill_missing_shards
+from data_prep.console import nearest
+from data_prep.distributors import check_distributor
 from data_prep.errors import UserError
-from data_prep.files import read_json_lines, sha256_of, write_json_lines
-from data_prep.outcomes import OK, OTHER, count_outcomes, print_outcomes
+from data_prep.files import read_json_lines, replacing, sha256_of, write_json_lines
+from data_prep.ledger import (
+    COLUMNS,
+    LISTED_HASH,
+    Pass,
+    count_outcomes,
+    last_outcomes,
+    read_passes,
+    statistics_path,
+)
+from data_prep.outcomes import MEANING, OK, print_outcomes
+from data_prep.settings import FIXED, Settings
 from data_prep.verify import DATASET, MANIFEST, PROVENANCE
 
-POLL_S = 0.2
-LOG = "download.log"
-RERUN = "run the same command again: it goes on with the shards that are missing"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to download; the first three decide what the shards hold and may not change between runs."""
-
-    image_size: int = 256
-    resize_mode: str = "keep_ratio"
-    samples_per_shard: int = 10_000
-    processes: int = 1
-    threads: int = 64
-    timeout_s: int = 10
-    retries: int = 2
+__all__ = ["Settings", "download", "retry"]
 
 
 def download(urls: Path, directory: Path, settings: Settings) -> Counter[str]:
@@ -52,38 +38,107 @@ def download(urls: Path, directory: Path, settings: Settings) -> Counter[str]:
     Images larger than `image_size` pixels are scaled down, none is scaled up. Shards that are already there are
     kept, so the same command continues an interrupted run. Prints the outcomes by class and returns them.
 
-    Raises UserError when the list cannot be used, the directory holds another download, img2dataset dies, or
-    not a single image could be had.
+    Raises UserError when the list cannot be used, the directory holds another download, shards cannot be written,
+    or not a single image could be had.
     """
-    rows = _check_urls(urls)
-    shards = math.ceil(rows / settings.samples_per_shard)
+    check_distributor(settings.distributor)
+    rows = _check_urls(urls, settings)
     _claim(directory, urls, rows, settings)
-    for path in _finished(directory):
-        if not _read_stats(path):  # cut off in the writing: img2dataset would take the shard for done
-            path.unlink()
-    if len(_finished(directory)) < shards:
-        # what these say about the directory ends here; verify writes them anew
-        (directory / DATASET).unlink(missing_ok=True)
-        (directory / MANIFEST).unlink(missing_ok=True)
-        _run(urls, directory, settings, rows, shards)
-    counts = count_outcomes(sorted(directory.glob("[0-9]*.parquet")))
-    counts[OTHER] += rows - counts.total()
-    print_outcomes(+counts)
+    first = dataclasses.replace(read_passes(directory)[0], urls=urls)
+    _fill(directory, first, settings)
+    counts = count_outcomes(directory)
+    print_outcomes(counts)
     if not counts[OK]:
         raise UserError(
             f"none of {rows:,} urls gave an image (outcomes above): check the network and the url list, "
             f"then delete {directory} and run again"
         )
-    return +counts
+    return counts
 
 
-def _check_urls(urls: Path) -> int:
-    """The number of rows; every url must be http(s), because img2dataset would read local files too."""
+def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counter[str]:
+    """Fetch again what ended in one of `classes`, into further shards; prints and returns the outcomes of all urls.
+
+    A retry that was interrupted is finished first, whatever its classes. What decides the shards' content comes from
+    the download.
+
+    Raises UserError for an unknown class, a directory without a finished download, or shards that cannot be written.
+    """
+    check_distributor(settings.distributor)
+    for name in classes:
+        if name not in MEANING or name == OK:
+            raise UserError(f"--class {name}: no such class{nearest(name, [n for n in MEANING if n != OK])}")
+    passes = read_passes(directory)
+    if not passes:
+        raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
+    settings = _as_before(directory, settings)
+    *before, last = passes
+    if before and last.missing(directory):
+        print(f"finishing the retry of {', '.join(last.classes)} that was interrupted")
+        _fill(directory, last, settings)
+    elif last.missing(directory):
+        raise UserError(f"{directory}: the download is not finished; run it again first")
+    else:
+        _start_retry(directory, classes, settings)
+    counts = count_outcomes(directory)
+    print_outcomes(counts)
+    return counts
+
+
+def _start_retry(directory: Path, classes: Sequence[str], settings: Settings) -> None:
+    attempt = len(read_passes(directory)) + 1
+    name = f"retry_{attempt}.parquet"
+    rows = 0
+    with replacing(directory / name) as temporary:
+        for table in _failed(directory, classes):
+            rows += table.num_rows
+            if rows == table.num_rows:
+                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer.write_table(table)
+        if not rows:
+            print(f"no url ended in {', '.join(classes)}: nothing to do")
+            return
+        writer.close()
+    line = {
+        "step": "retry",
+        "classes": list(classes),
+        "urls": name,
+        "rows": rows,
+        "samples_per_shard": settings.samples_per_shard,
+    }
+    write_json_lines(directory / PROVENANCE, [*read_json_lines(directory / PROVENANCE), line])
+    _fill(directory, read_passes(directory)[-1], settings)
+
+
+def _failed(directory: Path, classes: Sequence[str]) -> Iterator[pa.Table]:
+    """The urls to try again, as a list that `download` could read."""
+    for table in last_outcomes(directory):
+        chosen = table.filter(pc.is_in(table["class"], pa.array(list(classes))))
+        listed_hash = chosen[LISTED_HASH]
+        chosen = chosen.drop_columns([name for name in COLUMNS.names if name in chosen.column_names])
+        if chosen.num_rows:
+            yield chosen.append_column("sha256", listed_hash)
+
+
+def _fill(directory: Path, one: Pass, settings: Settings) -> None:
+    missing = one.missing(directory)
+    for shard in missing:
+        statistics_path(directory, shard).unlink(missing_ok=True)  # cut off in the writing
+    if missing:
+        # what these say about the directory ends here; verify writes them anew
+        (directory / DATASET).unlink(missing_ok=True)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        fill_missing_shards(directory, one, settings)
+
+
+def _check_urls(urls: Path, settings: Settings) -> int:
+    """The number of rows; every url must be http(s)."""
     if not urls.is_file():
         raise UserError(f"{urls}: no such file; make it with `data-prep ingest`")
+    needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
     try:
         file = pq.ParquetFile(urls)
-        absent = [name for name in ("uid", "url", "caption") if name not in file.schema_arrow.names]
+        absent = [name for name in needed if name not in file.schema_arrow.names]
         if absent:
             raise UserError(f"{urls} has no column {', '.join(absent)}: bring it into form with `data-prep ingest`")
         for batch in file.iter_batches(columns=["url"]):
@@ -105,14 +160,12 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
         "urls": urls.name,
         "urls_sha256": sha256_of(urls),
         "rows": rows,
-        "image_size": settings.image_size,
-        "resize_mode": settings.resize_mode,
-        "samples_per_shard": settings.samples_per_shard,
+        **{name: getattr(settings, name) for name in FIXED},
     }
     provenance = directory / PROVENANCE
     before = read_json_lines(provenance)
     if before:
-        changed = [name for name in line if before[-1].get(name) != line[name]]
+        changed = [name for name in line if before[0].get(name) != line[name]]
         if changed:
             raise UserError(
                 f"{directory} holds a download with another {', '.join(changed)}: "
@@ -124,77 +177,6 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
         write_json_lines(provenance, [line])
 
 
-def _run(urls: Path, directory: Path, settings: Settings, rows: int, shards: int) -> None:
-    """Let img2dataset do what is missing and show its progress; no process survives this function."""
-    log = directory / LOG
-    try:
-        with _child(urls, directory, settings, log) as child:
-            _show_progress(child, directory, rows, shards)
-            ending = child.poll()
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted; {RERUN}") from None
-    missing = shards - len(_finished(directory))
-    if missing:
-        reason = f"ended with {_describe(ending)}" if ending else "gave up on them"
-        raise UserError(f"{missing} of {shards} shards are missing: img2dataset {reason}, see {log}; {RERUN}")
-    shutil.rmtree(directory / "_tmp", ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _child(urls: Path, directory: Path, settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    options = {"urls": str(urls.resolve()), "directory": str(directory.resolve()), **dataclasses.asdict(settings)}
-    with tempfile.TemporaryDirectory() as scratch, log.open("ab") as log_stream:
-        options_file = Path(scratch) / "options.json"
-        options_file.write_text(json.dumps(options), encoding="utf-8")
-        child = subprocess.Popen(
-            [sys.executable, "-m", "data_prep.fetch", str(options_file)],
-            stdin=subprocess.PIPE,
-            stdout=log_stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield child
-        finally:
-            # the group outlives its leader: img2dataset's pool has processes of its own
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-def _show_progress(child: subprocess.Popen[bytes], directory: Path, rows: int, shards: int) -> None:
-    """Return when every shard is there or the child has ended."""
-    seen: dict[Path, dict[str, Any]] = {}
-    already = sum(_read_stats(path)["count"] for path in _finished(directory))
-    with progress_bar("download", rows, "img", initial=already) as progress:
-        # img2dataset idles for seconds after the last shard: do not wait for it
-        while len(seen) < shards:
-            # asked before looking at the files, so that the last look comes after the end
-            running = child.poll() is None
-            fresh = {path: _read_stats(path) for path in _finished(directory) if path not in seen}
-            seen.update((path, stats) for path, stats in fresh.items() if stats)
-            done = sum(stats["count"] for stats in seen.values())
-            if done > progress.n:
-                share = sum(stats["successes"] for stats in seen.values()) / done
-                progress.set_postfix_str(f"{share:.1%} ok", refresh=False)
-                progress.update(done - progress.n)
-            if not running:
-                return
-            time.sleep(POLL_S)
-
-
-def _finished(directory: Path) -> list[Path]:
-    """img2dataset writes a shard's statistics last: they say that the shard is whole."""
-    return sorted(directory.glob("[0-9]*_stats.json"))
-
-
-def _read_stats(path: Path) -> dict[str, Any]:
-    try:
-        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # being written
-        return {}
-    return stats
-
-
-def _describe(returncode: int) -> str:
-    return f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"code {returncode}"
+def _as_before(directory: Path, settings: Settings) -> Settings:
+    first = read_json_lines(directory / PROVENANCE)[0]
+    return dataclasses.replace(settings, **{name: first[name] for name in FIXED})

@@ -1,4 +1,4 @@
-"""The process in which img2dataset runs: `python -m data_prep.fetch OPTIONS_AS_JSON`, started by download.py.
+"""The process in which downloads run: `python -m data_prep.fetch OPTIONS_AS_JSON`, started by `child.py`.
 
 It lives in a process group of its own and ends with its parent, whatever ends the parent: the parent holds the
 other end of this process's standard input, so the end of that file is the end of the parent.
@@ -14,13 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-USER_AGENT_TOKEN = "cluster-clip-data-prep"
-# img2dataset decodes with OpenCV, which checks these against the header before it decodes
-OPENCV_LIMITS = {
-    "OPENCV_IO_MAX_IMAGE_PIXELS": str(100_000_000),
-    "OPENCV_IO_MAX_IMAGE_WIDTH": str(1 << 15),
-    "OPENCV_IO_MAX_IMAGE_HEIGHT": str(1 << 15),
-}
+from data_prep.distributors import distribute
+from data_prep.ledger import Pass
+from data_prep.settings import Settings
+from data_prep.shard_worker import ShardWorker
 
 
 def end_with_parent() -> None:
@@ -32,34 +29,12 @@ def end_with_parent() -> None:
 
 
 def fetch(options: dict[str, Any]) -> None:
-    """Run img2dataset with this project's defaults; `options` come from `download.Settings`."""
-    os.environ.update(OPENCV_LIMITS, NO_ALBUMENTATIONS_UPDATE="1", WANDB_MODE="disabled")
-    import img2dataset
-
-    img2dataset.download(
-        url_list=options["urls"],
-        output_folder=options["directory"],
-        input_format="parquet",
-        url_col="url",
-        caption_col="caption",
-        save_additional_columns=["uid"],
-        output_format="webdataset",
-        image_size=options["image_size"],
-        resize_mode=options["resize_mode"],
-        resize_only_if_bigger=True,
-        encode_format="jpg",
-        encode_quality=95,
-        extract_exif=False,
-        compute_hash="sha256",
-        processes_count=options["processes"],
-        thread_count=options["threads"],
-        number_sample_per_shard=options["samples_per_shard"],
-        timeout=options["timeout_s"],
-        retries=options["retries"],
-        incremental_mode="incremental",
-        user_agent_token=USER_AGENT_TOKEN,
-        enable_wandb=False,
-    )
+    """Fill the missing shards of one pass; `options` are the fields of `Pass` and `Settings`, and the directory."""
+    settings = Settings(**options["settings"] | {"nameservers": tuple(options["settings"]["nameservers"])})
+    one = Pass(**options["pass"] | {"urls": Path(options["pass"]["urls"])})
+    directory = Path(options["directory"])
+    tasks = [(shard, one.rows_of(shard)) for shard in one.missing(directory)]
+    distribute(settings.distributor, ShardWorker(directory, one, settings), tasks, settings.processes)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,98 @@
-"""What became of each url: img2dataset's messages sorted into a few classes."""
+"""What can become of a url: the classes of outcomes, their table, and advice when one is too frequent."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from data_prep.console import print_table
 
 OK = "ok"
 DNS = "dns"
+CONNECT = "connect"
+TLS = "tls"
+TIMEOUT = "timeout"
+THROTTLED = "429"
+CLIENT_ERROR = "4xx"
+SERVER_ERROR = "5xx"
+TOO_LARGE = "too-large"
+DECODE = "decode"
+OPT_OUT = "opt-out"
+HASH = "hash"
+REFUSED = "refused"
 OTHER = "other"
-MANY_DNS_FAILURES = 0.10
 
-# the first pattern that occurs in the message decides
-_PATTERNS = (
-    ("opt-out", r"X-Robots-Tag"),
-    ("http 4xx", r"HTTP Error 4\d\d"),
-    ("http 5xx", r"HTTP Error 5\d\d"),
-    ("timeout", r"timed out|timeout"),
-    (DNS, r"Name or service not known|name resolution|nodename nor servname|getaddrinfo|No address associated"),
-    ("tls", r"SSL|TLS|certificate"),
-    (
-        "connect",
-        r"Connection (refused|reset|aborted)|No route to host|unreachable|Remote end closed|IncompleteRead"
-        r"|Broken pipe",
-    ),
-)  # fmt: skip
-_MEANING = {
+MEANING = {
     OK: "image and caption in a shard",
     DNS: "host name not found",
-    "connect": "refused, reset or cut off",
-    "tls": "certificate or handshake",
-    "timeout": "no answer in time",
-    "http 4xx": "gone or forbidden",
-    "http 5xx": "server error",
-    "opt-out": "the site asks not to be used for training",
-    "decode/resize": "not an image, or a damaged one",
+    CONNECT: "refused, reset or cut off",
+    TLS: "certificate or handshake",
+    TIMEOUT: "no answer in time, or too slow",
+    THROTTLED: "the host asks for fewer requests",
+    CLIENT_ERROR: "gone or forbidden",
+    SERVER_ERROR: "server error",
+    TOO_LARGE: "more bytes or pixels than the limits",
+    DECODE: "not an image, a damaged one, or a thin strip",
+    OPT_OUT: "the site asks not to be used (robots.txt, X-Robots-Tag)",
+    HASH: "not the image that the list was made from",
+    REFUSED: "an address that no public image has",
     OTHER: "see error_message in the shard's .parquet",
+}
+# what may be different next time; the rest of an answer is final
+TRANSIENT = (DNS, CONNECT, TIMEOUT, THROTTLED, SERVER_ERROR)
+
+ADVICE = {
+    DNS: (
+        0.10,
+        "more names are not found than dead links explain: your resolver is overloaded; "
+        "use others (--nameservers 1.1.1.1,8.8.8.8) or fewer --threads",
+    ),
+    CONNECT: (0.15, "connections fail: check the network, or use fewer --threads"),
+    TLS: (0.10, "certificates are refused: check the clock and the system's root certificates (ca-certificates)"),
+    TIMEOUT: (0.10, "the line may be full: use fewer --threads or --processes, or a longer --deadline-s"),
+    THROTTLED: (0.02, "hosts feel pressed: lower --host-requests-per-s and --host-connections"),
+    HASH: (0.10, "many images changed since the list was made; --accept-changed keeps them"),
+    REFUSED: (0.01, "the list points at private addresses or unusual ports: is it the list you meant?"),
 }
 
 
-def classify(status: str, message: str | None) -> str:
-    """The class of one url's outcome, from img2dataset's `status` and `error_message` columns."""
-    if status == "success":
-        return OK
-    if status == "failed_to_resize":
-        return "decode/resize"
-    return next((name for name, pattern in _PATTERNS if re.search(pattern, message or "")), OTHER)
+@dataclasses.dataclass
+class FetchError(Exception):
+    """Why a url gave no sample: a class of outcome and a line for the ledger.
+
+    `retryable` says whether the same request may succeed soon; `retry_after_s` is when the server said so itself.
+    """
+
+    outcome: str
+    message: str
+    http_status: int | None = None
+    retryable: bool = False
+    retry_after_s: float | None = None
+    elapsed_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.message}"
 
 
-def count_outcomes(shard_tables: Sequence[Path]) -> Counter[str]:
-    """Count the classes over the `NNNNN.parquet` files that img2dataset writes next to the shards."""
-    counts: Counter[str] = Counter()
-    for path in shard_tables:
-        table = pq.read_table(path, columns=["status", "error_message"])
-        for row in table.group_by(["status", "error_message"]).aggregate([([], "count_all")]).to_pylist():
-            counts[classify(row["status"], row["error_message"])] += row["count_all"]
-    return counts
+def advice_for(counts: Counter[str]) -> list[str]:
+    """One line for each class whose share of the urls is above its limit."""
+    total = max(counts.total(), 1)
+    return [
+        f"{outcome} is {counts[outcome] / total:.0%} of the urls: {advice}"
+        + (f"; then data-prep retry --class {outcome}" if outcome in TRANSIENT else "")
+        for outcome, (limit, advice) in ADVICE.items()
+        if counts[outcome] > limit * total
+    ]
 
 
 def print_outcomes(counts: Counter[str]) -> None:
-    """Print the table of classes, and advice when host names fail in masses."""
-    total = max(sum(counts.values()), 1)
+    """Print the table of classes, and advice where a class is too frequent."""
+    total = max(counts.total(), 1)
     rows = [
-        (name, f"{counts[name]:,}", f"{counts[name] / total:.1%}", meaning)
-        for name, meaning in _MEANING.items()
-        if counts[name] or name == OK
+        (outcome, f"{counts[outcome]:,}", f"{counts[outcome] / total:.1%}", meaning)
+        for outcome, meaning in MEANING.items()
+        if counts[outcome] or outcome == OK
     ]
     print_table(("outcome", "urls", "share", ""), rows)
-    if counts[DNS] > MANY_DNS_FAILURES * total:
-        print(
-            f"advice: {counts[DNS] / total:.0%} of the host names were not found, more than dead links explain: "
-            "your resolver is overloaded; run a local one (knot-resolver, bind9) or use fewer --threads"
-        )
+    for line in advice_for(counts):
+        print(f"advice: {line}")

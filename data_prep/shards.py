@@ -12,6 +12,14 @@ from types import TracebackType
 Members = Mapping[str, bytes]  # extension -> content, written in this order
 
 
+def add_sample(tar: tarfile.TarFile, key: str, members: Members) -> None:
+    """Append `{key}.{extension}` for each member, with neither time nor owner."""
+    for extension, content in members.items():
+        header = tarfile.TarInfo(f"{key}.{extension}")
+        header.size = len(content)
+        tar.addfile(header, io.BytesIO(content))
+
+
 class ShardWriter:
     """Write samples into `directory`, a new tar after every `samples_per_shard`.
 
@@ -35,10 +43,7 @@ class ShardWriter:
         """Append one sample: `{key}.{extension}` for each of its members."""
         if self._tar is None:
             self._tar = tarfile.TarFile(self._part_path(), "w", format=tarfile.USTAR_FORMAT)
-        for extension, content in members.items():
-            header = tarfile.TarInfo(f"{key}.{extension}")
-            header.size = len(content)
-            self._tar.addfile(header, io.BytesIO(content))
+        add_sample(self._tar, key, members)
         self.samples += 1
         self._samples_in_shard += 1
         if self._samples_in_shard == self._samples_per_shard:

@@ -50,6 +50,19 @@ def not_negative(text: str) -> int:
     return _at_least(0, text)
 
 
+def above_zero(text: str) -> float:
+    """A number above 0, likewise."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between them, likewise."""
+    return tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
 def _at_least(minimum: int, text: str) -> int:
     value = int(text)
     if value < minimum:

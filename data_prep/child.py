@@ -1,0 +1,145 @@
+"""Run the process that downloads, show how far it is, and let no process survive it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.console import progress_bar
+from data_prep.errors import UserError
+from data_prep.ledger import Pass, read_statistics
+from data_prep.outcomes import OK, advice_for
+from data_prep.settings import Settings
+from data_prep.shard_worker import PROGRESS_DIRECTORY
+
+POLL_S = 0.2
+LOG = "download.log"
+RERUN = "run the same command again: it goes on with the shards that are missing"
+CLASSES_SHOWN = 4
+ADVISE_AFTER = 1000  # urls
+
+
+def fill_missing_shards(directory: Path, one: Pass, settings: Settings) -> None:
+    """Fill every shard of a pass that is not there yet, with live progress on standard error.
+
+    Raises UserError when shards are still missing afterwards; the same call goes on.
+    """
+    log = directory / LOG
+    for part in directory.glob(".*.part"):  # of a run that was killed
+        part.unlink()
+    shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
+    (directory / PROGRESS_DIRECTORY).mkdir(parents=True)
+    log_start = log.stat().st_size if log.exists() else 0
+    try:
+        with _child(directory, one, settings, log) as child:
+            _show_progress(child, directory, one)
+            ending = child.poll()
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; {RERUN}") from None
+    missing = one.missing(directory)
+    if missing:
+        reason = _last_error(log, log_start) or (f"ended with {_describe(ending)}" if ending else "gave up on them")
+        raise UserError(f"{len(missing)} of {one.shards} shards are missing: the download {reason}, see {log}; {RERUN}")
+    shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _child(directory: Path, one: Pass, settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    options = {
+        "directory": str(directory.resolve()),
+        "pass": dataclasses.asdict(one) | {"urls": str(one.urls.resolve())},
+        "settings": dataclasses.asdict(settings),
+    }
+    # the workers of Spark and Ray do not inherit where this package is imported from
+    package_root = str(Path(__file__).resolve().parents[1])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory() as scratch, log.open("ab") as log_stream:
+        options_file = Path(scratch) / "options.json"
+        options_file.write_text(json.dumps(options), encoding="utf-8")
+        child = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.fetch", str(options_file)],
+            stdin=subprocess.PIPE,
+            stdout=log_stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYSPARK_PYTHON": sys.executable},
+        )
+        try:
+            yield child
+        finally:
+            # the group outlives its leader: the pool has processes of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _show_progress(child: subprocess.Popen[bytes], directory: Path, one: Pass) -> None:
+    """Return when every shard is there or the child has ended."""
+    waiting = list(range(one.first_shard, one.first_shard + one.shards))
+    finished: Counter[str] = Counter()
+    advised: set[str] = set()
+    bar = None
+    try:
+        while waiting:
+            # asked before looking at the files, so that the last look comes after the end
+            running = child.poll() is None
+            statistics = {shard: read_statistics(directory, shard) for shard in waiting}
+            for shard, found in statistics.items():
+                if found:
+                    finished.update(found["outcomes"])
+                    waiting.remove(shard)
+            counts = finished + _under_way(directory, waiting)
+            bar = bar or progress_bar("download", one.rows, "img", initial=finished.total())
+            if counts.total() > bar.n:
+                bar.set_postfix_str(_shares(counts), refresh=False)
+                bar.update(counts.total() - bar.n)
+                for line in advice_for(counts) if counts.total() >= ADVISE_AFTER else []:
+                    if line.split()[0] not in advised:
+                        advised.add(line.split()[0])
+                        bar.write(f"advice: {line}", file=sys.stderr)
+            if not running:
+                return
+            time.sleep(POLL_S)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _under_way(directory: Path, shards: list[int]) -> Counter[str]:
+    """The outcomes so far in shards that are not finished."""
+    counts: Counter[str] = Counter()
+    for path in (directory / PROGRESS_DIRECTORY).glob("[0-9]*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if int(path.stem) in shards:
+                counts.update(json.loads(path.read_text(encoding="utf-8")))
+    return counts
+
+
+def _shares(counts: Counter[str]) -> str:
+    """`91.2% ok, dns 4.1%, 4xx 3.0%`: the success rate, then the most frequent failures."""
+    total = counts.total()
+    failures = [(name, count) for name, count in counts.most_common() if name != OK][:CLASSES_SHOWN]
+    return ", ".join([f"{counts[OK] / total:.1%} ok", *(f"{name} {count / total:.1%}" for name, count in failures)])
+
+
+def _last_error(log: Path, start: int) -> str:
+    """What a worker said last when it could not write a shard."""
+    with log.open("rb") as stream:
+        stream.seek(start)
+        lines = [line for line in stream.read().decode(errors="replace").splitlines() if line.startswith("error: ")]
+    return f"said {lines[-1][len('error: ') :]!r}" if lines else ""
+
+
+def _describe(returncode: int) -> str:
+    return f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"code {returncode}"

@@ -1,0 +1,87 @@
+"""Which urls and which network addresses may be asked: public ones, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+
+from yarl import URL
+
+from data_prep.outcomes import REFUSED, FetchError
+
+PORTS = {"http": 80, "https": 443}
+MAX_URL_CHARACTERS = 4096
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# IPv6 addresses that are another way to write an IPv4 one are refused with the rest: 2000::/3 is what is routed
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_TUNNELS = (ipaddress.ip_network("2002::/16"), ipaddress.ip_network("2001::/32"))  # 6to4 and Teredo
+
+
+class RefusedAddressError(OSError):
+    """Raised where a socket is made, when its address may not be asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AddressPolicy:
+    """Public addresses on ports 80 and 443; with `allow_local` also this machine (127.0.0.0/8, ::1), any port."""
+
+    allow_local: bool = False
+
+    def permits(self, text: str) -> bool:
+        """Whether this IP address may be asked; text that is no address may not."""
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            return False
+        if self.allow_local and address.is_loopback:
+            return True
+        return is_public(address)
+
+    def check(self, text: str) -> URL:
+        """The parsed url, its escapes untouched.
+
+        Raises FetchError (class `refused`) for what is not http(s) to a public host on ports 80 or 443. Names are
+        not looked up here: `Names` and the connector check what they resolve to.
+        """
+        url = _parse(text)
+        if url.scheme not in PORTS:
+            raise FetchError(REFUSED, f"not http or https: {url.scheme or 'no scheme'}")
+        if not url.raw_host:
+            raise FetchError(REFUSED, "no host")
+        if url.raw_user is not None or url.raw_password is not None:
+            raise FetchError(REFUSED, "credentials in the url")
+        if url.port not in PORTS.values() and not self.allow_local:
+            raise FetchError(REFUSED, f"port {url.port}")
+        if is_literal(url.raw_host) and not self.permits(url.raw_host):
+            raise FetchError(REFUSED, f"address {url.raw_host}")
+        return url
+
+
+def is_literal(host: str) -> bool:
+    """Whether the host of a url is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_public(address: Address) -> bool:
+    """Neither private, loopback, link-local (cloud metadata), shared, multicast, reserved nor an IPv4 in disguise."""
+    if address.is_multicast or not address.is_global:
+        return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return not address.is_reserved
+    return address in _GLOBAL_UNICAST and not any(address in tunnel for tunnel in _TUNNELS)
+
+
+def _parse(text: str) -> URL:
+    if len(text) > MAX_URL_CHARACTERS:
+        raise FetchError(REFUSED, f"url of more than {MAX_URL_CHARACTERS} characters")
+    try:
+        # what is escaped already stays as it is: some hosts sign it
+        return URL(text, encoded=text.isascii() and text.isprintable() and " " not in text)
+    except ValueError as error:
+        raise FetchError(REFUSED, f"not a url: {error}") from error

@@ -1,0 +1,226 @@
+"""Fetch one url from a stranger: bounded in time and bytes, every hop checked, failures sorted into classes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import importlib.metadata
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+from data_prep.outcomes import (
+    CLIENT_ERROR,
+    CONNECT,
+    DECODE,
+    OTHER,
+    REFUSED,
+    SERVER_ERROR,
+    THROTTLED,
+    TIMEOUT,
+    TLS,
+    TOO_LARGE,
+    FetchError,
+)
+from data_prep.settings import Settings
+from data_prep.web.addresses import AddressPolicy, RefusedAddressError
+from data_prep.web.host_limits import HostLimits
+from data_prep.web.names import Names
+from data_prep.web.robots import PRODUCT, RobotsFiles, check_header
+
+MAX_REDIRECTS = 5
+ROBOTS_MAX_BYTES = 512 * 1024  # RFC 9309 asks for 500 KiB at least; what is beyond is not read
+SLOW_START_S = 5.0  # the throughput counts from here on
+REDIRECTS = (301, 302, 303, 307, 308)
+ACCEPT = "image/jpeg,image/png,image/webp,image/gif;q=0.9,*/*;q=0.1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """What a server answered with."""
+
+    data: bytes
+    http_status: int
+    elapsed_s: float  # of the whole request, without waiting for its turn
+
+
+class Fetcher:
+    """An HTTP client for urls that nobody vouches for. A context manager, to be used inside one event loop.
+
+    Per process: `threads` requests at once, and the settings' limits per host divided among the processes.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._policy = AddressPolicy(settings.allow_local)
+        self._names = Names(self._policy, settings.nameservers, settings.timeout_s)
+        self._robots = RobotsFiles(self._robots_text)
+        self._hosts = HostLimits(
+            max(1, settings.host_connections // settings.processes), settings.host_requests_per_s / settings.processes
+        )
+        self._slots = asyncio.Semaphore(settings.threads)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,  # the semaphores limit
+                resolver=self._names,
+                use_dns_cache=False,
+                ssl=ssl.create_default_context(),
+                socket_factory=self._socket,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": user_agent(settings.contact), "Accept": ACCEPT, "Accept-Encoding": "identity"},
+            auto_decompress=False,  # a compressed body could be larger than its limit
+            trust_env=False,  # a proxy would resolve names on its own
+        )
+
+    async def __aenter__(self) -> Fetcher:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._robots.close()
+        await self._session.close()
+        await self._names.close()
+
+    @contextlib.asynccontextmanager
+    async def image(self, url: str) -> AsyncIterator[Body]:
+        """The body of an image's url; its slot is held until the block ends, which bounds the bodies in memory.
+
+        Raises FetchError for everything that keeps the body from being had and used.
+        """
+        async with self._follow(url, is_image=True) as body:
+            yield body
+
+    async def _robots_text(self, url: URL) -> str:
+        try:
+            async with self._follow(str(url), is_image=False) as body:
+                return body.data.decode("utf-8", errors="replace")
+        except FetchError as error:
+            if error.outcome == CLIENT_ERROR:  # no such file: no rules
+                return ""
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _follow(self, text: str, is_image: bool) -> AsyncIterator[Body]:
+        spent_s = 0.0
+        for _ in range(1 + MAX_REDIRECTS):
+            url = self._policy.check(text)
+            host = url.raw_host or ""
+            await self._names.addresses_of(host)
+            if is_image:
+                await self._robots.check(url)
+            async with self._hosts.turn(host), self._slots:
+                start_s = time.monotonic()
+                try:
+                    answer = await self._ask(url, is_image, self._settings.deadline_s - spent_s)
+                except FetchError as error:
+                    error.elapsed_s = spent_s + time.monotonic() - start_s
+                    raise
+                spent_s += time.monotonic() - start_s
+                if not isinstance(answer, URL):
+                    yield Body(*answer, spent_s)
+                    return
+            text = str(answer)
+        raise FetchError(OTHER, f"more than {MAX_REDIRECTS} redirects")
+
+    async def _ask(self, url: URL, is_image: bool, left_s: float) -> tuple[bytes, int] | URL:
+        """One request: the body and the status, or the url to ask instead."""
+        wait_s = self._settings.timeout_s
+        timeout = aiohttp.ClientTimeout(total=max(left_s, 0.001), sock_connect=wait_s, sock_read=wait_s)
+        try:
+            async with self._session.get(url, allow_redirects=False, timeout=timeout) as response:
+                status = response.status
+                location = response.headers.get("Location")
+                if status in REDIRECTS and location:
+                    return url.join(URL(location, encoded=location.isascii()))
+                if not 200 <= status < 300:
+                    raise _refusal(status, response.reason or "", response.headers)
+                if is_image:
+                    check_header(response.headers.getall("X-Robots-Tag", ()))
+                return await self._read(response, is_image), status
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+            raise _failure(error) from error
+
+    async def _read(self, response: aiohttp.ClientResponse, is_image: bool) -> bytes:
+        limit = self._settings.max_bytes if is_image else ROBOTS_MAX_BYTES
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if is_image and encoding != "identity":
+            raise FetchError(DECODE, f"Content-Encoding: {encoding[:40]}", response.status)
+        if is_image and (response.content_length or 0) > limit:
+            raise FetchError(TOO_LARGE, f"Content-Length: {response.content_length}", response.status)
+        chunks: list[bytes] = []
+        size = 0
+        start_s = time.monotonic()
+        async for chunk in response.content.iter_any():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                if not is_image:
+                    break
+                raise FetchError(TOO_LARGE, f"more than {limit} bytes", response.status)
+            elapsed_s = time.monotonic() - start_s
+            if elapsed_s > SLOW_START_S and size < elapsed_s * self._settings.min_bytes_per_s:
+                raise FetchError(TIMEOUT, f"{size / elapsed_s:.0f} bytes/s", response.status)
+        return b"".join(chunks)[:limit]
+
+    def _socket(self, address: tuple[Any, ...]) -> socket.socket:
+        """The last word on every connection, wherever its address came from (see aiohttp's `socket_factory`)."""
+        family, kind, protocol, _, (ip, *_) = address
+        if not self._policy.permits(ip):
+            raise RefusedAddressError(f"address {ip}")
+        return socket.socket(family, kind, protocol)
+
+
+def user_agent(contact: str | None) -> str:
+    """Who asks, truthfully."""
+    version = importlib.metadata.version("cluster-clip")
+    return f"{PRODUCT}/{version} ({f'+{contact}' if contact else 'image-text data set builder'})"
+
+
+def _refusal(status: int, reason: str, headers: CIMultiDictProxy[str]) -> FetchError:
+    message = f"HTTP {status} {reason}".strip()
+    retry_after_s = _retry_after_s(headers.get("Retry-After"))
+    if status == 429:
+        return FetchError(THROTTLED, message, status, True, retry_after_s)
+    if status >= 500:
+        return FetchError(SERVER_ERROR, message, status, True, retry_after_s)
+    return FetchError(CLIENT_ERROR if status >= 400 else OTHER, message, status)
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds from a Retry-After header, which holds seconds or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        then = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (then - datetime.datetime.now(then.tzinfo)).total_seconds())
+
+
+def _failure(error: Exception) -> FetchError:
+    """The class of what aiohttp raised."""
+    cause = getattr(error, "os_error", error)
+    message = f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(cause, RefusedAddressError):
+        return FetchError(REFUSED, str(cause))
+    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+        return FetchError(TIMEOUT, message, retryable=True)
+    if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+        return FetchError(TLS, message)
+    if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
+        return FetchError(CONNECT, message, retryable=True)
+    return FetchError(OTHER, message)  # not HTTP, or a redirect to what is no url
