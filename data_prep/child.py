@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.console import progress_bar
 from data_prep.errors import UserError
@@ -28,19 +30,39 @@ LOG = "download.log"
 RERUN = "run the same command again: it goes on with the shards that are missing"
 CLASSES_SHOWN = 4
 ADVISE_AFTER = 1000  # urls
+PREDECESSOR_S = 5.0  # the workers of a download that was killed end within this
 
 
-def fill_missing_shards(directory: Path, one: Pass, settings: Settings) -> None:
+@contextlib.contextmanager
+def working_in(directory: Path) -> Iterator[BinaryIO]:
+    """Open the directory's log and keep other downloads out of it, until this process and all its workers have ended.
+
+    Raises UserError when another download is at work there.
+    """
+    with (directory / LOG).open("ab") as log:
+        give_up_s = time.monotonic() + PREDECESSOR_S
+        while True:
+            try:
+                # the workers inherit the open file as their standard output, and the lock with it
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up_s:
+                    raise UserError(f"{directory}: another download is at work here; wait for it, or end it") from None
+                time.sleep(POLL_S)
+        yield log
+
+
+def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None:
     """Fill every shard of a pass that is not there yet, with live progress on standard error.
 
-    Raises UserError when shards are still missing afterwards; the same call goes on.
+    `log` is from `working_in`. Raises UserError when shards are still missing afterwards; the same call goes on.
     """
-    log = directory / LOG
     for part in directory.glob(".*.part"):  # of a run that was killed
         part.unlink()
     shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
     (directory / PROGRESS_DIRECTORY).mkdir(parents=True)
-    log_start = log.stat().st_size if log.exists() else 0
+    log_start = log.seek(0, os.SEEK_END)
     try:
         with _child(directory, one, settings, log) as child:
             _show_progress(child, directory, one)
@@ -49,13 +71,17 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings) -> None:
         raise UserError(f"interrupted; {RERUN}") from None
     missing = one.missing(directory)
     if missing:
-        reason = _last_error(log, log_start) or (f"ended with {_describe(ending)}" if ending else "gave up on them")
-        raise UserError(f"{len(missing)} of {one.shards} shards are missing: the download {reason}, see {log}; {RERUN}")
+        reason = _last_error(directory / LOG, log_start) or (
+            f"ended with {_describe(ending)}" if ending else "gave up on them"
+        )
+        raise UserError(
+            f"{len(missing)} of {one.shards} shards are missing: the download {reason}, see {directory / LOG}; {RERUN}"
+        )
     shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _child(directory: Path, one: Pass, settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _child(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
     options = {
         "directory": str(directory.resolve()),
         "pass": dataclasses.asdict(one) | {"urls": str(one.urls.resolve())},
@@ -64,13 +90,13 @@ def _child(directory: Path, one: Pass, settings: Settings, log: Path) -> Iterato
     # the workers of Spark and Ray do not inherit where this package is imported from
     package_root = str(Path(__file__).resolve().parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryDirectory() as scratch, log.open("ab") as log_stream:
+    with tempfile.TemporaryDirectory() as scratch:
         options_file = Path(scratch) / "options.json"
         options_file.write_text(json.dumps(options), encoding="utf-8")
         child = subprocess.Popen(
             [sys.executable, "-m", "data_prep.fetch", str(options_file)],
             stdin=subprocess.PIPE,
-            stdout=log_stream,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYSPARK_PYTHON": sys.executable},

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.child import fill_missing_shards
+from data_prep.child import fill_missing_shards, working_in
 from data_prep.console import nearest
 from data_prep.distributors import check_distributor
 from data_prep.errors import UserError
@@ -45,7 +47,8 @@ def download(urls: Path, directory: Path, settings: Settings) -> Counter[str]:
     rows = _check_urls(urls, settings)
     _claim(directory, urls, rows, settings)
     first = dataclasses.replace(read_passes(directory)[0], urls=urls)
-    _fill(directory, first, settings)
+    with working_in(directory) as log:
+        _fill(directory, first, settings, log)
     counts = count_outcomes(directory)
     print_outcomes(counts)
     if not counts[OK]:
@@ -72,33 +75,35 @@ def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counte
     if not passes:
         raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
     settings = _as_before(directory, settings)
-    *before, last = passes
-    if before and last.missing(directory):
-        print(f"finishing the retry of {', '.join(last.classes)} that was interrupted")
-        _fill(directory, last, settings)
-    elif last.missing(directory):
-        raise UserError(f"{directory}: the download is not finished; run it again first")
-    else:
-        _start_retry(directory, classes, settings)
+    with working_in(directory) as log:
+        last = passes[-1]
+        if not last.missing(directory):
+            chosen = _choose(directory, classes, settings)
+            if chosen is not None:
+                _fill(directory, chosen, settings, log)
+        elif last.classes:
+            print(f"finishing the retry of {', '.join(last.classes)} that was interrupted")
+            _fill(directory, last, settings, log)
+        else:
+            raise UserError(f"{directory}: the download is not finished; run it again first")
     counts = count_outcomes(directory)
     print_outcomes(counts)
     return counts
 
 
-def _start_retry(directory: Path, classes: Sequence[str], settings: Settings) -> None:
-    attempt = len(read_passes(directory)) + 1
-    name = f"retry_{attempt}.parquet"
+def _choose(directory: Path, classes: Sequence[str], settings: Settings) -> Pass | None:
+    """Write the list of what to try again and note it as a pass of its own."""
+    name = f"retry_{len(read_passes(directory)) + 1}.parquet"
+    tables = _failed(directory, classes)
+    first = next(tables, None)
+    if first is None:
+        print(f"no url ended in {', '.join(classes)}: nothing to do")
+        return None
     rows = 0
-    with replacing(directory / name) as temporary:
-        for table in _failed(directory, classes):
-            rows += table.num_rows
-            if rows == table.num_rows:
-                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+    with replacing(directory / name) as temporary, pq.ParquetWriter(temporary, first.schema) as writer:
+        for table in itertools.chain([first], tables):
             writer.write_table(table)
-        if not rows:
-            print(f"no url ended in {', '.join(classes)}: nothing to do")
-            return
-        writer.close()
+            rows += table.num_rows
     line = {
         "step": "retry",
         "classes": list(classes),
@@ -107,7 +112,7 @@ def _start_retry(directory: Path, classes: Sequence[str], settings: Settings) ->
         "samples_per_shard": settings.samples_per_shard,
     }
     write_json_lines(directory / PROVENANCE, [*read_json_lines(directory / PROVENANCE), line])
-    _fill(directory, read_passes(directory)[-1], settings)
+    return read_passes(directory)[-1]
 
 
 def _failed(directory: Path, classes: Sequence[str]) -> Iterator[pa.Table]:
@@ -120,7 +125,7 @@ def _failed(directory: Path, classes: Sequence[str]) -> Iterator[pa.Table]:
             yield chosen.append_column("sha256", listed_hash)
 
 
-def _fill(directory: Path, one: Pass, settings: Settings) -> None:
+def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None:
     missing = one.missing(directory)
     for shard in missing:
         statistics_path(directory, shard).unlink(missing_ok=True)  # cut off in the writing
@@ -128,7 +133,7 @@ def _fill(directory: Path, one: Pass, settings: Settings) -> None:
         # what these say about the directory ends here; verify writes them anew
         (directory / DATASET).unlink(missing_ok=True)
         (directory / MANIFEST).unlink(missing_ok=True)
-        fill_missing_shards(directory, one, settings)
+        fill_missing_shards(directory, one, settings, log)
 
 
 def _check_urls(urls: Path, settings: Settings) -> int:

@@ -16,7 +16,6 @@ import tarfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -152,24 +151,19 @@ async def _fill(output: _Shard, rows: list[Row], settings: Settings) -> None:
     with ThreadPoolExecutor(1) as decoder:
         async with Fetcher(settings) as fetcher:
             tasks = [
-                asyncio.ensure_future(_one_url(output, *item, fetcher, decoder, settings)) for item in enumerate(rows)
+                asyncio.ensure_future(_one_url(output, index, row, fetcher, decoder, settings))
+                for index, row in enumerate(rows)
             ]
-            tasks.append(asyncio.ensure_future(_report_progress(output, len(rows))))
-            with _cancelling(tasks):
+            reporter = asyncio.ensure_future(_report_progress(output))
+            try:
                 await asyncio.gather(*tasks)
+            finally:
+                for task in (*tasks, reporter):
+                    task.cancel()
 
 
-@contextlib.contextmanager
-def _cancelling(tasks: list[asyncio.Future[None]]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _report_progress(output: _Shard, total: int) -> None:
-    while output.counts.total() < total:
+async def _report_progress(output: _Shard) -> None:
+    while True:
         output.write_progress()
         await asyncio.sleep(PROGRESS_S)
 
@@ -199,7 +193,7 @@ async def _one_url(
 
 def _back_off_s(error: FetchError, tries: int) -> float:
     """When to try again: when the server says, or ever later, and not all at once."""
-    own_s = BACK_OFF_S * 2 ** (tries - 1) * random.uniform(1.0, 1.5)
+    own_s: float = BACK_OFF_S * 2 ** (tries - 1) * random.uniform(1.0, 1.5)
     return max(own_s, error.retry_after_s or 0.0)
 
 

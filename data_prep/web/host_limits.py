@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from data_prep.outcomes import CONNECT, THROTTLED, TIMEOUT, FetchError
 
 GIVE_UP_AFTER = 10  # failures in a row
-MAX_PAUSE_S = 60.0  # a host that asks for more is asked again by `data-prep retry`
+MAX_PAUSE_S = 60.0  # a host that asks for more is given up at once
 
 
 @dataclasses.dataclass
@@ -25,8 +25,8 @@ class _Host:
 class HostLimits:
     """At most `connections` requests at once to a host and `requests_per_s` a second; 429 pauses the whole host.
 
-    A host that fails ten times in a row (no connection, no answer, 429) is asked no more: a dead host with
-    thousands of urls must not hold up a shard.
+    A host that fails ten times in a row (no connection, no answer, 429), or that asks for a pause of more than a
+    minute, is asked no more: a dead host with thousands of urls must not hold up a shard.
     """
 
     def __init__(self, connections: int, requests_per_s: float) -> None:
@@ -45,7 +45,7 @@ class HostLimits:
             while (wait_s := host.next_start_s - time.monotonic()) > 0:  # it may be put off while we wait
                 await asyncio.sleep(wait_s)
             if host.failures >= GIVE_UP_AFTER:
-                raise FetchError(host.given_up_for, f"host given up after {GIVE_UP_AFTER} failures in a row")
+                raise FetchError(host.given_up_for, "host given up: too many failures in a row")
             host.next_start_s = time.monotonic() + self._interval_s
             try:
                 yield
@@ -62,5 +62,8 @@ def _note(host: _Host, error: FetchError) -> None:
     host.failures += 1
     host.given_up_for = error.outcome
     if error.outcome == THROTTLED:
-        pause_s = min(error.retry_after_s or 0.0, MAX_PAUSE_S)
-        host.next_start_s = max(host.next_start_s, time.monotonic() + pause_s)
+        pause_s = error.retry_after_s or 0.0
+        if pause_s > MAX_PAUSE_S:
+            host.failures = GIVE_UP_AFTER
+        else:
+            host.next_start_s = max(host.next_start_s, time.monotonic() + pause_s)
