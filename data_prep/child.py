@@ -69,13 +69,12 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: Bin
             ending = child.poll()
     except KeyboardInterrupt:
         raise UserError(f"interrupted; {RERUN}") from None
-    missing = one.missing(directory)
+    missing = len(one.missing(directory))
     if missing:
-        reason = _last_error(directory / LOG, log_start) or (
-            f"ended with {_describe(ending)}" if ending else "gave up on them"
-        )
+        reason = f"ended with {_describe(ending)}" if ending else "gave up on them"
+        reason = _last_error(directory / LOG, log_start) or reason
         raise UserError(
-            f"{len(missing)} of {one.shards} shards are missing: the download {reason}, see {directory / LOG}; {RERUN}"
+            f"{missing} of {one.shards} shards are missing: the download {reason}, see {directory / LOG}; {RERUN}"
         )
     shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
 

@@ -1,14 +1,13 @@
-"""Real downloads from a server on this machine, through img2dataset's own processes."""
+"""Downloads that are interrupted, repeated, or started where they must not be."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
+import dataclasses
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,17 +17,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from download_helpers import ledger, samples, write_urls
 from make_images import encoded
-from PIL import Image
 from small_web import Page, SmallWeb
 
-from data_prep.download import Settings, download
+from data_prep.download import Settings, download, retry
 from data_prep.errors import UserError
-from data_prep.tar_reader import TarSamples
-from data_prep.verify import verify
 
-SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, timeout_s=2, retries=0)
-SLOW_S = 3.0
+SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
+KILLS = int(os.environ.get("CLUSTER_CLIP_KILLS", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -37,90 +34,34 @@ def web() -> Iterator[SmallWeb]:
         yield server
 
 
-def write_urls(path: Path, urls: list[str]) -> Path:
-    captions = [f"caption {index}" for index in range(len(urls))]
-    pq.write_table(
-        pa.table({"uid": [f"u{index}" for index in range(len(urls))], "url": urls, "caption": captions}), path
-    )
-    return path
-
-
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def images_in(directory: Path) -> dict[str, tuple[str, tuple[int, int], dict]]:
-    """uid -> (caption, (width, height), metadata) of every sample in the shards."""
-    found = {}
-    for path in sorted(directory.glob("*.tar")):
-        for sample in TarSamples(path):
-            metadata = json.loads(sample.members["json"])
-            size = Image.open(io.BytesIO(sample.members["jpg"])).size
-            found[metadata["uid"]] = (sample.members["txt"].decode(), size, metadata)
-    return found
-
-
 @pytest.mark.slow
-def test_each_way_to_fail_and_going_on_afterwards(
-    tmp_path: Path, web: SmallWeb, capsys: pytest.CaptureFixture[str]
-) -> None:
-    large, small = encoded(1, size=64), encoded(2, size=20)
-    web.pages = {
-        "/large.jpg": Page(large),
-        "/small.png": Page(encoded(3, size=20, kind="PNG")),
-        "/moved.jpg": Page(status=302, headers={"Location": "/small.jpg"}),
-        "/small.jpg": Page(small),
-        "/page.jpg": Page(b"<html></html>", headers={"Content-Type": "image/jpeg"}),
-        "/cut.jpg": Page(large[: len(large) // 2]),
-        "/broken.jpg": Page(large[:100], missing_bytes=500),
-        "/private.jpg": Page(large, headers={"X-Robots-Tag": "noai"}),
-        "/error.jpg": Page(status=500),
-        "/slow.jpg": Page(large, delay_s=SLOW_S),
-        "/circle.jpg": Page(status=302, headers={"Location": "/circle.jpg"}),
-        "/to_file.jpg": Page(status=302, headers={"Location": "file:///etc/hostname"}),
-    }
-    urls = [web.url(path) for path in web.pages]
-    urls += [web.url("/absent.jpg"), f"http://127.0.0.1:{closed_port()}/x.jpg", "http://no-such-host.invalid/x.jpg"]
-    urls += [f"https{web.url('/large.jpg')[4:]}"]
+def test_only_missing_shards_are_made_again(tmp_path: Path, web: SmallWeb) -> None:
+    web.pages = {f"/{index}.jpg": Page(encoded(index)) for index in range(8)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
     shards = tmp_path / "shards"
-    outcomes = download(write_urls(tmp_path / "urls.parquet", urls), shards, SETTINGS)
-    assert outcomes == {
-        "ok": 4, "dns": 1, "connect": 2, "tls": 1, "timeout": 1, "http 4xx": 1, "http 5xx": 1, "opt-out": 1,
-        "decode/resize": 2, "other": 2,
-    }  # fmt: skip
-    assert "decode/resize" in capsys.readouterr().out
-
-    found = images_in(shards)
-    assert {uid: entry[:2] for uid, entry in found.items()} == {
-        "u0": ("caption 0", (32, 32)),  # scaled down
-        "u1": ("caption 1", (20, 20)),  # not up
-        "u2": ("caption 2", (20, 20)),  # found at its new address
-        "u3": ("caption 3", (20, 20)),
-    }
-    assert found["u0"][2]["sha256"] == hashlib.sha256(large).hexdigest()
-    assert verify(shards, processes=1, max_bad_ratio=0.0)
+    assert download(urls, shards, SETTINGS) == {"ok": 8}
 
     # a finished download asks the network for nothing, and keeps what verify wrote
+    (shards / "manifest.jsonl").write_text("{}")
     requests = web.requests.copy()
-    assert download(tmp_path / "urls.parquet", shards, SETTINGS) == outcomes
+    assert download(urls, shards, SETTINGS) == {"ok": 8}
     assert web.requests == requests
     assert (shards / "manifest.jsonl").exists()
 
     # a shard that was being made when the power failed is made again, and only that one
-    (shards / "00000_stats.json").write_text("")
-    web.pages["/absent.jpg"] = Page(large)
-    assert download(tmp_path / "urls.parquet", shards, SETTINGS) == outcomes
-    assert web.requests["/large.jpg"] == requests["/large.jpg"] + 1
-    assert web.requests["/absent.jpg"] == requests["/absent.jpg"]
+    (shards / "00001_stats.json").write_text("")
+    web.pages["/7.jpg"] = Page(status=404)
+    with pytest.raises(UserError, match="not finished"):
+        retry(shards, ["5xx"], SETTINGS)
+    assert download(urls, shards, SETTINGS) == {"ok": 7, "4xx": 1}
+    assert web.requests - requests == {"/6.jpg": 1, "/7.jpg": 1, "/robots.txt": 1}
     assert not (shards / "manifest.jsonl").exists()
 
 
 @contextlib.contextmanager
-def running_download(urls: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "data_prep", "download", str(urls), "--output", str(output)]
-    command += ["--samples-per-shard", "4", "--processes", "1", "--threads", "4", "--retries", "0"]
+def running_download(urls: Path, output: Path, processes: int = 1) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "data_prep", "download", str(urls), "--output", str(output), "--allow-local"]
+    command += ["--samples-per-shard", "4", "--processes", str(processes), "--threads", "4", "--retries", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -167,7 +108,7 @@ def test_a_killed_download_leaves_no_process_and_goes_on(
     if victim == "child":
         assert process.returncode == 2
         last = message.splitlines()[-1]
-        assert last.startswith("error: 1 of 2 shards are missing: img2dataset ended with signal SIGKILL")
+        assert last.startswith("error: 1 of 2 shards are missing: the download ended with signal SIGKILL")
         assert "run the same command again" in last
         assert "Traceback" not in message
     assert wait_until(lambda: not processes_with(mark), limit_s=10)
@@ -176,15 +117,69 @@ def test_a_killed_download_leaves_no_process_and_goes_on(
     with running_download(urls, output) as process:
         process.communicate(timeout=100)
     assert process.returncode == 0
-    assert len(images_in(output)) == 8
+    assert len(samples(output)) == 8
     assert web.requests[paths[0]] == 1
     assert not (output / "_tmp").exists()
 
 
 def child_of(pid: int) -> int:
-    """The process that runs img2dataset."""
-    (task,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(task)
+    """The process that a process started last, or itself."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[-1]) if children else pid
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_killed_at_random_points_it_ends_with_the_same_set(tmp_path: Path, web: SmallWeb) -> None:
+    """CLUSTER_CLIP_KILLS says how often; whoever is killed (command, child, worker) changes from time to time."""
+    web.pages = {f"/{index}.jpg": Page(encoded(index), delay_s=0.1) for index in range(24 + 8 * KILLS)}
+    paths = list(web.pages)
+    for path in paths[::7]:
+        web.pages[path] = Page(status=404)
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in paths])
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    download(urls, undisturbed, dataclasses.replace(SETTINGS, samples_per_shard=4, image_size=256))
+    requests = web.requests.copy()
+
+    choose = random.Random(KILLS)
+    for _ in range(KILLS):
+        with running_download(urls, killed) as process:
+            time.sleep(choose.uniform(0.3, 3.0))
+            victim = process.pid
+            for _ in range(choose.randrange(3)):
+                victim = child_of(victim)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            process.wait(timeout=60)
+        assert {path.suffix for path in killed.glob("[!.]*")} <= {".tar", ".parquet", ".json", ".jsonl", ".log", ""}
+    with running_download(urls, killed) as process:
+        process.communicate(timeout=100)
+    assert process.returncode == 0
+
+    def content(directory: Path) -> dict[str, tuple[str, str, bytes]]:
+        found = samples(directory)  # refuses duplicates
+        return {uid: (entry["key"], caption, image.tobytes()) for uid, (image, caption, entry) in found.items()}
+
+    assert content(killed) == content(undisturbed)
+    assert len(content(killed)) == len(paths) - len(paths[::7])
+    outcomes = {url: (row["class"], row["key"], row["sha256"]) for url, row in ledger(killed).items()}
+    assert outcomes == {url: (row["class"], row["key"], row["sha256"]) for url, row in ledger(undisturbed).items()}
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    assert sum((web.requests - requests).values()) < (KILLS + 1) * sum(requests.values())
+
+
+@pytest.mark.slow
+def test_two_downloads_keep_out_of_each_others_way(
+    tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.child.PREDECESSOR_S", 0.1)
+    web.pages = {"/slow.jpg": Page(encoded(0), delay_s=5)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url("/slow.jpg")])
+    settings = dataclasses.replace(SETTINGS, samples_per_shard=4, image_size=256)
+    with running_download(urls, tmp_path / "shards"):
+        assert wait_until(lambda: web.requests["/slow.jpg"])
+        with pytest.raises(UserError, match="another download is at work"):
+            download(urls, tmp_path / "shards", settings)
 
 
 @pytest.mark.slow
@@ -199,7 +194,7 @@ def test_a_directory_with_another_download_is_refused(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "provenance.jsonl").write_text(json.dumps({"step": "download", "urls": "urls.parquet"}) + "\n")
-    with pytest.raises(UserError, match="another urls_sha256, rows, image_size"):
+    with pytest.raises(UserError, match="another urls_sha256, rows, samples_per_shard"):
         download(urls, shards, SETTINGS)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
-import json
 import socket
 import time
 import zlib
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from download_helpers import ledger, samples, write_urls
 from make_images import encoded, png_chunk
 from PIL import Image
 from small_dns import SERVER_FAILURE, SmallDns
@@ -22,8 +21,7 @@ from small_web import Page, SmallWeb, self_signed
 
 from data_prep.download import Settings, download, retry
 from data_prep.errors import UserError
-from data_prep.ledger import count_outcomes, last_outcomes
-from data_prep.tar_reader import TarSamples
+from data_prep.ledger import count_outcomes
 from data_prep.verify import verify
 
 SETTINGS = Settings(
@@ -43,36 +41,6 @@ def web() -> Iterator[SmallWeb]:
 def dns() -> Iterator[SmallDns]:
     with SmallDns() as server:
         yield server
-
-
-def write_urls(path: Path, urls: list[str], **columns: list[object]) -> Path:
-    uids = [f"u{index}" for index in range(len(urls))]
-    captions = [f"caption {index}" for index in range(len(urls))]
-    pq.write_table(pa.table({"uid": uids, "url": urls, "caption": captions, **columns}), path)
-    return path
-
-
-def ledger(directory: Path) -> dict[str, dict]:
-    """url -> row, for the last outcome of each."""
-    rows = [row for table in last_outcomes(directory) for row in table.to_pylist()]
-    assert len({row["url"] for row in rows}) == len(rows)
-    assert len({row["key"] for row in rows}) == len(rows)
-    return {row["url"]: row for row in rows}
-
-
-def samples(directory: Path) -> dict[str, tuple[Image.Image, str, dict]]:
-    """uid -> (picture, caption, metadata) of every sample, each of which occurs once."""
-    found = {}
-    for path in sorted(directory.glob("*.tar")):
-        for sample in TarSamples(path):
-            metadata = json.loads(sample.members["json"])
-            assert metadata["uid"] not in found
-            found[metadata["uid"]] = (
-                Image.open(io.BytesIO(sample.members["jpg"])),
-                sample.members["txt"].decode(),
-                metadata,
-            )
-    return found
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -192,7 +160,7 @@ def test_each_url_of_a_hostile_web_has_its_exact_outcome(tmp_path: Path, web: Sm
         sha256=[hashes.get(url) for url in expected],
         similarity=[0.25 for _ in expected],
     )
-    settings = Settings(**{**vars(SETTINGS), "nameservers": (dns.address,)})
+    settings = dataclasses.replace(SETTINGS, nameservers=(dns.address,))
     download(urls, tmp_path / "shards", settings)
 
     rows = ledger(tmp_path / "shards")
@@ -245,7 +213,7 @@ def test_retry_fetches_the_failed_urls_only_and_into_further_shards(tmp_path: Pa
         "/flaky.jpg": Page(PHOTO[:99], 200, {}, 9),
     }
     urls = [web.url(path) for path in web.pages] + [web.url("/absent.jpg")]
-    settings = Settings(**{**vars(SETTINGS), "samples_per_shard": 4, "retries": 0})
+    settings = dataclasses.replace(SETTINGS, samples_per_shard=4, retries=0)
     shards = tmp_path / "shards"
     download(write_urls(tmp_path / "urls.parquet", urls), shards, settings)
     assert count_outcomes(shards) == {"ok": 5, "5xx": 2, "connect": 1, "4xx": 1}
@@ -270,7 +238,7 @@ def test_retry_fetches_the_failed_urls_only_and_into_further_shards(tmp_path: Pa
 
     assert retry(shards, ["5xx"], settings) == {"ok": 8, "4xx": 1}  # nothing left: nothing done
     assert (shards / "manifest.jsonl").exists()
-    with pytest.raises(UserError, match="no such class .*did you mean '5xx'"):
+    with pytest.raises(UserError, match=r"no such class .*did you mean '5xx'"):
         retry(shards, ["5x"], settings)
     with pytest.raises(UserError, match="no download was made here"):
         retry(tmp_path, ["5xx"], settings)
