@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -34,12 +34,14 @@ PREDECESSOR_S = 5.0  # the workers of a download that was killed end within this
 
 
 @contextlib.contextmanager
-def working_in(directory: Path) -> Iterator[BinaryIO]:
-    """Open the directory's log and keep other downloads out of it, until this process and all its workers have ended.
+def working_in(directory: Path, share: tuple[int, int] = (0, 1)) -> Iterator[BinaryIO]:
+    """Open the log of a share of the shards, and keep others from them until this process and its workers have ended.
 
     Raises UserError when another download is at work there.
     """
-    with (directory / LOG).open("ab") as log:
+    index, count = share
+    log_name = LOG if count == 1 else f"download_{index}_of_{count}.log"
+    with (directory / log_name).open("ab") as log:
         give_up_s = time.monotonic() + PREDECESSOR_S
         while True:
             try:
@@ -58,10 +60,8 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: Bin
 
     `log` is from `working_in`. Raises UserError when shards are still missing afterwards; the same call goes on.
     """
-    for part in directory.glob(".*.part"):  # of a run that was killed
-        part.unlink()
-    shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
-    (directory / PROGRESS_DIRECTORY).mkdir(parents=True)
+    _clean_up(directory, one)  # after a run that was killed
+    (directory / PROGRESS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     log_start = log.seek(0, os.SEEK_END)
     try:
         with _child(directory, one, settings, log) as child:
@@ -72,11 +72,20 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: Bin
     missing = len(one.missing(directory))
     if missing:
         reason = f"ended with {_describe(ending)}" if ending else "gave up on them"
-        reason = _last_error(directory / LOG, log_start) or reason
+        reason = _last_error(Path(log.name), log_start) or reason
         raise UserError(
-            f"{missing} of {one.shards} shards are missing: the download {reason}, see {directory / LOG}; {RERUN}"
+            f"{missing} of {len(one.numbers)} shards are missing: the download {reason}, see {log.name}; {RERUN}"
         )
-    shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
+    _clean_up(directory, one)
+
+
+def _clean_up(directory: Path, one: Pass) -> None:
+    """Remove what is only there while shards are made."""
+    for path in (*directory.glob(".[0-9]*.part"), *(directory / PROGRESS_DIRECTORY).glob("*[0-9]*")):
+        if int(re.findall(r"\d+", path.name)[0]) in one.numbers:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another share still uses it
+        (directory / PROGRESS_DIRECTORY).rmdir()
 
 
 @contextlib.contextmanager
@@ -111,7 +120,8 @@ def _child(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> Ite
 
 def _show_progress(child: subprocess.Popen[bytes], directory: Path, one: Pass) -> None:
     """Return when every shard is there or the child has ended."""
-    waiting = list(range(one.first_shard, one.first_shard + one.shards))
+    waiting = list(one.numbers)
+    rows = sum(stop - start for start, stop in map(one.rows_of, waiting))
     finished: Counter[str] = Counter()
     advised: set[str] = set()
     bar = None
@@ -125,7 +135,7 @@ def _show_progress(child: subprocess.Popen[bytes], directory: Path, one: Pass) -
                     finished.update(found["outcomes"])
                     waiting.remove(shard)
             counts = finished + _under_way(directory, waiting)
-            bar = bar or progress_bar("download", one.rows, "img", initial=finished.total())
+            bar = bar or progress_bar("download", rows, "img", initial=finished.total())
             if counts.total() > bar.n:
                 bar.set_postfix_str(_shares(counts), refresh=False)
                 bar.update(counts.total() - bar.n)

@@ -34,11 +34,12 @@ from data_prep.verify import DATASET, MANIFEST, PROVENANCE
 __all__ = ["Settings", "download", "retry"]
 
 
-def download(urls: Path, directory: Path, settings: Settings) -> Counter[str]:
+def download(urls: Path, directory: Path, settings: Settings, share: tuple[int, int] | None = None) -> Counter[str]:
     """Fetch every url of a canonical parquet (see `ingest`) into shards in `directory`.
 
     Images larger than `image_size` pixels are scaled down, none is scaled up. Shards that are already there are
-    kept, so the same command continues an interrupted run. Prints the outcomes by class and returns them.
+    kept, so the same command continues an interrupted run. With `share` (index, count) every count-th shard is
+    filled, for array jobs. Prints the outcomes by class and returns them.
 
     Raises UserError when the list cannot be used, the directory holds another download, shards cannot be written,
     or not a single image could be had.
@@ -46,12 +47,12 @@ def download(urls: Path, directory: Path, settings: Settings) -> Counter[str]:
     check_distributor(settings.distributor)
     rows = _check_urls(urls, settings)
     _claim(directory, urls, rows, settings)
-    first = dataclasses.replace(read_passes(directory)[0], urls=urls)
-    with working_in(directory) as log:
+    first = dataclasses.replace(read_passes(directory)[0], urls=urls, share=share or (0, 1))
+    with working_in(directory, first.share) as log:
         _fill(directory, first, settings, log)
     counts = count_outcomes(directory)
     print_outcomes(counts)
-    if not counts[OK]:
+    if not counts[OK] and not share:
         raise UserError(
             f"none of {rows:,} urls gave an image (outcomes above): check the network and the url list, "
             f"then delete {directory} and run again"

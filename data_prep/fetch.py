@@ -31,7 +31,8 @@ def end_with_parent() -> None:
 def fetch(options: dict[str, Any]) -> None:
     """Fill the missing shards of one pass; `options` are the fields of `Pass` and `Settings`, and the directory."""
     settings = Settings(**options["settings"] | {"nameservers": tuple(options["settings"]["nameservers"])})
-    one = Pass(**options["pass"] | {"urls": Path(options["pass"]["urls"])})
+    share: tuple[int, int] = tuple(options["pass"]["share"])
+    one = Pass(**options["pass"] | {"urls": Path(options["pass"]["urls"]), "share": share})
     directory = Path(options["directory"])
     tasks = [(shard, one.rows_of(shard)) for shard in one.missing(directory)]
     distribute(settings.distributor, ShardWorker(directory, one, settings), tasks, settings.processes)

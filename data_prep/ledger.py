@@ -53,16 +53,22 @@ class Pass:
     classes: tuple[str, ...]  # what it chose from the passes before
     first_shard: int
     samples_per_shard: int
+    share: tuple[int, int] = (0, 1)  # index and count: this process does every count-th shard, from the index on
 
     @property
     def shards(self) -> int:
         """How many shards this pass fills."""
         return math.ceil(self.rows / self.samples_per_shard)
 
+    @property
+    def numbers(self) -> range:
+        """The shards that this process has to see to."""
+        index, count = self.share
+        return range(self.first_shard + index, self.first_shard + self.shards, count)
+
     def missing(self, directory: Path) -> list[int]:
-        """The numbers of its shards that are not there yet."""
-        numbers = range(self.first_shard, self.first_shard + self.shards)
-        return [number for number in numbers if not read_statistics(directory, number)]
+        """Those that are not there yet."""
+        return [number for number in self.numbers if not read_statistics(directory, number)]
 
     def rows_of(self, shard: int) -> tuple[int, int]:
         """The rows of the list that go into a shard: from, and up to but without."""
@@ -143,7 +149,7 @@ def count_outcomes(directory: Path) -> Counter[str]:
     passes = read_passes(directory)
     counts: Counter[str] = Counter()
     for one in passes:
-        for shard in range(one.first_shard, one.first_shard + one.shards):
+        for shard in one.numbers:
             outcomes = read_statistics(directory, shard).get("outcomes", {})
             counts.update({name: count for name, count in outcomes.items() if _is_last(one, name, passes)})
     return +counts
@@ -153,7 +159,7 @@ def last_outcomes(directory: Path, columns: Sequence[str] | None = None) -> Iter
     """The ledger shard by shard, without the rows that a later pass tried again."""
     passes = read_passes(directory)
     for one in passes:
-        for shard in range(one.first_shard, one.first_shard + one.shards):
+        for shard in one.numbers:
             path = directory / f"{shard_name(shard)}.parquet"
             if path.exists():
                 table = pq.read_table(path, columns=[*columns, "class"] if columns else None)

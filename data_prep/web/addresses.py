@@ -14,9 +14,10 @@ MAX_URL_CHARACTERS = 4096
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# IPv6 addresses that are another way to write an IPv4 one are refused with the rest: 2000::/3 is what is routed
+# IPv6 that is routed; ways to write an IPv4 address as an IPv6 one lie outside, or are in the list below
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_TUNNELS = (ipaddress.ip_network("2002::/16"), ipaddress.ip_network("2001::/32"))  # 6to4 and Teredo
+# what `ipaddress` lets pass in some Python versions: protocol assignments (a cloud's metadata among them), 6to4, Teredo
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16")))
 
 
 class RefusedAddressError(OSError):
@@ -70,11 +71,9 @@ def is_literal(host: str) -> bool:
 
 def is_public(address: Address) -> bool:
     """Neither private, loopback, link-local (cloud metadata), shared, multicast, reserved nor an IPv4 in disguise."""
-    if address.is_multicast or not address.is_global:
+    if address.is_multicast or not address.is_global or any(address in network for network in _SPECIAL):
         return False
-    if isinstance(address, ipaddress.IPv4Address):
-        return not address.is_reserved
-    return address in _GLOBAL_UNICAST and not any(address in tunnel for tunnel in _TUNNELS)
+    return not address.is_reserved if address.version == 4 else address in _GLOBAL_UNICAST
 
 
 def _parse(text: str) -> URL:

@@ -1,0 +1,241 @@
+"""Robots, rates, names, and the last word on every connection."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import pytest
+from make_images import encoded
+from small_dns import SERVER_FAILURE, SmallDns
+from small_web import Page, SmallWeb
+
+from data_prep.outcomes import FetchError
+from data_prep.settings import Settings
+from data_prep.web import fetcher, host_limits, names
+from data_prep.web.addresses import AddressPolicy
+from data_prep.web.fetcher import Fetcher, user_agent
+from data_prep.web.host_limits import HostLimits
+from data_prep.web.names import Names
+from data_prep.web.robots import check_header
+
+SETTINGS = Settings(timeout_s=1.0, deadline_s=2.0, allow_local=True)
+
+
+@pytest.fixture
+def dns() -> Iterator[SmallDns]:
+    with SmallDns() as server:
+        yield server
+
+
+@pytest.fixture
+def web() -> Iterator[SmallWeb]:
+    with SmallWeb() as server:
+        yield server
+
+
+def outcome_of(url: str, settings: Settings = SETTINGS) -> str:
+    """The class and message of a failure, or `ok`."""
+
+    async def ask() -> str:
+        async with Fetcher(settings) as client:
+            try:
+                async with client.image(url):
+                    return "ok"
+            except FetchError as error:
+                return str(error)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("values", "allowed"),
+    [
+        ([], True),
+        (["all"], True),
+        (["noarchive, nofollow"], True),
+        (["noai"], False),
+        (["NoIndex, nofollow"], False),
+        (["nofollow", "noimageai"], False),
+        (["none"], False),
+        (["noml"], False),
+        (["noimageindex"], False),
+        (["googlebot: noindex"], True),
+        (["googlebot: nofollow, noindex"], True),
+        (["img2dataset: noindex"], False),
+        (["cluster-clip-data-prep: noai"], False),
+        (["*: noai"], False),
+        (["unavailable_after: 25 Jun 2010 15:00:00 PST, noai"], False),
+        (["max-snippet: 20, nofollow"], True),
+        (["googlebot: nofollow", "noai"], False),
+        (["", ", ,:"], True),
+    ],
+)
+def test_robots_headers(values: list[str], allowed: bool) -> None:
+    if allowed:
+        check_header(values)
+    else:
+        with pytest.raises(FetchError, match="opt-out"):
+            check_header(values)
+
+
+@pytest.mark.parametrize(
+    ("robots", "expected"),
+    [
+        (Page(b"User-agent: *\nDisallow: /"), "opt-out: robots.txt disallows it"),
+        (Page(b"User-agent: *\nDisallow: /*.jpg$"), "opt-out: robots.txt disallows it"),
+        (Page(b"User-agent: *\nDisallow: /\nAllow: /photos/"), "ok"),  # the longer rule counts
+        (Page(b"User-agent: img2dataset\nDisallow: /\n\nUser-agent: *\nAllow: /"), "opt-out: robots.txt disallows it"),
+        (Page(b"User-agent: googlebot\nDisallow: /"), "ok"),
+        (Page(b"\xff\xfe<html>not a robots file" + b"x" * 600_000), "ok"),
+        (Page(status=404), "ok"),
+        (Page(status=403), "ok"),
+        (Page(status=302, headers={"Location": "/other.txt"}), "opt-out: robots.txt disallows it"),
+        (Page(status=503), "5xx: robots.txt: HTTP 503 Service Unavailable"),
+        (Page(status=302, headers={"Location": "http://10.0.0.1/robots.txt"}), "refused: robots.txt: address 10.0.0.1"),
+    ],
+)
+def test_robots_files(web: SmallWeb, robots: Page, expected: str) -> None:
+    web.pages = {
+        "/robots.txt": robots,
+        "/other.txt": Page(b"User-agent: *\nDisallow: /photos"),
+        "/photos/1.jpg": Page(b"x"),
+    }
+    assert outcome_of(web.url("/photos/1.jpg")) == expected
+    assert web.requests["/photos/1.jpg"] == (expected == "ok")
+
+
+def test_a_redirect_may_not_lead_around_robots(web: SmallWeb) -> None:
+    web.pages = {
+        "/robots.txt": Page(b"User-agent: *\nDisallow: /private/"),
+        "/open": Page(status=302, headers={"Location": "/private/1.jpg"}),
+        "/private/1.jpg": Page(b"x"),
+    }
+    assert outcome_of(web.url("/open")).startswith("opt-out")
+    assert not web.requests["/private/1.jpg"]
+
+
+def test_the_socket_has_the_last_word(web: SmallWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even an address that no other check has seen is not connected to."""
+    monkeypatch.setattr(AddressPolicy, "check", lambda _, text: fetcher.URL(text))
+    assert outcome_of(web.url("/1.jpg"), dataclasses.replace(SETTINGS, allow_local=False)) == (
+        "refused: robots.txt: address 127.0.0.1"
+    )
+    assert not web.requests
+
+
+def test_a_slow_body_ends_before_its_deadline(web: SmallWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trickle() -> Iterator[bytes]:
+        while True:
+            yield bytes(10)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(fetcher, "SLOW_START_S", 0.3)
+    web.pages = {"/1.jpg": Page(stream=trickle)}
+    start_s = time.monotonic()
+    assert outcome_of(web.url("/1.jpg")).endswith("bytes/s")
+    assert time.monotonic() - start_s < 1.5
+
+
+def test_the_user_agent_says_who_asks() -> None:
+    assert "(+https://example.org/bot)" in user_agent("https://example.org/bot")
+    assert "Mozilla" not in user_agent(None)
+
+
+def lookups(dns: SmallDns, hosts: list[str]) -> list[list[str] | str]:
+    async def ask() -> list[list[str] | str]:
+        resolver = Names(AddressPolicy(), [dns.address], timeout_s=0.6)
+        found: list[list[str] | str] = []
+        for host in hosts:
+            try:
+                found.append(await resolver.addresses_of(host))
+            except FetchError as error:
+                found.append(error.outcome + ("?" if error.retryable else "!"))
+        await resolver.close()
+        return found
+
+    return asyncio.run(ask())
+
+
+def test_names_are_asked_once_and_checked(dns: SmallDns) -> None:
+    dns.names = {
+        "a.example": ["8.8.8.8"],
+        "mixed.example": ["10.0.0.1", "8.8.4.4"],
+        "inside.example": ["192.168.0.1"],
+        "ill.example": SERVER_FAILURE,
+        "mute.example": None,
+    }
+    hosts = ["a.example", "mixed.example", "inside.example", "ill.example", "mute.example", "gone.example", "8.8.8.8"]
+    expected = [["8.8.8.8"], ["8.8.4.4"], "refused!", "dns?", "dns?", "dns!", ["8.8.8.8"]]
+    assert lookups(dns, hosts) == expected
+    questions = dns.questions.copy()
+    assert lookups(dns, hosts * 3) == expected * 3
+    assert dns.questions - questions == questions  # the second run asks what the first one did, and nothing twice
+
+
+def test_a_name_that_failed_for_a_moment_is_asked_again_later(dns: SmallDns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "TEMPORARY_FAILURE_S", 0.0)
+    dns.names = {"ill.example": SERVER_FAILURE}
+    assert lookups(dns, ["ill.example"]) == ["dns?"]
+    once = dns.questions["ill.example"]
+    assert lookups(dns, ["ill.example"] * 3) == ["dns?"] * 3
+    assert dns.questions["ill.example"] == 4 * once
+
+
+def test_an_answer_that_changes_is_not_asked_for_again(dns: SmallDns, web: SmallWeb) -> None:
+    """DNS rebinding: between the check and the connection nothing is resolved."""
+    dns.names = {"photos.example": ["127.0.0.1"]}
+    web.pages = {"/1.jpg": Page(encoded(0))}
+    assert (
+        outcome_of(web.url("/1.jpg", "photos.example"), dataclasses.replace(SETTINGS, nameservers=(dns.address,)))
+        == "ok"
+    )
+    assert dns.questions["photos.example"] == 1
+
+
+def run_turns(limits: HostLimits, count: int, error: FetchError | None = None, work_s: float = 0.0) -> tuple[int, int]:
+    """(most requests at once, requests made) of `count` turns at one host."""
+    at_once, most, made = 0, 0, 0
+
+    async def one() -> None:
+        nonlocal at_once, most, made
+        try:
+            async with limits.turn("host"):
+                made += 1
+                at_once += 1
+                most = max(most, at_once)
+                await asyncio.sleep(work_s)
+                at_once -= 1
+                if error:
+                    raise error
+        except FetchError:
+            pass
+
+    async def all_turns() -> None:
+        await asyncio.gather(*(one() for _ in range(count)))
+
+    asyncio.run(all_turns())
+    return most, made
+
+
+def test_a_host_is_asked_no_faster_than_said() -> None:
+    start_s = time.monotonic()
+    assert run_turns(HostLimits(3, requests_per_s=1000), 9, work_s=0.02) == (3, 9)
+    start_s = time.monotonic()
+    run_turns(HostLimits(10, requests_per_s=20), 7)
+    assert time.monotonic() - start_s >= 6 / 20
+
+
+def test_a_dead_host_is_given_up_and_a_missing_file_is_no_reason_to() -> None:
+    dead = FetchError("timeout", "no answer", retryable=True)
+    assert run_turns(HostLimits(1, 1e6), 100, dead)[1] == host_limits.GIVE_UP_AFTER
+    assert run_turns(HostLimits(1, 1e6), 100, FetchError("4xx", "gone"))[1] == 100
+
+
+def test_a_host_that_asks_for_a_pause_gets_it_or_is_left_alone() -> None:
+    start_s = time.monotonic()
+    assert run_turns(HostLimits(1, 1e6), 3, FetchError("429", "busy", retry_after_s=0.1))[1] == 3
+    assert time.monotonic() - start_s >= 0.2
+    assert run_turns(HostLimits(1, 1e6), 3, FetchError("429", "busy", retry_after_s=3600))[1] == 1
