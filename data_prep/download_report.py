@@ -85,7 +85,8 @@ def _summarise(directory: Path) -> Summary:
         for name, url, message in zip(failed["class"], failed["url"], failed["error_message"], strict=True):
             summary.failures_by_host[urlsplit(url).netloc, name] += 1
             summary.messages.setdefault(name, Counter())[message] += 1
-        for counter in (summary.failures_by_host, *summary.messages.values()):
+        _bound(summary.failures_by_host)
+        for counter in summary.messages.values():
             _bound(counter)
         summary.elapsed += _counts(table["elapsed_s"].to_numpy(), ELAPSED_S)
         summary.file_bytes += _counts(table["bytes"].to_numpy(), FILE_BYTES)

@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import cv2
@@ -116,17 +117,15 @@ class _Shard:
         """Say how far this shard is."""
         write_json(self._directory / PROGRESS_DIRECTORY / f"{shard_name(self._shard)}.json", self.counts)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._tar.close()
-        if kind is not None:
-            self._resources.__exit__(kind, *_)
-            return
-        self._resources.close()
-        name = shard_name(self._shard)
-        write_ledger(
-            self._directory / f"{name}.parquet", self._listed, [row for _, row in sorted(self._ledger.items())]
-        )
-        write_json(statistics_path(self._directory, self._shard), self._statistics())
+        self._resources.__exit__(kind, error, trace)
+        if kind is None:
+            rows = [row for _, row in sorted(self._ledger.items())]
+            write_ledger(self._directory / f"{shard_name(self._shard)}.parquet", self._listed, rows)
+            write_json(statistics_path(self._directory, self._shard), self._statistics())
 
     def _statistics(self) -> Row:
         """As img2dataset writes them, and the classes."""

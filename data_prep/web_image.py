@@ -89,8 +89,7 @@ def shrink(pixels_HWC: Pixels, width: int, height: int) -> Pixels:
         return pixels_HWC
     if factor > 2:
         return cv2.resize(pixels_HWC, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    sigma = 0.5 * (factor**2 - 1) ** 0.5
-    soft_HWC = cv2.GaussianBlur(pixels_HWC, (5, 5) if sigma > 0.8 else (3, 3), max(sigma, 0.01))
+    soft_HWC = cv2.GaussianBlur(pixels_HWC, (3, 3), 0.74 * (factor - 1) ** 0.36)
     return cv2.resize(soft_HWC, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_web import Page, SmallWeb
 
-from data_prep.download import Settings, download
+from data_prep.download import Settings, download, retry
+from data_prep.download_report import write_report
 from data_prep.ingest import ingest
+from data_prep.ledger import last_outcomes
 from data_prep.tar_reader import TarSamples
 from data_prep.url_lists import ColumnChoice
 from data_prep.verify import verify
@@ -33,54 +38,81 @@ def web() -> Iterator[SmallWeb]:
         yield server
 
 
+def flood() -> Iterator[bytes]:
+    while True:
+        yield bytes(1 << 16)
+
+
+def troubled(number: int, path: str, image: bytes, web: SmallWeb) -> str:
+    """Put a picture on the web with the trouble that its number brings; returns its outcome."""
+    trouble, page = number % 20, Page(image)
+    moved = Page(status=302, headers={"Location": f"/moved{path}"})
+    troubles: dict[int, tuple[Page | list[Page], str]] = {
+        1: (Page(status=404), "4xx"),
+        2: (moved, "ok"),
+        3: (Page(b"<html><body>not here</body></html>", headers={"Content-Type": "image/jpeg"}), "decode"),
+        4: (Page(image[: len(image) * 2 // 3]), "decode"),
+        5: (Page(image[:1000], missing_bytes=len(image) - 1000), "connect"),
+        6: (Page(image, headers={"X-Robots-Tag": "noai"}), "opt-out"),
+        7: (Page(status=503), "5xx"),
+        8: ([Page(status=500), page], "ok"),
+        9: (Page(status=302, headers={"Location": "http://169.254.169.254/latest/meta-data/"}), "refused"),
+        10: (Page(image, missing_bytes=10**9), "too-large"),
+        11: (Page(stream=flood), "too-large"),
+        12: (page, "hash"),
+    }
+    answer, outcome = troubles.get(trouble, (page, "ok"))
+    if number % 50 == 33:
+        answer, outcome = Page(image, delay_s=6), "timeout"
+    if path.startswith("/private"):
+        outcome = "opt-out"
+    web.pages[path], web.pages[f"/moved{path}"] = answer, page
+    return outcome
+
+
 def test_every_picture_of_a_troubled_web_has_its_exact_outcome(tmp_path: Path, web: SmallWeb) -> None:
     rows = pq.read_table(ORIGINALS).to_pylist()
-    expected: Counter[str] = Counter()
-    lines = []
-    for index, row in enumerate(rows):
-        path, image = f"/{row['filename']}", row["image"]
-        trouble = index % 10
-        if trouble == 1 and index < 200:  # 20 gone
-            expected["http 4xx"] += 1
-        elif trouble == 2 and index < 100:  # 10 moved: they are found all the same
-            web.pages[path] = Page(status=302, headers={"Location": f"/moved{path}"})
-            web.pages[f"/moved{path}"] = Page(image)
-            expected["ok"] += 1
-        elif trouble == 3 and index < 80:  # 8 sites that answer with a page in place of the picture
-            web.pages[path] = Page(b"<html><body>not here</body></html>", headers={"Content-Type": "image/jpeg"})
-            expected["decode/resize"] += 1
-        elif trouble == 4 and index < 60:  # 6 pictures that are cut off on the server's own disk
-            web.pages[path] = Page(image[: len(image) * 2 // 3])
-            expected["decode/resize"] += 1
-        elif trouble == 5 and index < 50:  # 5 connections that break
-            web.pages[path] = Page(image[:1000], missing_bytes=len(image) - 1000)
-            expected["connect"] += 1
-        elif trouble == 6 and index < 40:  # 4 that opt out
-            web.pages[path] = Page(image, headers={"X-Robots-Tag": "noai"})
-            expected["opt-out"] += 1
-        elif trouble == 7 and index < 30:  # 3 broken servers
-            web.pages[path] = Page(status=503)
-            expected["http 5xx"] += 1
-        else:
-            web.pages[path] = Page(image)
-            expected["ok"] += 1
-        lines.append(f"{row['captions'][0]}\t{web.url(path)}\n")
-    lines += ["no url here\n", "a local file\tfile:///etc/hostname\n"]
-    tsv = tmp_path / "Train-GCC-training.tsv"
-    tsv.write_text("".join(lines), encoding="utf-8")
+    web.pages["/robots.txt"] = Page(b"User-agent: *\nDisallow: /private/\n")
+    expected, hashes, lines = {}, {}, []
+    for number, row in enumerate(rows):
+        path = f"/{'private' if number % 50 == 34 else 'public'}/{row['filename']}"
+        url = web.url(path)
+        expected[url] = troubled(number, path, row["image"], web)
+        changed = b"other" if expected[url] == "hash" else b""
+        hashes[url] = hashlib.sha256(row["image"] + changed).hexdigest()
+        lines.append({"url": url, "caption": row["captions"][0], "sha256": hashes[url]})
+    lines += [{"url": "file:///etc/hostname", "caption": "a local file", "sha256": None}]
+    pq.write_table(pa.Table.from_pylist(lines), tmp_path / "list.parquet")
 
     urls = tmp_path / "urls.parquet"
-    tally = ingest([str(tsv)], str(urls), "auto", ColumnChoice())
-    assert +tally.dropped == Counter({"malformed line": 1, "url not http(s)": 1})
+    tally = ingest([str(tmp_path / "list.parquet")], str(urls), "parquet", ColumnChoice())
+    assert +tally.dropped == Counter({"url not http(s)": 1})
     assert tally.written == len(rows)
 
     shards = tmp_path / "shards"
-    outcomes = download(urls, shards, Settings(samples_per_shard=100, processes=2, threads=16, retries=0))
-    assert outcomes == expected
+    settings = Settings(
+        samples_per_shard=100, processes=2, threads=64, retries=1, deadline_s=4, host_connections=128, max_bytes=2**22,
+        host_requests_per_s=1000, allow_local=True,
+    )  # fmt: skip
+    outcomes = download(urls, shards, settings)
+    ledger = {row["url"]: row for table in last_outcomes(shards) for row in table.to_pylist()}
+    assert {url: row["class"] for url, row in ledger.items()} == expected
+    assert outcomes == Counter(expected.values())
+    assert len(outcomes) == 10
+    stored = {url: row["sha256"] for url, row in ledger.items() if row["class"] == "ok"}
+    assert stored == {url: hashes[url] for url in stored}
+
+    # the servers recover: what failed for a moment is fetched into a shard of its own
+    for path in list(web.pages):
+        if expected.get(web.url(path)) in ("5xx", "timeout"):
+            web.pages[path] = web.pages[f"/moved{path}"]
+    recovered = outcomes["5xx"] + outcomes["timeout"]
+    outcomes = retry(shards, ["5xx", "timeout"], settings)
+    assert outcomes["ok"] == len(stored) + recovered
 
     assert verify(shards, processes=2, max_bad_ratio=0.0)
     dataset = json.loads((shards / "dataset.json").read_text())
-    assert dataset["samples"] == expected["ok"]
+    assert dataset["samples"] == outcomes["ok"]
     assert dataset["skipped"] == {}
     captions = {row["captions"][0] for row in rows}
     for path in sorted(shards.glob("*.tar")):
@@ -90,3 +122,9 @@ def test_every_picture_of_a_troubled_web_has_its_exact_outcome(tmp_path: Path, w
             # scaled down to 256 pixels, never up
             original = min(metadata["original_width"], metadata["original_height"])
             assert min(metadata["width"], metadata["height"]) == min(256, original)
+
+    write_report(shards, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"{outcomes['ok'] / len(rows):.1%} in shards" in page
+    assert "retry of 5xx, timeout" in page
+    assert "http://" not in re.sub(r"data:image/svg\+xml;base64,[^\"]*", "", page)
