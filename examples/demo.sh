@@ -26,8 +26,10 @@ trap 'kill $server 2>/dev/null || true' EXIT
 step "3/8 ingest the url list"
 data-prep ingest "$out/web/train.tsv" --output "$out/urls.parquet"
 
-step "4/8 download it into shards"
-data-prep download "$out/urls.parquet" --output "$out/shards" --samples-per-shard 500 --resize-mode no
+step "4/8 download it into shards, with a page about what became of the urls"
+data-prep download "$out/urls.parquet" --output "$out/shards" --samples-per-shard 500 --resize-mode no \
+    --allow-local --host-requests-per-s 10000
+data-prep report "$out/shards"
 kill $server
 
 step "5/8 verify the shards, train a tokenizer on their captions"

@@ -61,7 +61,7 @@ def test_from_a_web_server_to_a_report(tmp_path: Path, file_server: str, launch:
     web, shards, run = tmp_path / "web", tmp_path / "shards", tmp_path / "run"
     prepare("synthetic", web, "--train", "600", "--validation", "60", "--size", "32", "--base-url", file_server)
     prepare("ingest", web / "train.tsv", "--output", tmp_path / "urls.parquet")
-    download = ["--resize-mode", "no", "--samples-per-shard", "200", "--processes", "2"]
+    download = ["--resize-mode", "no", "--samples-per-shard", "200", "--processes", "2", "--allow-local"]
     prepare("download", tmp_path / "urls.parquet", "--output", shards, *download)
     prepare("verify", shards)
     assert json.loads((shards / "dataset.json").read_text())["samples"] == 600
