@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from data_prep.commands.corpora import add_pack, add_synthetic
+from data_prep.commands.metadata import add_ingest
 from data_prep.commands.shards import add_tokenizer, add_verify
-from data_prep.commands.web import add_download, add_ingest
+from data_prep.commands.web import add_download
 from data_prep.errors import UserError
 
 # What a command imports, it imports when it runs: `--help` answers at once.
