@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -58,9 +59,9 @@ class Rejects:
 
 def canonicalise(table: pa.Table, filters: Filters, rejects: Rejects) -> pa.Table:
     """Bring a chunk of a url list into `SCHEMA`; rows that cannot or shall not be used go into `rejects`."""
-    table = _trim(_only_utf8(table, rejects))
-    urls = canonical_urls(table["url"])
-    canonical = table.set_column(table.column_names.index("url"), "url", urls)
+    table = _only_utf8(table, rejects)
+    urls = pc.utf8_trim_whitespace(pc.fill_null(table["url"], ""))
+    canonical = table.set_column(table.column_names.index("url"), "url", canonical_urls(urls))
     canonical = canonical.set_column(table.column_names.index("caption"), "caption", clean_captions(table["caption"]))
     columns = [
         pa.chunked_array([pa.nulls(table.num_rows, field.type)]) if field.name == "uid" else _column(canonical, field)
@@ -69,7 +70,7 @@ def canonicalise(table: pa.Table, filters: Filters, rejects: Rejects) -> pa.Tabl
     canonical = pa.table(columns, schema=SCHEMA)
     given = table["uid"] if "uid" in table.column_names else None
     usable: pa.ChunkedArray | None = None
-    for reason, passes in _conditions(table, canonical, filters):
+    for reason, passes in _conditions(urls, canonical, filters):
         passes = pc.fill_null(passes, False)
         if usable is not None:
             passes = pc.and_(usable, passes)
@@ -84,10 +85,10 @@ def canonicalise(table: pa.Table, filters: Filters, rejects: Rejects) -> pa.Tabl
     return canonical.set_column(0, SCHEMA.field("uid"), _uids(canonical, given))
 
 
-def _conditions(table: pa.Table, canonical: pa.Table, filters: Filters) -> Iterator[tuple[str, pa.ChunkedArray]]:
+def _conditions(urls: pa.ChunkedArray, canonical: pa.Table, filters: Filters) -> Iterator[tuple[str, pa.ChunkedArray]]:
     if canonical["url"].null_count:
-        yield "no url", pc.not_equal(table["url"], "")
-        yield "url not http(s)", pc.match_substring_regex(table["url"], r"^(?i:https?):")
+        yield "no url", pc.not_equal(urls, "")
+        yield "url not http(s)", pc.match_substring_regex(urls, r"^(?i:https?):")
         yield "malformed url", pc.is_valid(canonical["url"])
     yield "no caption", pc.not_equal(canonical["caption"], "")
     yield from conditions(canonical, filters)
@@ -104,8 +105,8 @@ def _uids(table: pa.Table, given: pa.ChunkedArray | None) -> pa.ChunkedArray:
         if pc.all(pc.not_equal(given, ""), min_count=0).as_py():
             return given
     text = pair_digests(table).tobytes().hex().encode()
-    offsets = pa.array(range(0, len(text) + 1, UID_HEX_DIGITS), pa.int32())
-    made = pa.chunked_array([pa.StringArray.from_buffers(table.num_rows, offsets.buffers()[1], pa.py_buffer(text))])
+    offsets = np.arange(0, len(text) + 1, UID_HEX_DIGITS, dtype=np.int32)
+    made = pa.chunked_array([pa.StringArray.from_buffers(table.num_rows, pa.py_buffer(offsets), pa.py_buffer(text))])
     return made if given is None else pc.if_else(pc.equal(given, ""), made, given)
 
 
@@ -127,13 +128,6 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
         column = column.cast(pa.float64(), safe=False)
         column = pc.if_else(pc.less(pc.abs(column), 2**31), column, None)
     return column.cast(field.type, safe=False)
-
-
-def _trim(table: pa.Table) -> pa.Table:
-    for name in ("url", "caption"):
-        texts = pc.utf8_trim_whitespace(table[name].fill_null(""))
-        table = table.set_column(table.column_names.index(name), name, texts)
-    return table
 
 
 def _only_utf8(table: pa.Table, rejects: Rejects) -> pa.Table:

@@ -18,9 +18,9 @@ _NEEDS_CLEANING = r"[^!-~ ]|  |^ | $"  # anything but printable ASCII with singl
 # a browser would send these unchanged; everything else goes through a WHATWG parser
 _ALREADY_CANONICAL = (
     r"^https?://[a-z0-9]+(?:-[a-z0-9]+)*(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)*\.[a-z][a-z]+"  # neither punycode nor an address
-    r"/[A-Za-z0-9_~!$&()*+,;=:@%-][A-Za-z0-9_~!$&()*+,;=:@/%.-]*(?:\?[A-Za-z0-9._~!$&()*+,;=:@/?%-]+)?$"
+    r"(?:/(?:[A-Za-z0-9_~!$&()*+,;=:@-][A-Za-z0-9._~!$&()*+,;=:@%-]*)?)+"  # no segment that begins with a dot
+    r"(?:\?[A-Za-z0-9._~!$&()*+,;=:@/?%-]+)?$"
 )
-_DOT_SEGMENT = r"/(?:\.|%2[eE])"
 
 
 def clean_captions(captions: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -38,9 +38,7 @@ def canonical_urls(urls: pa.ChunkedArray) -> pa.ChunkedArray:
     """The url that a browser would request (WHATWG): scheme and host in lower case, host in punycode, no default port,
     no `..`, no fragment, percent signs for what needs them. Null: cannot be parsed, is not http(s), or has a password.
     """
-    canonical = pc.and_not(
-        pc.match_substring_regex(urls, _ALREADY_CANONICAL), pc.match_substring_regex(urls, _DOT_SEGMENT)
-    )
+    canonical = pc.match_substring_regex(urls, _ALREADY_CANONICAL)
     if pc.all(canonical).as_py():
         return urls
     others = pc.invert(canonical)

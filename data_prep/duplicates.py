@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-DIGEST_BYTES = 16
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u4")])
 BUCKETS = 1024  # finest division of the digests, by their first bits
 RECORDS_PER_PASS = 4_000_000  # 80 MB, about 250 MB while they are sorted
@@ -29,8 +28,8 @@ OpenPart = Callable[[int], BinaryIO]  # part number -> its records, seekable
 def digests(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """[n, 2]: the first 128 bits of SHA-256 of each text."""
     sha256 = hashlib.sha256
-    joined = b"".join([sha256(text).digest()[:DIGEST_BYTES] for text in texts.cast(pa.binary()).to_pylist()])
-    return np.frombuffer(joined, np.uint64).reshape(-1, 2)
+    joined = b"".join([sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
+    return np.ascontiguousarray(np.frombuffer(joined, np.uint64).reshape(-1, 4)[:, :2])
 
 
 def sorted_records(digests_N2: npt.NDArray[np.uint64]) -> tuple[Records, list[int]]:
@@ -62,6 +61,8 @@ class DuplicateMask:
 
     def mark(self, part_buckets: Sequence[Sequence[int]], open_part: OpenPart) -> None:
         """Mark every row whose digest an earlier row has, leaving out of account the rows that are marked already."""
+        if not part_buckets:
+            return
         sizes = np.diff(np.array(part_buckets, np.int64).reshape(-1, BUCKETS + 1), axis=1).sum(axis=0)
         for first, last in _passes(sizes):
             loaded = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20  # a longer line is skipped; captions of megabytes still reach the filter that counts them
 OVERLONG = b"(a line too long to read)\n"  # stands for a skipped line; no list has a row of this form
 

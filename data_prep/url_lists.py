@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -77,23 +78,18 @@ class Chunk:
 def read_tsv(stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]) -> Iterator[Chunk]:
     """Lines of fields without quoting; `names` are those of all fields, `columns` as of `find_columns`."""
     for block, overlong in blocks_of_lines(stream, part.start, part.stop):
-        malformed: list[str] = [OVERLONG.decode()] * overlong
-
-        def skip(row: pa_csv.InvalidRow, malformed: list[str] = malformed) -> str:
-            malformed.append(row.text or "")
-            return "skip"
-
         # Arrow takes a carriage return for the end of a line; between line feeds it is a character like others
         if b"\r" in block:
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b" ")
-        if not block.strip(b"\n"):
-            if overlong:
-                yield _chunk(_table([], list(columns)), malformed)
+            block = block.replace(b"\r\n", b"\n").removesuffix(b"\r").replace(b"\r", b" ")
+        block, malformed = _split_malformed(block, len(names))
+        malformed += [OVERLONG.decode()] * overlong
+        if not block:
+            yield _chunk(_table([], list(columns)), malformed)
             continue
         table = pa_csv.read_csv(
             pa.BufferReader(block),
             pa_csv.ReadOptions(column_names=list(names), block_size=len(block) + 1, use_threads=False),
-            pa_csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False, invalid_row_handler=skip),
+            pa_csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
             # binary: a line that is not UTF-8 costs itself, not its block
             pa_csv.ConvertOptions(
                 include_columns=list(columns.values()),
@@ -102,6 +98,25 @@ def read_tsv(stream: BinaryIO, part: Range, names: Sequence[str], columns: Mappi
             ),
         )
         yield _chunk(table.rename_columns(list(columns)), malformed)
+
+
+def _split_malformed(block: bytes, fields: int) -> tuple[bytes, list[str]]:
+    """The lines with the right number of fields, and the others. (Arrow's own handler fails on what is not UTF-8.)"""
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    if not block.endswith(b"\n"):
+        ends = np.append(ends, len(block))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    tabs = np.searchsorted(np.flatnonzero(data == ord("\t")), ends)
+    bad = (np.diff(tabs, prepend=0) != fields - 1) & (ends > starts)
+    if not bad.any():
+        return block, []
+    malformed = [
+        block[start : min(end, start + EXAMPLE_CHARS)].decode("utf-8", "replace")
+        for start, end in zip(starts[bad].tolist(), ends[bad].tolist(), strict=True)
+    ]
+    good_bytes = np.repeat(~bad, ends + 1 - starts)[: len(block)]
+    return data[good_bytes].tobytes(), malformed
 
 
 def read_csv(stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]) -> Iterator[Chunk]:
