@@ -37,17 +37,24 @@ def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
         "--max-captions", type=positive, default=2_000_000, metavar="N", help="train on a sample of at most N"
     )
     parser.add_argument("--seed", type=int, default=0, help="for drawing that sample")
+    parser.add_argument(
+        "--special-tokens", nargs="+", default=[], metavar="TEXT", help="texts that stay one piece, such as <PERSON>"
+    )
+    parser.add_argument(
+        "--clip-merges", type=Path, metavar="FILE",
+        help="bpe_simple_vocab_16e6.txt.gz, to compare with CLIP's tokenizer (default: an installed open_clip's)",
+    )  # fmt: skip
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from data_prep.tokenizer import train_tokenizer
+    from data_prep.tokenizer import TokenizerSettings, train_tokenizer
 
-    train_tokenizer(
-        options.directory,
-        options.output,
-        options.model_type,
-        options.vocab_size,
-        options.max_captions,
-        options.seed,
+    settings = TokenizerSettings(
+        model_type=options.model_type,
+        vocab_size=options.vocab_size,
+        max_captions=options.max_captions,
+        seed=options.seed,
+        special_tokens=tuple(options.special_tokens),
     )
+    train_tokenizer(options.directory, options.output, settings, options.clip_merges)
     return 0
