@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
 
 from data_prep.catalogue import GENERIC, INGESTIBLE
 from data_prep.commands.options import Commands, add_command, add_processes, not_negative, positive
@@ -122,3 +126,36 @@ def _slice(text: str) -> tuple[int, int]:
     if not 0 <= index < count:
         raise argparse.ArgumentTypeError(f"the first number must be from 0 to {count - 1}, got {index}")
     return index, count
+
+
+def add_build(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep build`."""
+    parser = add_command(commands, "build", _build, "all stages from one YAML file; run it again to continue")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="stages and their options (docs/ingest.md)")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
+    parser.add_argument("--slice", type=_slice, metavar="I/N", help="its share I (from 0) of N, for array jobs")
+    parser.add_argument("--dry-run", action="store_true", help="check the file and print its stages")
+
+
+def _build(options: argparse.Namespace) -> int:
+    from data_prep.__main__ import main, make_parser
+    from data_prep.build import build, read_plan, show
+
+    if options.slice and not options.only:
+        raise UserError("--slice needs --only STAGE: the stages after it need all slices")
+    parser = make_parser()
+
+    def check(arguments: Sequence[str]) -> None:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as message:
+                parser.parse_args(arguments)
+        except SystemExit:
+            line = message.getvalue().strip().rpartition("error: ")[2]
+            raise UserError(f"{options.config}, {arguments[0]}: {line}") from None
+
+    plan = read_plan(options.config)
+    if options.dry_run:
+        show(plan, check)
+        return 0
+    share = "{}/{}".format(*options.slice) if options.slice else None
+    return 0 if build(plan, main, check, options.only, share) else 1
