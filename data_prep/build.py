@@ -36,7 +36,13 @@ DEFAULTS: Mapping[str, tuple[Sequence[str], Mapping[str, str]]] = {
     "tokenizer": ((SHARDS,), {"output": "{output}/tokenizer.model"}),
 }
 # the option that holds positional arguments
-POSITIONAL: Mapping[str, str] = {"ingest": "sources", "download": "urls", "pack": "source"}
+POSITIONAL: Mapping[str, str] = {
+    "ingest": "sources",
+    "download": "urls",
+    "pack": "source",
+    "reshard": "directories",
+    "merge": "directories",
+}
 
 Run = Callable[[Sequence[str]], int]  # a data-prep command line -> its exit code
 Check = Callable[[Sequence[str]], None]  # raises UserError for arguments that the command does not take

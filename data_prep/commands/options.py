@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
-PROCESSES = os.cpu_count() or 1
+# those that this process may use, where the system says: a batch job often has a few of a node's many
+PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
