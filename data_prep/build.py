@@ -125,7 +125,8 @@ def build(plan: Plan, run: Run, check: Check, only: str | None = None, share: st
         if code:
             print(f"== {stage.name} ended with {code}: mend that and run the same command again")
             return False
-        print(f"== {stage.name}: done in {time.perf_counter() - start_s:,.0f} s", flush=True)
+        what = f"slice {share} done" if share else "done"
+        print(f"== {stage.name}: {what} in {time.perf_counter() - start_s:,.0f} s", flush=True)
         if not share:
             state.set_done(stage)
     left = [stage.name for stage in plan.stages if not state.is_done(stage)]

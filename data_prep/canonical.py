@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.cleaning import canonical_urls, clean_captions
-from data_prep.duplicates import digests
+from data_prep.duplicates import Digests, digests
 from data_prep.row_filters import Filters, conditions
 from data_prep.url_lists import EXAMPLE_CHARS, Chunk
 
@@ -61,28 +61,18 @@ def canonicalise(table: pa.Table, filters: Filters, rejects: Rejects) -> pa.Tabl
     """Bring a chunk of a url list into `SCHEMA`; rows that cannot or shall not be used go into `rejects`."""
     table = _only_utf8(table, rejects)
     urls = pc.utf8_trim_whitespace(pc.fill_null(table["url"], ""))
-    canonical = table.set_column(table.column_names.index("url"), "url", canonical_urls(urls))
-    canonical = canonical.set_column(table.column_names.index("caption"), "caption", clean_captions(table["caption"]))
-    columns = [
-        pa.chunked_array([pa.nulls(table.num_rows, field.type)]) if field.name == "uid" else _column(canonical, field)
-        for field in SCHEMA
-    ]
-    canonical = pa.table(columns, schema=SCHEMA)
-    given = table["uid"] if "uid" in table.column_names else None
-    usable: pa.ChunkedArray | None = None
+    cleaned = _replaced(table, "url", canonical_urls(urls))
+    cleaned = _replaced(cleaned, "caption", clean_captions(table["caption"]))
+    canonical = pa.table([_column(cleaned, field) for field in SCHEMA], schema=SCHEMA)
+    usable = pa.chunked_array([np.ones(table.num_rows, np.bool_)])
     for reason, passes in _conditions(urls, canonical, filters):
-        passes = pc.fill_null(passes, False)
-        if usable is not None:
-            passes = pc.and_(usable, passes)
-        if not pc.all(passes, min_count=0).as_py():
-            before = table if usable is None else table.filter(usable)
-            after = passes if usable is None else passes.filter(usable)
-            rejects.add(reason, before.filter(pc.invert(after)))
-            usable = passes
-    if usable is not None:
+        refused = pc.and_not(usable, pc.fill_null(passes, False))
+        if pc.any(refused).as_py():
+            rejects.add(reason, table.filter(refused))
+            usable = pc.and_not(usable, refused)
+    if not pc.all(usable, min_count=0).as_py():
         canonical = canonical.filter(usable)
-        given = None if given is None else given.filter(usable)
-    return canonical.set_column(0, SCHEMA.field("uid"), _uids(canonical, given))
+    return _replaced(canonical, "uid", _uids(canonical))
 
 
 def _conditions(urls: pa.ChunkedArray, canonical: pa.Table, filters: Filters) -> Iterator[tuple[str, pa.ChunkedArray]]:
@@ -94,20 +84,23 @@ def _conditions(urls: pa.ChunkedArray, canonical: pa.Table, filters: Filters) ->
     yield from conditions(canonical, filters)
 
 
-def pair_digests(table: pa.Table) -> Any:
-    """[n, 2] uint64 digests of url, a line feed and caption: what uids are made of."""
+def pair_digests(table: pa.Table) -> Digests:
+    """[n, 2] digests of url, a line feed and caption: what uids are made of."""
     return digests(pc.binary_join_element_wise(table["url"], table["caption"], "\n"))
 
 
-def _uids(table: pa.Table, given: pa.ChunkedArray | None) -> pa.ChunkedArray:
-    if given is not None:
-        given = given.cast(pa.string()).fill_null("")
-        if pc.all(pc.not_equal(given, ""), min_count=0).as_py():
-            return given
+def _uids(table: pa.Table) -> pa.ChunkedArray:
+    given = pc.fill_null(table["uid"], "")
+    if pc.all(pc.not_equal(given, ""), min_count=0).as_py():
+        return given
     text = pair_digests(table).tobytes().hex().encode()
     offsets = np.arange(0, len(text) + 1, UID_HEX_DIGITS, dtype=np.int32)
     made = pa.chunked_array([pa.StringArray.from_buffers(table.num_rows, pa.py_buffer(offsets), pa.py_buffer(text))])
-    return made if given is None else pc.if_else(pc.equal(given, ""), made, given)
+    return made if table["uid"].null_count == table.num_rows else pc.if_else(pc.equal(given, ""), made, given)
+
+
+def _replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
 
 
 def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:

@@ -22,17 +22,18 @@ RECORDS_PER_PASS = 4_000_000  # 80 MB, about 250 MB while they are sorted
 
 Records = npt.NDArray[np.void]
 Mask = npt.NDArray[np.bool_]
+Digests = npt.NDArray[np.uint64]  # [rows, 2]
 OpenPart = Callable[[int], BinaryIO]  # part number -> its records, seekable
 
 
-def digests(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """[n, 2]: the first 128 bits of SHA-256 of each text."""
+def digests(texts: pa.ChunkedArray) -> Digests:
+    """The first 128 bits of SHA-256 of each text."""
     sha256 = hashlib.sha256
     joined = b"".join([sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
     return np.ascontiguousarray(np.frombuffer(joined, np.uint64).reshape(-1, 4)[:, :2])
 
 
-def sorted_records(digests_N2: npt.NDArray[np.uint64]) -> tuple[Records, list[int]]:
+def sorted_records(digests_N2: Digests) -> tuple[Records, list[int]]:
     """A part's records, sorted by digest, and for each bucket where it begins (and the end)."""
     records = np.empty(len(digests_N2), RECORD)
     order = np.argsort(digests_N2[:, 0], kind="stable")

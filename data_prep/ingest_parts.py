@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep.canonical import SCHEMA, Rejects, canonicalise, pair_digests
-from data_prep.duplicates import digests, sorted_records
+from data_prep.duplicates import Digests, digests, sorted_records
 from data_prep.folders import Folder
 from data_prep.list_files import ListFormat, Piece, naming
 from data_prep.row_filters import Filters
@@ -24,7 +23,6 @@ from data_prep.row_filters import Filters
 FORMAT_VERSION = 1  # of the work folder; raise it when the same options would give other rows
 ROWS_PER_PART = 1_000_000
 
-Digests = npt.NDArray[np.uint64]
 KEYS: Mapping[str, Callable[[pa.Table], Digests]] = {
     "url": lambda table: digests(table["url"]),
     "caption": lambda table: digests(table["caption"]),
