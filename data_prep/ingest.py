@@ -30,7 +30,6 @@ from data_prep.folders import Folder, parent_and_name
 from data_prep.ingest_parts import (
     Options,
     Part,
-    PieceResult,
     Slice,
     ingest_piece,
     piece_name,
@@ -80,36 +79,50 @@ def ingest(
     done = target.report_of(fingerprint)
     if done:
         print(f"{output}: already done, {done['written']:,} of {done['read']:,} rows")
-        return Tally(done["read"], done["written"], Counter(done["dropped"]))
+        return _tally_of(done)
     _read_pieces(pieces[share.index :: share.count] if share else pieces, options, work, processes)
     if share:
         missing = sum(not work.exists(result_file(piece, options)) for piece in pieces)
         print(f"slice {share.index}/{share.count} is read, {missing} of {len(pieces)} pieces are missing")
         print("without --slice the same command reads them and finishes" if missing else "now without --slice")
         return None
-    results = [read_result(work, result_file(piece, options)) for piece in pieces]
-    tally, rejects = _sum(results)
-    parts = [part for result in results for part in result.parts]
-    mask = _find_duplicates(parts, options.unique, work, rejects)
-    tally.dropped, tally.written = rejects.counts, tally.read - rejects.counts.total()
-    if not tally.written:
+    report, rejects, parts, mask = _sum_up(pieces, options, work)
+    if not report["written"]:
         work.remove()
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in (+tally.dropped).items())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         raise UserError(f"no row of {', '.join(sources)} can be used: {reasons or 'empty'}; wrong --format?")
-    report = {
-        "fingerprint": fingerprint,
-        "sources": list(sources),
-        "format": options.list_format.name,
-        "unique": list(options.unique),
-        "filters": json.loads(options.filters.identity())[0],
-        "read": tally.read,
-        "written": tally.written,
-        "dropped": dict(+tally.dropped),
-    }
+    report = {"fingerprint": fingerprint, "sources": list(sources), "format": options.list_format.name} | report
     target.write(parts, mask, work, report, rejects, processes)
     work.remove()
+    tally = _tally_of(report)
     _print_tally(tally, output, time.perf_counter() - start_s, options.list_format.name)
     return tally
+
+
+def _sum_up(
+    pieces: Sequence[Piece], options: Options, work: Folder
+) -> tuple[dict[str, Any], Rejects, list[Part], DuplicateMask]:
+    """The counts over all pieces, and which of their rows are duplicates."""
+    results = [read_result(work, result_file(piece, options)) for piece in pieces]
+    parts = [part for result in results for part in result.parts]
+    rejects = Rejects()
+    for result in results:
+        rejects.counts.update(result.rejected)
+        rejects.examples += result.examples
+    mask = _find_duplicates(parts, options.unique, work, rejects)
+    rows_read = sum(result.read for result in results)
+    report = {
+        "unique": list(options.unique),
+        "filters": json.loads(options.filters.identity())[0],
+        "read": rows_read,
+        "written": rows_read - rejects.counts.total(),
+        "dropped": dict(+rejects.counts),
+    }
+    return report, rejects, parts, mask
+
+
+def _tally_of(report: Mapping[str, Any]) -> Tally:
+    return Tally(report["read"], report["written"], Counter(report["dropped"]))
 
 
 def _fingerprint(pieces: Sequence[Piece], options: Options) -> str:
@@ -143,14 +156,6 @@ def _map(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], pro
             raise UserError("a process died, short of memory? try fewer --processes") from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _sum(results: Sequence[PieceResult]) -> tuple[Tally, Rejects]:
-    rejects = Rejects()
-    for result in results:
-        rejects.counts.update(result.rejected)
-        rejects.examples += result.examples
-    return Tally(read=sum(result.read for result in results)), rejects
 
 
 def _find_duplicates(parts: Sequence[Part], unique: Sequence[str], work: Folder, rejects: Rejects) -> DuplicateMask:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import lzma
 import random
 import signal
 import subprocess
@@ -79,12 +80,14 @@ def write_list(folder: Path, kind: str) -> Path:
             csv.writer(stream).writerows([("id", "caption", "url"), *((7, c, u) for u, c in ROWS)])
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"url": u, "text": c}) + "\n" for u, c in ROWS))
+    elif kind == "csv.xz":
+        path.write_bytes(lzma.compress(write_list(folder, "csv").read_bytes()))
     else:
         pq.write_table(pa.table({"URL": [u for u, _ in ROWS], "TEXT": [c for _, c in ROWS]}), path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["cc3m", "cc12m", "header", "tsv.gz", "csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["cc3m", "cc12m", "header", "tsv.gz", "csv", "csv.xz", "jsonl", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out" / "urls.parquet"
     tally = done(ingest([str(write_list(tmp_path, kind))], str(output)))
