@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import CLIPConfig, config_from_name
-from model.masking import STRATEGIES, MaskingConfig
+from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 
 RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
@@ -55,9 +55,13 @@ class MaskingSection(_Section):
 
     strategy: str = Field("cluster", description=" | ".join(STRATEGIES))
     target_mask_ratio: float = Field(0.5, description="share of the batch's patches that is dropped, exactly")
-    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster)")
-    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster)")
-    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster)")
+    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster, pgs)")
+    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster, pgs)")
+    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster, pgs)")
+    embedding_mix: float = Field(0.0, description="weight of patch-embedding similarity at the end (cluster)")
+    ratio_schedule: str = Field("constant", description="target over training: " + " | ".join(SCHEDULES))
+    final_mask_ratio: float | None = Field(None, description="target at the last step, for another schedule")
+    ema_decay: float = Field(0.996, description="per step, of the copy that scores patches (attentive)")
 
     @model_validator(mode="after")
     def _valid_masking(self) -> MaskingSection:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator
 
 from model.clip import CLIP
 from pipeline.checkpoint import Progress, newest_checkpoint, resume, save_checkpoint
@@ -20,6 +19,7 @@ from pipeline.engine import deepspeed_config, make_engine, zero_stage
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.manifest import read_manifest
+from pipeline.mask_drawer import MaskDrawer
 from pipeline.metrics_window import MetricsWindow
 from pipeline.optimizer import learning_rate
 from pipeline.ranks import Ranks
@@ -29,10 +29,7 @@ from pipeline.run_record import RECORD, check_unchanged, read_record, versions, 
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.text_masking import TextMasker
 from pipeline.tokenizer import load_tokenizer
-from pipeline.train_step import REPORT_NAMES, train_step
-
-if TYPE_CHECKING:
-    pass
+from pipeline.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75
@@ -93,6 +90,9 @@ class Trainer:
         clip = CLIP(recipe.clip_config(encoder.vocab_size, encoder.end_token_id)).to(ranks.device)
         self.num_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self.engine = make_engine(clip, recipe, self.config, ranks)
+        self.masks = MaskDrawer(
+            self.masking, self.engine.module.visual, clip.config.vision.patch_size, recipe.train.seed, ranks
+        )
         self.progress = Progress(step=0, samples_seen=0)
         self._stop_requested = False
 
@@ -120,7 +120,6 @@ class Trainer:
         return 0
 
     def _train(self) -> None:
-        generator = Generator(device=self.ranks.device)
         batches = self._batches()
         logger = RunLogger(self.run_directory, self.progress.step, self.total_steps) if self.ranks.is_main else None
         window = MetricsWindow(self.ranks)
@@ -132,16 +131,8 @@ class Trainer:
                 group["lr"] = lr
 
             micro_batches = window.timed_fetch(batches, self.plan.accumulation_steps)
-            report = train_step(
-                self.engine,
-                micro_batches,
-                self.masking,
-                self.engine.module.config.vision.patch_size,
-                generator,
-                self.ranks,
-                self.recipe.train.seed,
-                step,
-            )
+            progress = step / max(1, self.total_steps - 1)
+            report = train_step(self.engine, micro_batches, self.masks, self.ranks, step, progress)
             window.add(report)
             self._note_problems([problem for batch in micro_batches for problem in batch.problems])
             bad_samples += sum(len(batch.problems) for batch in micro_batches)
@@ -181,6 +172,7 @@ class Trainer:
         means, seconds, data_wait_share = window.close()
         values = self.ranks.mean(torch.cat((means, means.new_tensor([bad_samples])))).tolist()
         report = dict(zip((*REPORT_NAMES, "bad_samples"), values, strict=True))
+        report |= {name: None for name in OPTIONAL_NAMES if math.isnan(report[name])}
         micro_batches_per_s = window.steps * self.plan.accumulation_steps * self.ranks.world_size / seconds
         grad_norm = self.engine.get_global_grad_norm()
         return {

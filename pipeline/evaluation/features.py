@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.vision import normalize_pixels
+from model.patches import normalize_pixels
 from pipeline.errors import UserError
 from pipeline.evaluation.tar_samples import ImageFile
 from pipeline.image_transform import ImageError, decode_image, resize_center_crop

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
-from model.vision import normalize_pixels
+from model.patches import normalize_pixels
 from pipeline import evaluate as program
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
