@@ -113,5 +113,7 @@ class TextMasker:
         if self._strategy == "block":
             return random_block(ids, self._budget, rng)
         truncated = ids[: self._budget]
-        # a caption without words, or with none that fits, is truncated
-        return (self._words.cut(caption, self._budget, rng) or truncated) if self._words else truncated
+        if self._words is None:
+            return truncated
+        # without words, or with none that fits, a caption is truncated after all
+        return self._words.cut(caption, self._budget, rng) or truncated
