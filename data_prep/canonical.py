@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from data_prep.cleaning import canonical_urls, clean_captions
 from data_prep.duplicates import Digests, digests
+from data_prep.errors import UserError
 from data_prep.row_filters import Filters, conditions
 from data_prep.url_lists import EXAMPLE_CHARS, Chunk
 
@@ -58,7 +59,10 @@ class Rejects:
 
 
 def canonicalise(table: pa.Table, filters: Filters, rejects: Rejects) -> pa.Table:
-    """Bring a chunk of a url list into `SCHEMA`; rows that cannot or shall not be used go into `rejects`."""
+    """Bring a chunk of a url list into `SCHEMA`; rows that cannot or shall not be used go into `rejects`.
+
+    Raises UserError when urls or captions are not text.
+    """
     table = _only_utf8(table, rejects)
     urls = pc.utf8_trim_whitespace(pc.fill_null(table["url"], ""))
     cleaned = _replaced(table, "url", canonical_urls(urls))
@@ -126,6 +130,9 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
 def _only_utf8(table: pa.Table, rejects: Rejects) -> pa.Table:
     """Cast binary columns to text; rows that are not UTF-8 are refused."""
     text_columns = [field.name for field in table.schema if _is_text(field.type)]
+    for name in ("url", "caption"):
+        if name not in text_columns:
+            raise UserError(f"the column with the {name} holds {table[name].type}, not text")
     texts = pa.schema([field.with_type(pa.string()) if field.name in text_columns else field for field in table.schema])
     try:
         return table.cast(texts)

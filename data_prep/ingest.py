@@ -10,37 +10,30 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data_prep.canonical import SCHEMA, Rejects
+from data_prep.canonical import Rejects
 from data_prep.catalogue import SOURCES
 from data_prep.console import print_table, progress_bar
-from data_prep.duplicates import DuplicateMask, Mask
+from data_prep.duplicates import DuplicateMask
 from data_prep.errors import UserError
-from data_prep.folders import Folder, parent_and_name
+from data_prep.folders import Folder
+from data_prep.ingest_output import Target
 from data_prep.ingest_parts import (
     Options,
     Part,
     Slice,
     ingest_piece,
     piece_name,
-    read_part,
     read_result,
     result_file,
 )
 from data_prep.list_files import Piece, find_pieces
+from data_prep.parallel import map_in_processes
 
-ROWS_PER_GROUP = 100_000
-REPORT, REJECTS = "ingest.json", "rejects.jsonl"
 COUNT_TOLERANCE = 0.001
 
 
@@ -74,18 +67,25 @@ def ingest(
     options = options or Options()
     pieces = find_pieces(sources, options.list_format)
     output = output.rstrip("/")
-    target, work = _Target(output), Folder(output + ".work")
+    target, work = Target(output), Folder(output + ".work")
     fingerprint = _fingerprint(pieces, options)
     done = target.report_of(fingerprint)
     if done:
+        work.remove()  # left when a run was killed at its very end
         print(f"{output}: already done, {done['written']:,} of {done['read']:,} rows")
         return _tally_of(done)
-    _read_pieces(pieces[share.index :: share.count] if share else pieces, options, work, processes)
     if share:
+        _read_pieces(pieces[share.index :: share.count], options, work, processes)
         missing = sum(not work.exists(result_file(piece, options)) for piece in pieces)
         print(f"slice {share.index}/{share.count} is read, {missing} of {len(pieces)} pieces are missing")
         print("without --slice the same command reads them and finishes" if missing else "now without --slice")
         return None
+    try:
+        _read_pieces(pieces, options, work, processes)
+    except UserError:
+        if not any(work.exists(result_file(piece, options)) for piece in pieces):
+            work.remove()  # it has nothing that a corrected command could use
+        raise
     report, rejects, parts, mask = _sum_up(pieces, options, work)
     if not report["written"]:
         work.remove()
@@ -132,30 +132,10 @@ def _fingerprint(pieces: Sequence[Piece], options: Options) -> str:
 
 def _read_pieces(pieces: Sequence[Piece], options: Options, work: Folder, processes: int) -> None:
     missing = [piece for piece in pieces if not work.exists(result_file(piece, options))]
-    try:
-        with progress_bar("ingest", len(pieces), "piece", initial=len(pieces) - len(missing)) as progress:
-            for _ in _map(ingest_piece, [(piece, options, work.url) for piece in missing], processes):
-                progress.update()
-    except UserError:
-        if not any(work.exists(result_file(piece, options)) for piece in pieces):
-            work.remove()  # nothing in it that a corrected command could use
-        raise
-
-
-def _map(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Any]:
-    """Call the function on each tuple of arguments, in this process or in several; results as they come."""
-    if processes == 1 or len(arguments) <= 1:
-        yield from (function(*argument) for argument in arguments)
-        return
-    with ProcessPoolExecutor(min(processes, len(arguments)), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *argument) for argument in arguments]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError("a process died, short of memory? try fewer --processes") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    read = functools.partial(ingest_piece, options=options, work=work.url)
+    with progress_bar("ingest", len(pieces), "piece", initial=len(pieces) - len(missing)) as progress:
+        for _ in map_in_processes(read, missing, processes, limit=len(missing)):
+            progress.update()
 
 
 def _find_duplicates(parts: Sequence[Part], unique: Sequence[str], work: Folder, rejects: Rejects) -> DuplicateMask:
@@ -170,87 +150,6 @@ def _find_duplicates(parts: Sequence[Part], unique: Sequence[str], work: Folder,
 
 def _open_records(work: Folder, parts: Sequence[Part], key: str, number: int) -> BinaryIO:
     return work.read(f"{parts[number].name}.{key}")
-
-
-class _Target:
-    """The finished list: one parquet file, or a folder of them, with a report and a sample of refused rows."""
-
-    def __init__(self, output: str) -> None:
-        self._is_file = output.endswith(".parquet")
-        if self._is_file:
-            self._folder, self._name = parent_and_name(output)
-            self._prefix = self._name.removesuffix("parquet")  # urls.parquet -> urls.ingest.json
-        else:
-            self._folder, self._prefix = Folder(output), ""
-
-    def report_of(self, fingerprint: str) -> dict[str, Any] | None:
-        """The report of the output, if it was made of the same lists with the same options."""
-        there = self._folder.exists(self._name) if self._is_file else True
-        if not there or not self._folder.exists(self._prefix + REPORT):
-            return None
-        report = self._folder.read_json(self._prefix + REPORT)
-        return report if report["fingerprint"] == fingerprint else None
-
-    def write(
-        self, parts: Sequence[Part], mask: DuplicateMask, work: Folder, report: Mapping[str, Any], rejects: Rejects,
-        processes: int,
-    ) -> None:  # fmt: skip
-        """Write the rows of all parts that the mask does not mark."""
-        if self._is_file:
-            folder = self._folder
-            folder.delete(self._prefix + REPORT)  # no longer true once the file is replaced
-            _write_parquet(folder.url, self._name, work.url, parts, [mask.part(i) for i in range(len(parts))], True)
-        else:
-            folder = Folder(f"{work.url}/output-{report['fingerprint'][:16]}")
-            kept = [number for number in range(len(parts)) if not mask.part(number).all()]
-            tasks = [
-                (folder.url, f"part-{index:05d}.parquet", work.url, [parts[number]], [mask.part(number)], False)
-                for index, number in enumerate(kept)
-            ]
-            with progress_bar("write", len(tasks), "part") as progress:
-                for _ in _map(_write_parquet, tasks, processes):
-                    progress.update()
-        with folder.writing(self._prefix + REJECTS) as stream:
-            stream.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rejects.examples)
-        folder.write_json(self._prefix + REPORT, report)
-        if not self._is_file:
-            folder.move_to(self._folder)
-
-
-def _write_parquet(
-    folder_url: str, name: str, work_url: str, parts: Sequence[Part], masks: Sequence[Mask], overwrite: bool
-) -> None:
-    """Write one file of the rows of `parts` that their masks do not mark."""
-    folder, work = Folder(folder_url), Folder(work_url)
-    if folder.exists(name) and not overwrite:
-        return
-
-    def tables() -> Iterator[pa.Table]:
-        for part, duplicate in zip(parts, masks, strict=True):
-            start = 0
-            for table in read_part(work, part):
-                yield table.filter(pa.array(~duplicate[start : start + table.num_rows]))
-                start += table.num_rows
-
-    # dictionaries cost time and save nothing: nearly every text is different
-    with (
-        folder.writing(name) as stream,
-        pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=["language"]) as writer,
-    ):
-        for row_group in _regroup(tables()):
-            writer.write_table(row_group)
-
-
-def _regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join small tables into row groups of at least `ROWS_PER_GROUP` rows."""
-    pending: list[pa.Table] = []
-    for table in tables:
-        pending.append(table)
-        if sum(part.num_rows for part in pending) >= ROWS_PER_GROUP:
-            yield pa.concat_tables(pending)
-            pending = []
-    if pending:
-        yield pa.concat_tables(pending)
 
 
 def _print_tally(tally: Tally, output: str, elapsed_s: float, list_format: str) -> None:

@@ -92,7 +92,9 @@ def ingest_piece(piece: Piece, options: Options, work: str) -> str:
         for chunk in piece.read():
             rows_read += chunk.malformed + chunk.table.num_rows
             rejects.add_malformed(chunk)
-            yield canonicalise(chunk.table, options.filters, rejects)
+            with naming(piece.path):
+                table = canonicalise(chunk.table, options.filters, rejects)
+            yield table
 
     parts = list(_write_parts(folder, name, tables(), options.unique))
     examples = [{"list": piece.path, **example} for example in rejects.examples]

@@ -261,6 +261,21 @@ def test_a_failed_run_keeps_the_former_output(tmp_path: Path) -> None:
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"url": [1], "caption": ["x"]}, "url holds int64, not text"),
+        ({"url": ["http://a/1"], "caption": [["x"]]}, "caption holds list"),
+        ({"url": ["http://a/1"], "text2": ["x"]}, "no column named caption"),
+        ({"url": ["http://a/1"], "caption": ["x"], "width": [{"pixels": 3}]}, "list.parquet: .*cast"),
+    ],
+)
+def test_parquet_of_another_kind_is_refused_by_name(tmp_path: Path, columns: dict[str, list], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=message):
+        ingest([str(tmp_path / "list.parquet")], str(tmp_path / "out.parquet"))
+
+
 def test_withdrawn_metadata_is_refused(tmp_path: Path) -> None:
     columns = {"URL": ["http://a/1"], "TEXT": ["one"], "hash": [1], "punsafe": [0.1], "pwatermark": [0.1]}
     path = tmp_path / "part-00000.parquet"
