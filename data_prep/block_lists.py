@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import fsspec
 import pyarrow as pa
@@ -27,6 +28,7 @@ class BlockList:
     hosts: frozenset[str] = frozenset()
     sha256s: frozenset[str] = frozenset()
 
+    @functools.cached_property
     def identity(self) -> str:
         """A digest of the content."""
         lines = sorted(self.urls | self.hosts | self.sha256s)
@@ -34,22 +36,25 @@ class BlockList:
 
     def blocked_urls(self, urls: pa.ChunkedArray) -> pa.ChunkedArray:
         """Which of these canonical urls are listed."""
-        return pc.is_in(urls, value_set=pa.array(sorted(self.urls), pa.string()))
+        return _mask(url in self.urls for url in urls.to_pylist())
 
     def blocked_hosts(self, urls: pa.ChunkedArray) -> pa.ChunkedArray:
         """Which of these canonical urls are on a listed host or below one: `a.example` blocks `b.a.example`."""
         hosts = pc.struct_field(pc.extract_regex(urls, _HOST_OF_URL), "host")
-        distinct = pc.unique(hosts)
-        blocked = [host for host in distinct.to_pylist() if host is not None and self._covers(host)]
+        blocked = [host for host in pc.unique(hosts).to_pylist() if host is not None and self._covers(host)]
         return pc.is_in(hosts, value_set=pa.array(blocked, pa.string()))
 
     def blocked_sha256s(self, sha256s: pa.ChunkedArray) -> pa.ChunkedArray:
         """Which of these hashes are listed."""
-        return pc.is_in(pc.utf8_lower(sha256s), value_set=pa.array(sorted(self.sha256s), pa.string()))
+        return _mask(digest in self.sha256s for digest in pc.utf8_lower(sha256s).to_pylist())
 
     def _covers(self, host: str) -> bool:
         labels = host.split(".")
         return any(".".join(labels[start:]) in self.hosts for start in range(len(labels)))
+
+
+def _mask(values: Iterator[bool]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(list(values), pa.bool_())])
 
 
 def read_block_lists(paths: Sequence[str]) -> BlockList:
@@ -64,15 +69,14 @@ def read_block_lists(paths: Sequence[str]) -> BlockList:
         with fsspec.open(path, "rt", encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 entry = line.strip() if "://" in line else line.partition("#")[0].strip()
-                host = canonical_url(f"http://{entry}") if _HOST.fullmatch(entry) else None
                 if not entry or entry.startswith("#"):
                     continue
                 if "://" in entry and (url := canonical_url(entry)):
                     urls.add(url)
                 elif _SHA256.fullmatch(entry):
                     sha256s.add(entry.lower())
-                elif host:
-                    hosts.add(host.removeprefix("http://").rstrip("/"))
+                elif _HOST.fullmatch(entry) and (url := canonical_url(f"http://{entry}")):
+                    hosts.add(url.removeprefix("http://").rstrip("/"))
                 else:
                     raise UserError(f"{path}, line {number}: neither a url, nor a host, nor a sha256: {entry[:80]!r}")
     return BlockList(frozenset(urls), frozenset(hosts), frozenset(sha256s))

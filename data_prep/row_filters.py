@@ -34,7 +34,7 @@ class Filters:
     def identity(self) -> str:
         """A text that changes with any limit."""
         limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "block"}
-        return json.dumps([limits, self.block.identity()], sort_keys=True)
+        return json.dumps([limits, self.block.identity], sort_keys=True)
 
     def check_columns(self, present: Sequence[str]) -> None:
         """Raise UserError when a limit is set on a column that the list does not have."""
