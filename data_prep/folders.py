@@ -22,6 +22,16 @@ class Folder:
         """Whether the file, or the folder itself, is there."""
         return bool(self._filesystem.exists(self._full(name)))
 
+    def names(self) -> list[str]:
+        """What is in the folder; nothing if it is not there."""
+        if not self.exists():
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self._filesystem.ls(self._path, detail=False))
+
+    def is_file(self) -> bool:
+        """Whether a file has the folder's name."""
+        return bool(self._filesystem.isfile(self._path))
+
     def read(self, name: str) -> BinaryIO:
         """Open a file for reading; it can seek."""
         stream: BinaryIO = self._filesystem.open(self._full(name), "rb")

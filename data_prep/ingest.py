@@ -67,7 +67,7 @@ def ingest(
     options = options or Options()
     pieces = find_pieces(sources, options.list_format)
     output = output.rstrip("/")
-    target, work = Target(output), Folder(output + ".work")
+    target, work = Target(output), Folder(output + ".ingest-work")
     fingerprint = _fingerprint(pieces, options)
     done = target.report_of(fingerprint)
     if done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ import pyarrow.parquet as pq
 from data_prep.canonical import SCHEMA, Rejects
 from data_prep.console import progress_bar
 from data_prep.duplicates import DuplicateMask, Mask
+from data_prep.errors import UserError
 from data_prep.folders import Folder, parent_and_name
 from data_prep.ingest_parts import Part, read_part
 from data_prep.parallel import map_in_processes
 
 ROWS_PER_GROUP = 100_000
 REPORT, REJECTS = "ingest.json", "rejects.jsonl"
+_OWN_FILE = re.compile(r"part-\d+\.parquet|ingest\.json|rejects\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,18 @@ class Target:
     """The finished list: one parquet file, or a folder of them, with a report and a sample of refused rows."""
 
     def __init__(self, output: str) -> None:
+        """Raises UserError for a folder that holds anything else: what is in it will be replaced."""
         self._is_file = output.endswith(".parquet")
         if self._is_file:
             self._folder, self._name = parent_and_name(output)
             self._prefix = self._name.removesuffix("parquet")  # urls.parquet -> urls.ingest.json
         else:
             self._folder, self._prefix = Folder(output), ""
+            if self._folder.is_file():
+                raise UserError(f"{output} is a file: choose a name that ends in .parquet, or a folder")
+            others = [name for name in self._folder.names() if not _OWN_FILE.fullmatch(name)]
+            if others:
+                raise UserError(f"{output} holds other things ({others[0]}): choose another --output")
 
     def report_of(self, fingerprint: str) -> dict[str, Any] | None:
         """The report of the output, if it was made of the same lists with the same options."""

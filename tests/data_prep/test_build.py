@@ -177,7 +177,13 @@ def test_a_build_killed_at_any_stage_ends_like_an_undisturbed_one(tmp_path: Path
     assert main(["build", str(calm)]) == 0
     out = tmp_path / "rough" / "out"
     kills = 0
-    for moment in ("urls.parquet.work/*", "build.json", "shards.partial/*", "shards/*.tar", "shards/manifest.jsonl"):
+    for moment in (
+        "urls.parquet.ingest-work/*",
+        "build.json",
+        "shards.partial/*",
+        "shards/*.tar",
+        "shards/manifest.jsonl",
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", "data_prep", "build", str(rough)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -276,6 +276,19 @@ def test_parquet_of_another_kind_is_refused_by_name(tmp_path: Path, columns: dic
         ingest([str(tmp_path / "list.parquet")], str(tmp_path / "out.parquet"))
 
 
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    path, output = write_list(tmp_path, "cc3m"), tmp_path / "mine"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    for target in (output, path):
+        with pytest.raises(UserError, match=r"thesis\.tex|is a file"):
+            ingest([str(path)], str(target))
+    assert (output / "thesis.tex").read_text() == "years of work"
+    (output / "thesis.tex").unlink()
+    assert done(ingest([str(path)], str(output))).written == 3
+    assert done(ingest([str(path)], str(output), KEEP_ALL)).written == 3  # its own parts are replaced
+
+
 def test_withdrawn_metadata_is_refused(tmp_path: Path) -> None:
     columns = {"URL": ["http://a/1"], "TEXT": ["one"], "hash": [1], "punsafe": [0.1], "pwatermark": [0.1]}
     path = tmp_path / "part-00000.parquet"
@@ -394,7 +407,7 @@ def test_duplicates_across_pieces_lists_and_keys_equal_a_set(tmp_path: Path, key
         tally = done(ingest([str(tmp_path / "a.tsv"), str(tmp_path / "b.parquet")], str(output), Options(unique=keys)))
         assert rows_of(output) == first_of_each(good, keys)
         assert tally.dropped["malformed line"] == 29
-    assert not list(tmp_path.glob("*.work"))
+    assert not list(tmp_path.glob("*-work"))
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -438,7 +451,7 @@ def test_killed_anywhere_and_started_again_gives_the_same(tmp_path: Path) -> Non
         "import sys; from data_prep import list_files; list_files.PIECE_BYTES = 300_000\n"
         "from data_prep.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    output, work = tmp_path / "urls", tmp_path / "urls.work"
+    output, work = tmp_path / "urls", tmp_path / "urls.ingest-work"
     command = [sys.executable, "-c", code, "ingest", str(path), "--output", str(output), "--processes", "1"]
     kills = 0
     for moment in ("*.json", "*-0.arrow", "*.json", "output-*/*"):
@@ -451,7 +464,7 @@ def test_killed_anywhere_and_started_again_gives_the_same(tmp_path: Path) -> Non
     assert kills >= 3  # the last moment may be missed: the run is over then
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
     assert rows_of(output) == rows[:70_000]
-    assert not list(tmp_path.glob("*.work"))
+    assert not list(tmp_path.glob("*-work"))
 
 
 def test_several_processes_give_the_same_as_one(tmp_path: Path) -> None:
