@@ -55,11 +55,6 @@ class Stage:
     name: str
     arguments: tuple[str, ...]
 
-    @property
-    def command(self) -> str:
-        """The command's name."""
-        return self.arguments[0]
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

@@ -23,7 +23,7 @@ class Source:
     title: str
     kind: str
     columns: tuple[str, ...]  # of the list, in its order
-    rows: int  # published count of pairs; 0: unknown
+    rows: int  # published count of pairs
     rows_exact: bool
     success: tuple[float, float] | None  # share of urls that gave an image in reports; None: no report known
     licence: str
@@ -35,8 +35,6 @@ class Source:
     @property
     def rows_text(self) -> str:
         """The count for a table, with ~ where it is approximate."""
-        if not self.rows:
-            return "unknown"
         return f"{self.rows:,}" if self.rows_exact else f"~{self.rows:,}"
 
     @property
@@ -68,7 +66,7 @@ def _datacomp(scale: str, rows: int) -> Source:
         kind="parquet",
         columns=_DATACOMP_COLUMNS,
         rows=rows,
-        rows_exact=True,
+        rows_exact=False,
         success=(0.65, 0.94),
         licence=f"index CC-BY-4.0; {_IMAGES}",
         where=f"huggingface.co/datasets/mlfoundations/datacomp_{scale}",
