@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.preview_setting import make_setting, parse_strategies
-from pipeline.preview_sheet import Sheet, make_sheet
+from pipeline.preview_sheet import SHOWS, Sheet, make_sheet
 from pipeline.recipe import load_recipe
 from pipeline.rendering import render
 from pipeline.sheet_painter import paint
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         options.progress,
     )
     samples, images_BCSS = _load(options.source, options.images, setting.image_size)
-    sheet = make_sheet(setting, samples, images_BCSS, options.steps)
+    sheet = make_sheet(setting, samples, images_BCSS, options.show)
     _write(options.output, encode(sheet))
     print(*sheet.summaries, options.output.resolve(), sep="\n", flush=True)
     return 0
@@ -83,7 +83,7 @@ def _encoder(output: Path) -> Callable[[Sheet], bytes]:
 
 def _encode_picture(sheet: Sheet, kind: str) -> bytes:
     stream = io.BytesIO()
-    paint(sheet).save(stream, kind, quality=88, subsampling=0, optimize=True)
+    paint(sheet).save(stream, kind, progressive=True, optimize=True)
     return stream.getvalue()
 
 
@@ -141,7 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="through training, 0 to 1, for schedules and masking.embedding_mix (default: %(default)s, the end)",
     )
-    parser.add_argument("--steps", action="store_true", help="also draw the anchors, and similarity to them")
+    parser.add_argument(
+        "--show",
+        choices=SHOWS,
+        default="clusters",
+        help="kept patches alone, the clusters behind them too (default), or also anchors and similarities",
+    )
     return parser
 
 

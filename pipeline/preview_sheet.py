@@ -20,6 +20,8 @@ from pipeline.mask_pictures import enlarge, grey_dropped, heat_map, jpeg_bytes, 
 from pipeline.preview_setting import PreviewSetting
 
 UNKNOWN = "–"
+# Beside the originals: what is kept; also the clusters behind it; also the anchors and similarities behind those.
+SHOWS = ("masks", "clusters", "steps")
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,8 @@ class Sheet:
     summaries: tuple[Summary, ...]
 
 
-def make_sheet(
-    setting: PreviewSetting, samples: Sequence[CaptionedImage], images_BCSS: Tensor, with_steps: bool
-) -> Sheet:
-    """Mask uint8 images as one batch and draw each under every strategy; `with_steps` adds what leads to clusters."""
+def make_sheet(setting: PreviewSetting, samples: Sequence[CaptionedImage], images_BCSS: Tensor, show: str) -> Sheet:
+    """Mask uint8 images as one batch and draw each under every strategy, and what led to it as one of SHOWS says."""
     images = PatchedImages(images_BCSS, setting.patch_size)
     anatomies = {
         strategy: dissect(images, masking, setting.seed, setting.guidance)
@@ -79,7 +79,7 @@ def make_sheet(
         image_CSS, patch_size = enlarge(images_BCSS[index], setting.patch_size)
         cells = [Cell("original", to_pillow(image_CSS), sample.image.name)]
         for strategy, anatomy in anatomies.items():
-            cells += _cluster_cells(strategy, image_CSS, anatomy, index, patch_size, with_steps)
+            cells += _cluster_cells(strategy, image_CSS, anatomy, index, patch_size, show)
             kept = to_pillow(grey_dropped(image_CSS, anatomy.dropped_BL[index], patch_size))
             cells.append(Cell(strategy, kept, f"{_percent(anatomy.mask_ratio_B[index])} dropped"))
         rows.append(Row(sample.caption, tuple(cells)))
@@ -88,17 +88,17 @@ def make_sheet(
 
 
 def _cluster_cells(
-    strategy: str, image_CSS: Tensor, anatomy: Anatomy, index: int, patch_size: int, with_steps: bool
+    strategy: str, image_CSS: Tensor, anatomy: Anatomy, index: int, patch_size: int, show: str
 ) -> Iterator[Cell]:
     clusters = anatomy.clusters
-    if clusters is None:
+    if clusters is None or show == "masks":
         return
     anchors_A, similarity_L = clusters.anchors_BA[index], clusters.similarity_BL[index]
     name = "anchors" if clusters.edges_BL is None else "candidates"
     if clusters.edges_BL is not None:
         edges = to_pillow(heat_map(image_CSS, clusters.edges_BL[index], 0.5, patch_size))
         yield Cell(f"{strategy}: edges", edges, "blue 0, red 1")
-    if with_steps:
+    if show == "steps":
         yield Cell(
             f"{strategy}: {name}", to_pillow(outline(image_CSS, anchors_A, patch_size)), f"{len(anchors_A)} drawn"
         )
