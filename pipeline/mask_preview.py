@@ -31,6 +31,8 @@ from pipeline.sheet_painter import paint
 
 _DEFAULT_RECIPE = "base"
 _DEFAULT_STRATEGIES = "random,cluster,pgs"
+# All images are in memory at once, and on one sheet.
+_MAX_IMAGES = 200
 # Options of a recipe under masking.NAME that have a short name here.
 _RATIOS = ("target_mask_ratio", "min_mask_ratio", "max_mask_ratio", "anchor_ratio")
 
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", help="what a run would do: a recipe's name, or a YAML file such as RUN/recipe.yaml")
     parser.add_argument("--checkpoint", metavar="RUN", help="model for attentive and masking.embedding_mix")
-    parser.add_argument("--images", type=_positive, default=8, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--images", type=_image_count, default=8, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--image-size", type=_positive, metavar="PX", help="side (default: the recipe's model's)")
     parser.add_argument("--patch-size", type=_positive, metavar="PX", help="side (default: the recipe's model's)")
     for name in _RATIOS:
@@ -153,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _image_count(text: str) -> int:
+    if (value := _positive(text)) > _MAX_IMAGES:
+        raise argparse.ArgumentTypeError(f"must be at most {_MAX_IMAGES}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -305,6 +307,18 @@ def test_unusable_images_are_named_and_the_rest_is_shown(
     assert len(skipped) == 2
     assert "3.jpg does not decode" in skipped[0]
     assert "4.png does not decode: 20000 x 10 pixels is over the limit" in skipped[1]
+
+
+def test_no_usable_image(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"none of the images chosen from .* can be used"):
+        run_preview(tmp_path, tmp_path / "a.png")
+
+
+def test_the_console_script_is_this_program() -> None:
+    declared = re.search(r'^mask-preview = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared
+    assert getattr(importlib.import_module(declared[1]), declared[2]) is mask_preview.command
 
 
 def test_only_images_that_are_shown_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
