@@ -133,16 +133,23 @@ def _only_utf8(table: pa.Table, rejects: Rejects) -> pa.Table:
     for name in ("url", "caption"):
         if name not in text_columns:
             raise UserError(f"the column with the {name} holds {table[name].type}, not text")
+    for name in text_columns:  # from text too: what a parquet file calls text need not be UTF-8
+        table = _replaced(table, name, _as_bytes(table[name]))
     texts = pa.schema([field.with_type(pa.string()) if field.name in text_columns else field for field in table.schema])
     try:
         return table.cast(texts)
     except pa.ArrowInvalid:
         keep = [True] * table.num_rows
         for name in text_columns:
-            values = table[name].cast(pa.binary()).to_pylist()
-            keep = [kept and _is_utf8(value) for kept, value in zip(keep, values, strict=True)]
+            keep = [kept and _is_utf8(value) for kept, value in zip(keep, table[name].to_pylist(), strict=True)]
         rejects.add("not UTF-8", table.filter(pc.invert(pa.array(keep))))
         return table.filter(pa.array(keep)).cast(texts)
+
+
+def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.binary())
 
 
 def _is_text(kind: pa.DataType) -> bool:

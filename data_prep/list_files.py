@@ -229,5 +229,5 @@ def naming(path: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error

@@ -166,6 +166,8 @@ def read_parquet(stream: BinaryIO, part: Range, names: Sequence[str], columns: M
     file = pq.ParquetFile(stream)
     groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
     for batch in file.iter_batches(ROWS_PER_CHUNK, list(groups), columns=list(columns.values()), use_threads=False):
+        if not set(columns.values()) <= set(batch.schema.names):
+            raise UserError("its columns are not those that its footer names: the file is damaged")
         yield Chunk(pa.table({name: batch.column(source) for name, source in columns.items()}))
 
 

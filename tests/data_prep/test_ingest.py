@@ -207,6 +207,19 @@ def test_columns_of_laion_datacomp_and_coyo_are_carried(tmp_path: Path) -> None:
     assert (third["aesthetic"], third["watermark"]) == (5.5, 0.5)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_of_any_type_that_is_not_utf8_is_refused(tmp_path: Path, kind: pa.DataType) -> None:
+    wrong = pa.array([b"good", b"caf\xe9", None], pa.binary())
+    if pa.types.is_dictionary(kind):
+        wrong = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), wrong.slice(0, 2).view(pa.string()))
+    elif kind != pa.binary():
+        wrong = wrong.view(pa.string()) if kind == pa.string() else wrong.cast(pa.large_binary()).view(kind)
+    table = pa.table({"url": [f"http://a/{index}" for index in range(3)], "caption": wrong})
+    rejects = Rejects()
+    assert canonicalise(table, Filters(), rejects)["caption"].to_pylist() == ["good"]
+    assert +rejects.counts == Counter({"not UTF-8": 1, "no caption": 1})
+
+
 def test_named_columns_win(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text("url,caption,photo,alt\nhttp://a/1,no,http://a/2,yes\n")
