@@ -77,6 +77,22 @@ def select_with_threshold(
     return PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B)), threshold
 
 
+@torch.no_grad()
+def select_evenly(scores_BL: Tensor, mask_ratio: float, generator: Generator) -> PatchSelection:
+    """Keep the same budget K, those with the lowest scores of each image; images differ by at most one patch.
+
+    Which images keep one more, and which of equal scores stay, is random. Scores are compared within an image only.
+    """
+    B, L = scores_BL.shape
+    K = round((1 - mask_ratio) * B * L)
+    turn_B = torch.rand(B, generator=generator, device=scores_BL.device).argsort()
+    kept_B = K // B + (turn_B < K % B).long()
+    order_BL = _random_tie_keys(scores_BL.float(), generator).argsort(dim=1)
+    keep_BL = torch.zeros(B, L, dtype=torch.bool, device=scores_BL.device)
+    keep_BL.scatter_(1, order_BL, torch.arange(L, device=scores_BL.device) < kept_B[:, None])
+    return PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B))
+
+
 _SMALLEST_KEY = -(1 << 62)
 _TIE_BITS = 31
 
