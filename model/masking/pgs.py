@@ -21,8 +21,9 @@ from model.patches import PatchedImages
 _LUMA = (0.299, 0.587, 0.114)
 # Entropic regularisation of the transport: similarities that differ by this much differ by a factor e in the plan.
 _TEMPERATURE = 0.1
-# Row and column scalings; the plan's row sums are within 1 % after five on photographs.
-_SINKHORN_ITERATIONS = 10
+# Column and row scalings: on photographs a column's mass is then 0.04 % off on average, 3 % at most (after ten 2 and
+# 34 %), in 40 us an image on a CPU.
+_SINKHORN_ITERATIONS = 50
 
 
 @torch.no_grad()
