@@ -59,7 +59,7 @@ def select_with_threshold(
 
     # The K smallest eligible keys of the whole batch; `fewest` of each image come first whatever their similarity.
     eligible_BE = sorted_BL[:, :most].clone()
-    eligible_BE[:, :fewest] = _SMALLEST_KEY
+    eligible_BE[:, :fewest].fill_(_SMALLEST_KEY)
     winners_K = eligible_BE.flatten().argsort()[:K]
     kept_B = torch.zeros(B, dtype=torch.long, device=key_BL.device)
     kept_B.scatter_add_(0, winners_K // most, torch.ones_like(winners_K))
