@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         for half in ("before_attention", "after_attention"):
             compiled = torch.compile(getattr(Block, half), dynamic=dynamic)
             for block in self.blocks:
-                # a bound method, which a copy of the block binds to itself (model/class_attention.py)
+                # a bound method, which a copy of the block binds to itself
                 setattr(block, half, MethodType(compiled, block))
 
     @torch.no_grad()

@@ -149,7 +149,7 @@ def test_dropped_patches_get_no_gradient_and_have_no_influence(strategy: str) ->
         PatchedImages(images.detach(), 8),
         MaskingConfig(strategy),
         Generator().manual_seed(0),
-        Guidance(class_attention=AttentiveCopy(clip.visual).scores),
+        Guidance(class_attention=AttentiveCopy(clip.visual, dict(clip.visual.named_parameters())).scores),
     )
     kept_K = masks.selection.kept_K
 
