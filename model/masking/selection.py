@@ -5,6 +5,7 @@ B images, L patches of an image, K patches kept in the whole batch
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def select_with_threshold(
     max_mask_ratio: float,
     generator: Generator,
 ) -> tuple[PatchSelection, Tensor]:
-    """`select_patches`, and the threshold r as an fp32 tensor [1]; minus infinity if the bounds decide everything."""
+    """`select_patches`, and the threshold r as an fp32 tensor [1]; NaN if the bounds decide everything."""
     B, L = similarity_BL.shape
     K = round((1 - target_mask_ratio) * B * L)
     most = max(_patches_left(min_mask_ratio, L), -(-K // B))
@@ -74,7 +75,8 @@ def select_with_threshold(
     order_BL = torch.where(kept_B[:, None] == most, lottery_order_BL, order_BL)
     keep_BL = torch.zeros(B, L, dtype=torch.bool, device=key_BL.device)
     keep_BL.scatter_(1, order_BL, column_L < kept_B[:, None])
-    return PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B)), threshold
+    selection = PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B))
+    return selection, threshold.masked_fill(threshold.isneginf(), math.nan)
 
 
 @torch.no_grad()

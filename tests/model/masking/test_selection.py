@@ -93,6 +93,15 @@ def test_the_threshold_parts_kept_from_dropped() -> None:
         assert threshold.item() == similarity.flatten().sort().values[119].item()
 
 
+def test_no_threshold_where_bounds_decide_everything() -> None:
+    """Nothing that a line of metrics could not hold."""
+    similarity = torch.rand(4, 10, generator=generator())
+    for ratios in ((0.5, 0.5, 0.5), (0.95, 0.3, 0.9)):
+        selection, threshold = select_with_threshold(similarity[:1], *ratios, generator())
+        assert selection.kept_K.numel() == round((1 - ratios[0]) * 10)
+        assert threshold.isnan().tolist() == [True]
+
+
 def test_bounds_are_whole_patches_whatever_binary_fractions_say() -> None:
     """0.9 of 100 leaves 10 and 0.3 leaves 70, though 1 - 0.9 is less than 0.1."""
     similarity = torch.stack((torch.zeros(100), torch.ones(100)))
