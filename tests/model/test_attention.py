@@ -14,7 +14,7 @@ from model.attention import packed_attention
 from model.attention_backends import Backend, _attention_by_products, choose_backend
 from model.packing import PackedLayout, lengths_to_cu_seqlens
 
-LENGTHS = [[5, 5, 5], [2, 30, 17, 1, 16], [7], [1, 1, 1], [64, 1]]
+LENGTHS = [[5, 5, 5], [2, 30, 17, 1, 16], [7], [1, 1, 1], [20, 40, 2]]
 SIGNATURE = inspect.signature(varlen.varlen_attn)
 
 

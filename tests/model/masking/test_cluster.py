@@ -56,6 +56,7 @@ def test_similarity_equals_float64_loops(patch_size: int, dtype: torch.dtype) ->
     similarity = anchor_similarity(patches, anchors)
     assert similarity.dtype == torch.float32
     assert not similarity.requires_grad
+    assert (similarity.gather(1, anchors) == 1).all()  # whatever rounding says
     assert torch.allclose(similarity.double(), slow_similarity(patches, anchors), atol=2e-5)
 
 
@@ -78,6 +79,14 @@ def test_one_pixel_one_grey_level_off_is_contrast() -> None:
         assert torch.allclose(
             anchor_similarity(patches, torch.tensor([[0]])), torch.tensor([[1.0, 1, 0, 0]]), atol=0.02
         )
+
+
+@pytest.mark.parametrize("level", [0.0, 2.64])
+def test_rounding_leaves_the_faintest_contrast_alone(level: float) -> None:
+    """Just above what counts as flat, on white: fp32 resolves 2e-7 there, a five-hundredth of the contrast."""
+    patches = level + 1.2e-4 * torch.randn(2, 20, 768, generator=generator())
+    anchors = draw_anchors(2, 20, 0.1, generator())
+    assert torch.allclose(anchor_similarity(patches, anchors).double(), slow_similarity(patches, anchors), atol=2e-5)
 
 
 def test_flat_patches_are_one_cluster_per_colour() -> None:
