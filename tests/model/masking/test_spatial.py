@@ -51,6 +51,17 @@ def test_patches_nearer_to_the_middle_of_a_block_go_first(grid: tuple[int, int],
             assert mask[bounding_box(mask)].all()
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 0.9])
+def test_the_rectangle_has_the_right_area_and_lies_inside(ratio: float) -> None:
+    """On a fine grid, to a row and a column: one that left the image would be smaller in it."""
+    inside = block_scores(200, (40, 40), ratio, generator()).view(200, 40, 40) >= -0.5
+    height, width = inside.any(2).sum(1), inside.any(1).sum(1)
+    assert torch.equal(inside.sum((1, 2)), height * width)
+    assert ((height * width - ratio * 1600).abs() <= height + width + 1).all()
+    assert (height / width).max() < 2.3
+    assert (width / height).max() < 2.3
+
+
 def slow_block(rng: np.random.Generator, grid: tuple[int, int], ratio: float) -> np.ndarray:
     """A rectangle of relative area `ratio`, sides in a proportion from 1:2 to 2:1, anywhere inside; nearest patches."""
     rows, columns = grid
