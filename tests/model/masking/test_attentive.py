@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from pictures import generator, kept_BL, photos_BCHW, pictures_BCHW, share_tolerance
+from mask_pictures import generator, kept_BL, photos_BCHW, pictures_BCHW, share_tolerance
 from torch import Tensor
 
 from model.class_attention import AttentiveCopy, class_attention

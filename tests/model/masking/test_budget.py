@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW
+from mask_pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW
 from torch import Tensor
 
 from model.masking import STRATEGIES, MaskingConfig, PatchedImages, choose_patches

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW
+from mask_pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW
 from torch import Tensor
 
 from model.masking import (

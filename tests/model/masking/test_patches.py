@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures import generator, photos_BCHW, pictures_BCHW
+from mask_pictures import generator, photos_BCHW, pictures_BCHW
 
 from model.masking import PatchedImages, patchify
 from model.patches import PIXEL_MEAN, PIXEL_STD, normalize_pixels

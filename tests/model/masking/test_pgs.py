@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW, share_tolerance
+from mask_pictures import awkward_images, choose, generator, kept_BL, photos_BCHW, pictures_BCHW, share_tolerance
 from torch import Tensor
 
 from model.masking import MaskingConfig, PatchedImages, select_patches

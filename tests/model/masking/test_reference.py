@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import choose, generator, photos_BCHW, pictures_BCHW
+from mask_pictures import choose, generator, photos_BCHW, pictures_BCHW
 from torch import Tensor
 
 from model.clip import CLIP

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import choose, generator, kept_BL, pictures_BCHW
+from mask_pictures import choose, generator, kept_BL, pictures_BCHW
 from torch import Tensor
 
 from model.masking import MaskingConfig, anchor_similarity, draw_anchors, patchify, select_patches

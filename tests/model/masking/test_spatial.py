@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures import choose, generator, kept_BL, share_tolerance
+from mask_pictures import choose, generator, kept_BL, share_tolerance
 
 from model.masking import MaskingConfig
 from model.masking.spatial import block_scores

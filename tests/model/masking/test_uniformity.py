@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pictures import choose, generator, kept_BL, share_tolerance
+from mask_pictures import choose, generator, kept_BL, share_tolerance
 from torch import Tensor
 
 from model.masking import MaskingConfig, PatchSelection, draw_anchors, select_patches
