@@ -17,7 +17,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalize_pixels(images_BCHW: Tensor) -> Tensor:
     """uint8 RGB images [B, 3, H, W] or [3, H, W] -> float32 with about zero mean and unit variance, same shape."""
-    images_BCHW = images_BCHW.float()
+    images_BCHW = images_BCHW.to(torch.float32, copy=True)  # whatever is passed stays as it is
     # channel by channel: a tensor of the statistics would have to be copied to the device, for which the host waits
     for channel_BHW, mean, std in zip(images_BCHW.unbind(-3), PIXEL_MEAN, PIXEL_STD, strict=True):
         channel_BHW.sub_(255 * mean).div_(255 * std)
