@@ -18,7 +18,6 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -43,6 +42,9 @@ POSITIONAL: Mapping[str, str] = {
     "reshard": "directories",
     "merge": "directories",
 }
+
+Value = str | list[str]  # of an option in the YAML file
+_ABSENT = ("", "null", "~", "false")  # a value that leaves an option out, as the YAML file spells it
 
 Run = Callable[[Sequence[str]], int]  # a data-prep command line -> its exit code
 Check = Callable[[Sequence[str]], None]  # raises UserError for arguments that the command does not take
@@ -70,12 +72,14 @@ def read_plan(path: Path) -> Plan:
     Raises UserError for a file that is missing or not of the form above.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # every scalar is text: a resize mode called `no` shall not become False, nor a version a number
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict) or set(value) != {"output", "stages"} or not isinstance(value["stages"], list):
+    form = {"output": str, "stages": list}
+    if not isinstance(value, dict) or {name: type(content) for name, content in value.items()} != form:
         raise UserError(f"{path}: must have `output: FOLDER` and `stages:`, a list, and nothing else")
-    output = Path(str(value["output"]))
+    output = Path(value["output"])
     stages: list[Stage] = []
     for entry in value["stages"]:
         command, options = _stage_entry(path, entry)
@@ -151,29 +155,31 @@ class _State:
             write_json(self._path, {"done": self._done})
 
 
-def _stage_entry(path: Path, entry: object) -> tuple[str, dict[str, Any]]:
+def _stage_entry(path: Path, entry: object) -> tuple[str, dict[str, Value]]:
     if isinstance(entry, str):
-        entry = {entry: None}
+        entry = {entry: ""}
     if isinstance(entry, dict) and len(entry) == 1:
         ((command, options),) = entry.items()
-        options = {} if options is None else options
-        if isinstance(command, str) and isinstance(options, dict):
+        options = {} if options in _ABSENT else options
+        if isinstance(options, dict) and all(map(_is_text, options.values())):
             return command, options
     raise UserError(f"{path}: a stage must look like `- download: {{image-size: 256}}`, not {str(entry)[:80]!r}")
 
 
-def _arguments(command: str, options: Mapping[str, Any], output: Path) -> list[str]:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _arguments(command: str, options: Mapping[str, Value], output: Path) -> list[str]:
     """Positional arguments and options of a command line; {output} stands for the folder anywhere in them."""
     positional, defaults = DEFAULTS.get(command, ((SHARDS,), {}))
-    merged = {**defaults, **options}
-    given = merged.pop(POSITIONAL.get(command, "directory"), positional)
-    words = [str(word) for word in (given if isinstance(given, (list, tuple)) else [given])]
+    merged: dict[str, Value] = {**defaults, **options}
+    given = merged.pop(POSITIONAL.get(command, "directory"), [*positional])
+    words = [given] if isinstance(given, str) else [*given]
     for name, value in merged.items():
-        flag = "--" + str(name).replace("_", "-")
-        if value is True:
+        flag = "--" + name.replace("_", "-")
+        if value == "true":
             words.append(flag)
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
+        elif value not in _ABSENT:
+            words += [flag, *(value if isinstance(value, list) else [value])]
     return [word.replace("{output}", str(output)) for word in words]

@@ -50,7 +50,7 @@ def test_options_become_command_lines(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path,
         {"ingest": {"sources": ["a.tsv", "b c.tsv"], "unique": ["url", "caption"], "min_side": 200, "language": None}},
-        {"download": {"image-size": 256, "fast": True, "slow": False}},
+        {"download": {"image-size": 256, "resize_mode": "no", "fast": True, "slow": False}},
         "verify",
         {"verify": {"directory": "{output}/more", "max-bad-ratio": 0.5}},
         {"tokenizer": None},
@@ -59,11 +59,19 @@ def test_options_become_command_lines(tmp_path: Path) -> None:
     assert [stage.name for stage in plan.stages] == ["ingest", "download", "verify", "verify-4", "tokenizer"]
     assert [" ".join(stage.arguments) for stage in plan.stages] == [
         f"ingest a.tsv b c.tsv --output {out}/urls.parquet --unique url caption --min-side 200",
-        f"download {out}/urls.parquet --output {out}/shards --image-size 256 --fast",
+        f"download {out}/urls.parquet --output {out}/shards --image-size 256 --resize-mode no --fast",
         f"verify {out}/shards",
         f"verify {out}/more --max-bad-ratio 0.5",
         f"tokenizer {out}/shards --output {out}/tokenizer.model",
     ]
+
+
+def test_words_of_yaml_stay_words(tmp_path: Path) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text("output: 0123\nstages: [{download: {resize-mode: no, timeout-s: 1_0, retries: }}, verify: ]")
+    plan = read_plan(path)
+    assert " ".join(plan.stages[0].arguments[2:]) == "--output 0123/shards --resize-mode no --timeout-s 1_0"
+    assert plan.stages[1].arguments == ("verify", "0123/shards")
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +121,8 @@ def test_slices_of_one_stage_leave_it_to_be_finished(tmp_path: Path, capsys: pyt
         ("output: x\nstages: [{ingest: {format: cc12m}}]", "ingest: the following arguments are required: SOURCE"),
         ("output: x\nstages: [verify, {dawnload: {}}]", "dawnload: .*invalid choice"),
         ("output: x\nstages: [{verify: {processes: 0}}]", "must be at least 1"),
-        ("output: !!python/object/apply:os.system [id]\nstages: []", "could not determine a constructor"),
+        ("output: !!python/object/apply:os.system [id]\nstages: []", "must have"),
+        ("output: x\nstages: [{ingest: {sources: {a: 1}}}]", "must look like"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_runs(
