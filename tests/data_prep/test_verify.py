@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from make_images import encoded, good_sample, png_bomb, write_tar
 
 from data_prep.errors import UserError
-from data_prep.verify import inspect_shard, verify
+from data_prep.inspection import inspect_shard
+from data_prep.verify import verify
 
 
 def manifest(directory: Path) -> list[dict[str, Any]]:
@@ -41,6 +42,7 @@ def test_manifest_of_sound_shards(tmp_path: Path, processes: int) -> None:
             "samples": shard + 1,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "rules": 1,
         }
     summary = dataset(tmp_path)
     assert (summary["format_version"], summary["samples"], summary["shards"]) == (1, 6, 3)
@@ -79,7 +81,7 @@ def test_each_fault_is_named_and_its_key_skipped(
 def test_a_key_that_returns_later_is_not_trained_on(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [*good_sample("a"), *good_sample("b"), *good_sample("a", seed=1)])
     report = inspect_shard(tmp_path / "00000.tar")
-    assert (report.samples, report.skipped, report.skipped_samples) == (1, {"a": "duplicate_key"}, 2)
+    assert (report.samples, report.skipped, report.skipped_samples) == (1, {"duplicate_key": ["a", "a"]}, 2)
     verify(tmp_path, 1, max_bad_ratio=1.0)
     assert dataset(tmp_path)["skipped"] == {"duplicate_key": 2}
 
@@ -195,4 +197,4 @@ def test_no_damage_raises_and_no_sample_is_invented(tmp_path: Path, data: st.Dat
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     report = inspect_shard(path)
     # at most one new key per damaged name
-    assert report.samples + len(report.skipped) <= 3 + 4
+    assert report.samples + len(report.skip) <= 3 + 4
