@@ -38,6 +38,8 @@ class Assembly:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.work.mkdir(parents=True)
             write_json(self.work / SETTINGS, settings)
+        for unfinished in self.folder.glob("*.part"):
+            unfinished.unlink()
         self.done = self._read_notes()
         self._notes: TextIO = (self.work / NOTES).open("a", encoding="utf-8")
 

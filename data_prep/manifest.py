@@ -115,10 +115,15 @@ def _key_lists(fields: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
         yield reason, keys
 
 
-def find_shards(directory: Path) -> list[Path]:
-    """The directory's tars in the order of their names; raises UserError when there are none."""
+def check_directory(directory: Path) -> None:
+    """Raise UserError when there is no such directory."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: name the folder that holds 00000.tar, 00001.tar, …")
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """The directory's tars in the order of their names; raises UserError when there are none."""
+    check_directory(directory)
     paths = sorted(directory.glob("*.tar"))
     if not paths:
         raise UserError(f"{directory} holds no *.tar: make shards with `data-prep download` or `data-prep pack`")

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import read_json_lines, write_json_lines, write_text
-from data_prep.manifest import DATASET, MANIFEST, PROVENANCE, ShardLine, write_manifest
+from data_prep.manifest import DATASET, MANIFEST, PROVENANCE, ShardLine, check_directory, write_manifest
 
 STAGED = ".staged"
 JOURNAL = "journal.json"
@@ -31,6 +31,7 @@ def changing(directory: Path) -> Iterator[Path]:
 
     Raises UserError when another command is changing the directory.
     """
+    check_directory(directory)
     with _locked(directory, fcntl.LOCK_EX):
         _finish(directory)
         staged = directory / STAGED
@@ -52,8 +53,8 @@ def reading(*directories: Path) -> Iterator[None]:
             if (directory / STAGED / JOURNAL).exists():
                 with changing(directory):
                     pass
-            if directory.is_dir():  # or else its reader says what is wrong
-                locks.enter_context(_locked(directory, fcntl.LOCK_SH))
+            check_directory(directory)
+            locks.enter_context(_locked(directory, fcntl.LOCK_SH))
         yield
 
 

@@ -57,8 +57,8 @@ def verify(directory: Path, processes: int, max_bad_ratio: float, *, repair: boo
 
     Raises UserError for a directory that is missing, holds no shard or has a damaged manifest.
     """
-    paths = find_shards(directory)
     with changing(directory) as staged:
+        paths = find_shards(directory)
         before = _manifest_before(directory)
         verdicts = _judge_all(directory, paths, before, processes, again, "rest.jsonl")
         lines = [verdict.line for verdict in verdicts]
@@ -79,8 +79,8 @@ def verify_slice(directory: Path, part: tuple[int, int], processes: int, *, agai
     `verify` then takes up the notes of all slices, and judges what none of them did.
     """
     number, count = part
-    paths = find_shards(directory)[number - 1 :: count]
     with reading(directory):
+        paths = find_shards(directory)[number - 1 :: count]
         name = f"slice-{number}-of-{count}.jsonl"
         verdicts = _judge_all(directory, paths, _manifest_before(directory), processes, again, name)
     usable = sum(verdict.line.samples for verdict in verdicts)
