@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.assembly import (
@@ -62,7 +63,7 @@ def reshard(directories: Sequence[Path], output: Path, layout: Layout, uids_file
     return int(dataset["samples"])
 
 
-def _write(samples: Iterator[Members], assembly: Assembly, layout: Layout, rules: int) -> None:
+def _write(samples: Generator[Members, None, None], assembly: Assembly, layout: Layout, rules: int) -> None:
     """Write what is not there yet: the samples come in the same order every time."""
     already = sum(line.samples for line in assembly.done)
     with ShardWriter(
@@ -72,12 +73,13 @@ def _write(samples: Iterator[Members], assembly: Assembly, layout: Layout, rules
         first_shard=len(assembly.done),
         shard_done=lambda path, count: assembly.add(assembly.describe(path.name, count, rules)),
     ) as writer:
-        for members in itertools.islice(samples, already, None):
-            key = dense_key(writer.shards, writer.samples_in_shard)
-            writer.write(key, with_key(members, key))
+        with contextlib.closing(samples):  # its progress bar ends before an error is shown
+            for members in itertools.islice(samples, already, None):
+                key = dense_key(writer.shards, writer.samples_in_shard)
+                writer.write(key, with_key(members, key))
 
 
-def _in_order(sources: Sequence[Source], work: Path, layout: Layout, uids: UidList | None) -> Iterator[Members]:
+def _in_order(sources: Sequence[Source], work: Path, layout: Layout, uids: UidList | None) -> Generator[Members, None, None]:
     def read(source: Source) -> Iterator[Members]:
         for sample in usable_samples(*source):
             yield from itertools.repeat(sample.members, 1 if uids is None else uids.count(_uid(sample.members)))

@@ -110,7 +110,7 @@ def _parse_line(directory: str, number: int, line: bytes) -> Shard:
             skip=frozenset(fields.get("skip", ())),
             truncated=bool(fields.get("truncated", False)),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{directory}/{MANIFEST} line {number} is not a manifest line ({error!r}); run `data-prep verify` again"
         ) from error
