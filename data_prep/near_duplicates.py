@@ -37,7 +37,8 @@ def nearest_kept(
     """Decide in order: a hash is kept unless a kept one before it differs in at most `max_distance` bits.
 
     The first `fixed` hashes are kept whatever they are like. Returns, for each hash, the place of the first kept one
-    that it is near to, or -1 if it is kept itself, and their distance; both are files in `folder`, mapped into memory.
+    that equals it or else is near to it, or -1 if it is kept itself, and their distance; both are files in `folder`,
+    mapped into memory.
     """
     count = len(hashes_N)
     first_N = _first_equal(hashes_N, _new_file(folder / "first.npy", count, np.int64), memory_bytes)

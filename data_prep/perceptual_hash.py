@@ -65,7 +65,7 @@ def shrink(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _resize(image: Image.Image) -> npt.NDArray[np.uint8]:
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def hash_pictures(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint64]:

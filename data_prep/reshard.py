@@ -66,20 +66,24 @@ def reshard(directories: Sequence[Path], output: Path, layout: Layout, uids_file
 def _write(samples: Generator[Members, None, None], assembly: Assembly, layout: Layout, rules: int) -> None:
     """Write what is not there yet: the samples come in the same order every time."""
     already = sum(line.samples for line in assembly.done)
-    with ShardWriter(
-        assembly.folder,
-        layout.samples_per_shard,
-        bytes_per_shard=layout.bytes_per_shard,
-        first_shard=len(assembly.done),
-        shard_done=lambda path, count: assembly.add(assembly.describe(path.name, count, rules)),
-    ) as writer:
-        with contextlib.closing(samples):  # its progress bar ends before an error is shown
-            for members in itertools.islice(samples, already, None):
-                key = dense_key(writer.shards, writer.samples_in_shard)
-                writer.write(key, with_key(members, key))
+    with (
+        ShardWriter(
+            assembly.folder,
+            layout.samples_per_shard,
+            bytes_per_shard=layout.bytes_per_shard,
+            first_shard=len(assembly.done),
+            shard_done=lambda path, count: assembly.add(assembly.describe(path.name, count, rules)),
+        ) as writer,
+        contextlib.closing(samples),
+    ):  # its progress bar ends before an error is shown
+        for members in itertools.islice(samples, already, None):
+            key = dense_key(writer.shards, writer.samples_in_shard)
+            writer.write(key, with_key(members, key))
 
 
-def _in_order(sources: Sequence[Source], work: Path, layout: Layout, uids: UidList | None) -> Generator[Members, None, None]:
+def _in_order(
+    sources: Sequence[Source], work: Path, layout: Layout, uids: UidList | None
+) -> Generator[Members, None, None]:
     def read(source: Source) -> Iterator[Members]:
         for sample in usable_samples(*source):
             yield from itertools.repeat(sample.members, 1 if uids is None else uids.count(_uid(sample.members)))

@@ -24,11 +24,15 @@ from data_prep.verify import verify
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree"}
 
 
-def picture(seed: int, size: int = 40, kind: str = "JPEG") -> bytes:
-    """A picture of large smooth forms that depend on the seed: unlike the noise of `encoded`, it survives scaling."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+def picture(seed: int, size: int = 64) -> bytes:
+    """A JPEG that depends on the seed, with forms of all sizes, the larger the stronger, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    pixels_HWC = np.full((size, size, 3), 128.0)
+    for cells, contrast in ((3, 60), (6, 40), (12, 25)):
+        forms = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        pixels_HWC += (np.asarray(forms.resize((size, size), Image.Resampling.BICUBIC)) - 128.0) * contrast / 128
     stream = io.BytesIO()
-    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(stream, kind, quality=90)
+    Image.fromarray(pixels_HWC.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,11 @@ KEYS = st.lists(st.text(max_size=5), min_size=1, max_size=4)
 def read_both(directory: Path, content: bytes) -> list[ShardLine] | None:
     """Our lines, or None; neither reader may raise anything but its own error."""
     (directory / "manifest.jsonl").write_bytes(content)
-    try:
+    with contextlib.suppress(PipelineError):
         pipeline.manifest.read_manifest(str(directory))
-    except PipelineError as error:
-        assert "\n" not in str(error)
-    try:
+    with contextlib.suppress(UserError):
         return read_manifest(directory)
-    except UserError as error:
-        assert "manifest.jsonl line" in str(error)
-        return None
+    return None
 
 
 @FILES
@@ -74,6 +71,8 @@ def test_one_wrong_field(tmp_path: Path, field: str, value: object) -> None:
 )
 def test_lines_that_are_refused(tmp_path: Path, line: bytes) -> None:
     assert read_both(tmp_path, line) is None
+    with pytest.raises(UserError, match=r"manifest.jsonl line \d+ is not a manifest line"):
+        read_manifest(tmp_path)
 
 
 @given(

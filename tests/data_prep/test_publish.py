@@ -42,9 +42,7 @@ def forgotten(directory: Path, extra: Path) -> None:
 
 
 def deduplicated(directory: Path, extra: Path) -> None:
-    dedup(
-        directory, [], extra / "report", max_distance=4, remove=True, pictures=2, processes=1, memory_bytes=1_000_000
-    )
+    dedup(directory, [], extra / "report", max_distance=4, remove=True, pictures=2, processes=1, memory_bytes=1_000_000)
 
 
 def with_duplicates(directory: Path) -> Path:

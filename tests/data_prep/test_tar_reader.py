@@ -16,7 +16,8 @@ from data_prep.tar_reader import MAX_HEADER_BYTES, MAX_MEMBER_BYTES, TarSamples
 SLOW_FILES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 NAMES = st.one_of(
-    st.sampled_from(["a.jpg", "a.txt", "b.png", "b.JSON", "a.pkl", "x/y.jpg", "../a.jpg", "é.webp", "k" * 90 + "/" + "k" * 60 + ".jpg"]),
+    st.sampled_from(["a.jpg", "a.txt", "b.png", "b.JSON", "a.pkl", "x/y.jpg", "../a.jpg", "é.webp"]),
+    st.just("k" * 90 + "/" + "k" * 60 + ".jpg"),
     st.text("ab./é", min_size=1, max_size=12),
 )
 KINDS = st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -100,9 +101,9 @@ def test_any_bytes_raise_nothing(tmp_path: Path, content: bytes) -> None:
 @SLOW_FILES
 @given(
     kind=st.sampled_from(list("01234567xgLKSDVN\0")),
-    size=st.one_of(st.binary(min_size=12, max_size=12), st.sampled_from([b"77777777777\0", b"-1\0", b"\x80" + b"\xff" * 11])),
+    size=st.binary(min_size=12, max_size=12) | st.sampled_from([b"77777777777\0", b"-1\0", b"\x80" + b"\xff" * 11]),
     tail=st.binary(max_size=1200),
-)  # fmt: skip
+)
 def test_any_header_raises_nothing(tmp_path: Path, kind: str, size: bytes, tail: bytes) -> None:
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
     header[124:136] = size.ljust(12, b"\0")
