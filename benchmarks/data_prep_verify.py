@@ -5,7 +5,7 @@
 PHOTOS has a column `image` of encoded pictures; they are scaled and cropped to 224 x 224, encoded anew with quality 95
 as img2dataset does, and repeated. Arms are interleaved: `images_per_s` decodes everything; `pillow_images_per_s` does
 the same with Pillow's full decode in place of ours; `unchanged_images_per_s` is a second run, which compares hashes.
-Each figure is the median over rounds. `megabytes_per_s` of rewriting is that of dropping one sample of each shard.
+Each is the median over rounds. `rewrite_megabytes_per_s` is measured once, leaving one sample out of each shard.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def measure(directory: Path, samples: int, rounds: int) -> dict[str, float]:
             start_s = time.perf_counter()
             arm()
             rates[name].append(samples / (time.perf_counter() - start_s))
-    figures = {name: round(statistics.median(of)) for name, of in rates.items()}
+    figures: dict[str, float] = {name: round(statistics.median(of)) for name, of in rates.items()}
     ratios = [ours / plain for ours, plain in zip(rates["images_per_s"], rates["pillow_images_per_s"], strict=True)]
     return {
         **figures,

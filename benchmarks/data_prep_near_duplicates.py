@@ -1,6 +1,6 @@
 """What the perceptual hash of `data-prep dedup` finds, on photographs.
 
-    python benchmarks/near_duplicates.py PHOTOS.parquet MORE_PHOTOS.parquet
+    python benchmarks/data_prep_near_duplicates.py PHOTOS.parquet MORE_PHOTOS.parquet
 
 Of PHOTOS (a column `image`), each is changed in several ways: `recall` is the share of changed pictures that differ
 from their original in at most 4 of 64 bits. Of MORE_PHOTOS, which are to be different pictures, `pairs_by_distance`
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     figures = {"recall": recall(read(options.photos)), **unrelated(read(options.more_photos))}
     print(json.dumps(figures, indent=2))
-    command = "benchmarks/near_duplicates.py PHOTOS.parquet MORE_PHOTOS.parquet"
+    command = "benchmarks/data_prep_near_duplicates.py PHOTOS.parquet MORE_PHOTOS.parquet"
     print(record("data_prep", figures, command, repeats=1, part="near_duplicates"))
 
 
