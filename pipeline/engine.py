@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from model.clip import CLIP
 from pipeline.errors import UserError
@@ -82,3 +86,17 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=make_optimizer(clip, recipe.optimizer), config=config)
     return engine
+
+
+@contextlib.contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A module's parameters by name, whole even where ZeRO stage 3 keeps shards of them. Collective."""
+    parameters = dict(module.named_parameters())
+    sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield {name: parameter.data for name, parameter in parameters.items()}
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(sharded):
+        yield {name: parameter.data for name, parameter in parameters.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.clip import CLIP
-from model.vision import normalize_pixels
+from model.patches import normalize_pixels
 from pipeline.errors import UserError
 from pipeline.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.inference import InferenceModel

@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import CLIPConfig, config_from_name
-from model.masking import STRATEGIES, MaskingConfig
+from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 
 RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
@@ -55,9 +55,13 @@ class MaskingSection(_Section):
 
     strategy: str = Field("cluster", description=" | ".join(STRATEGIES))
     target_mask_ratio: float = Field(0.5, description="share of the batch's patches that is dropped, exactly")
-    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster)")
-    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster)")
-    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster)")
+    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster, pgs)")
+    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster, pgs)")
+    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster, pgs)")
+    embedding_mix: float = Field(0.0, description="weight of patch-embedding similarity at the end (cluster)")
+    ratio_schedule: str = Field("constant", description="target over training: " + " | ".join(SCHEDULES))
+    final_mask_ratio: float | None = Field(None, description="target at the last step, for another schedule")
+    ema_decay: float = Field(0.996, description="per step, of the copy that scores patches (attentive)")
 
     @model_validator(mode="after")
     def _valid_masking(self) -> MaskingSection:
@@ -67,6 +71,25 @@ class MaskingSection(_Section):
     def to_config(self) -> MaskingConfig:
         """The same as the model package knows it."""
         return MaskingConfig(**self.model_dump())
+
+
+class TextMaskingSection(_Section):
+    """What is left of long captions (docs/text_masking.md)."""
+
+    strategy: Literal["none", "truncate", "random", "block", "frequency"] = Field(
+        "none", description="none | truncate | random | block | frequency"
+    )
+    max_tokens: int | None = Field(
+        None, description="longer captions are cut to this, start and end included; none: context length", gt=2
+    )
+    frequency_threshold: float = Field(1e-6, description="share of all words up to which a word is rare", gt=0)
+    word_counts: str = Field("", description="words.json of `data-prep words`, any fsspec URL (frequency)")
+
+    @model_validator(mode="after")
+    def _counts_for_frequency(self) -> TextMaskingSection:
+        if self.strategy == "frequency" and not self.word_counts:
+            raise ValueError("strategy frequency needs word_counts=FILE, made by `data-prep words`")
+        return self
 
 
 class OptimizerSection(_Section):
@@ -103,8 +126,19 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     masking: MaskingSection = MaskingSection()
+    text_masking: TextMaskingSection = TextMaskingSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _captions_fit_the_context(self) -> Recipe:
+        max_tokens = self.text_masking.max_tokens
+        if max_tokens and max_tokens > self.context_length:
+            raise ValueError(
+                f"text_masking.max_tokens {max_tokens} exceeds the context length {self.context_length}: "
+                "lower it, or raise model.context_length"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Every option resolved, the content of a run directory's recipe.yaml."""
@@ -149,7 +183,8 @@ def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
             raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{source}: {key}: {message}{got}") from None
+        where = f"{source}: {key}" if key else source
+        raise UserError(f"{where}: {message}{got}") from None
 
 
 def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any]:

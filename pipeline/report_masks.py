@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from model.config import config_from_name
-from model.masking import MaskingConfig, choose_patches, patchify
-from model.vision import normalize_pixels
+from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet, open_evaluation_set
 from pipeline.evaluation.tar_samples import ImageFile
@@ -97,11 +96,11 @@ def draw_masks(directory: Path, recipe: Recipe) -> PictureGrid:
 
 def hidden_patches(images_BCHW: Tensor, patch_size: int, masking: MaskingConfig) -> Tensor:
     """Which patches training would drop from these uint8 images as one batch, bool [B, L]; the same in every call."""
-    patches_BLP = patchify(normalize_pixels(images_BCHW), patch_size)
-    selection = choose_patches(patches_BLP, masking, Generator().manual_seed(0))
-    hidden_N = torch.ones(patches_BLP.shape[0] * patches_BLP.shape[1], dtype=torch.bool)
+    images = PatchedImages(images_BCHW, patch_size)
+    selection = choose_patches(images, masking, Generator().manual_seed(0)).selection
+    hidden_N = torch.ones(images.num_images * images.num_patches, dtype=torch.bool)
     hidden_N[selection.kept_K] = False
-    return hidden_N.view(patches_BLP.shape[:2])
+    return hidden_N.view(images.num_images, images.num_patches)
 
 
 def read_images(directory: Path) -> list[CaptionedImage]:

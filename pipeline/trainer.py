@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator
 
 from model.clip import CLIP
 from pipeline.checkpoint import Progress, newest_checkpoint, resume, save_checkpoint
@@ -20,6 +19,7 @@ from pipeline.engine import deepspeed_config, make_engine, zero_stage
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.manifest import read_manifest
+from pipeline.mask_drawer import MaskDrawer
 from pipeline.metrics_window import MetricsWindow
 from pipeline.optimizer import learning_rate
 from pipeline.ranks import Ranks
@@ -27,11 +27,9 @@ from pipeline.recipe import Recipe
 from pipeline.run_logger import RunLogger, timestamp
 from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.sample_order import BatchPlan, SampleOrder
+from pipeline.text_masking import TextMasker
 from pipeline.tokenizer import load_tokenizer
-from pipeline.train_step import REPORT_NAMES, train_step
-
-if TYPE_CHECKING:
-    pass
+from pipeline.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75
@@ -70,6 +68,7 @@ class Trainer:
         self.run_directory = Path(recipe.train.output)
         self.manifest = read_manifest(recipe.data.train)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
+        self.text_masker = TextMasker(self.tokenizer, recipe.text_masking)
         self.plan = plan_batches(recipe, self.manifest.num_samples, ranks.world_size)
         epochs_steps = max(1, round(recipe.train.epochs * self.plan.steps_per_epoch))
         self.total_steps = recipe.train.max_steps or epochs_steps
@@ -77,7 +76,13 @@ class Trainer:
         self.config = deepspeed_config(recipe, self.plan, recipe.train.deepspeed_config)
         self._checkpoint = newest_checkpoint(self.run_directory)
         if self._checkpoint is not None:
-            check_unchanged(self.run_directory, recipe, self.manifest.sha256, self.tokenizer.sha256)
+            check_unchanged(
+                self.run_directory,
+                recipe,
+                self.manifest.sha256,
+                self.tokenizer.sha256,
+                self.text_masker.word_counts_sha256,
+            )
         self._print_plan()
 
         torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
@@ -85,6 +90,9 @@ class Trainer:
         clip = CLIP(recipe.clip_config(encoder.vocab_size, encoder.end_token_id)).to(ranks.device)
         self.num_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self.engine = make_engine(clip, recipe, self.config, ranks)
+        self.masks = MaskDrawer(
+            self.masking, self.engine.module.visual, clip.config.vision.patch_size, recipe.train.seed, ranks
+        )
         self.progress = Progress(step=0, samples_seen=0)
         self._stop_requested = False
 
@@ -112,7 +120,6 @@ class Trainer:
         return 0
 
     def _train(self) -> None:
-        generator = Generator(device=self.ranks.device)
         batches = self._batches()
         logger = RunLogger(self.run_directory, self.progress.step, self.total_steps) if self.ranks.is_main else None
         window = MetricsWindow(self.ranks)
@@ -124,16 +131,8 @@ class Trainer:
                 group["lr"] = lr
 
             micro_batches = window.timed_fetch(batches, self.plan.accumulation_steps)
-            report = train_step(
-                self.engine,
-                micro_batches,
-                self.masking,
-                self.engine.module.config.vision.patch_size,
-                generator,
-                self.ranks,
-                self.recipe.train.seed,
-                step,
-            )
+            progress = step / max(1, self.total_steps - 1)
+            report = train_step(self.engine, micro_batches, self.masks, self.ranks, step, progress)
             window.add(report)
             self._note_problems([problem for batch in micro_batches for problem in batch.problems])
             bad_samples += sum(len(batch.problems) for batch in micro_batches)
@@ -159,7 +158,7 @@ class Trainer:
         sizes = tuple(shard.samples for shard in self.manifest.shards)
         order = SampleOrder(sizes, self.recipe.data.window_shards, self.recipe.train.seed)
         image_size = self.engine.module.config.vision.image_size
-        dataset = TrainingSet(self.manifest, order, self.tokenizer, image_size, self.recipe.data.crop_min_area)
+        dataset = TrainingSet(self.manifest, order, self.text_masker, image_size, self.recipe.data.crop_min_area)
         places = MicroBatches(self.plan, self.ranks.rank, self.progress.step, self.total_steps)
         loader = make_loader(dataset, places, self.recipe.data.workers, self.ranks.device.type == "cuda")
         try:
@@ -173,6 +172,7 @@ class Trainer:
         means, seconds, data_wait_share = window.close()
         values = self.ranks.mean(torch.cat((means, means.new_tensor([bad_samples])))).tolist()
         report = dict(zip((*REPORT_NAMES, "bad_samples"), values, strict=True))
+        report |= {name: None for name in OPTIONAL_NAMES if math.isnan(report[name])}
         micro_batches_per_s = window.steps * self.plan.accumulation_steps * self.ranks.world_size / seconds
         grad_norm = self.engine.get_global_grad_norm()
         return {
@@ -249,6 +249,7 @@ class Trainer:
             "dataset_samples": self.manifest.num_samples,
             "manifest_sha256": self.manifest.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
+            "word_counts_sha256": self.text_masker.word_counts_sha256,
             "deepspeed_config": self.config,
             "versions": versions(),
         }

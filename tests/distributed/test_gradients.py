@@ -27,7 +27,9 @@ def make_batch() -> dict[str, torch.Tensor]:
     tokens = tokens * (torch.arange(T) < lengths[:, None])
     kept = torch.rand(G, L, generator=generator) < torch.rand(G, 1, generator=generator)
     kept[:, 0] = True
-    return {"patches": torch.randn(G, L, P, generator=generator), "tokens": tokens, "kept": kept.flatten()}
+    images = torch.randint(0, 256, (G, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    patches = torch.randn(G, L, P, generator=generator)
+    return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
 
 
 def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -35,7 +37,9 @@ def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dic
     clip = CLIP(config_from_name("ViT-test-8"))
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
-    output = clip(batch["patches"], selection, PackedTokens.from_padded(batch["tokens"], 49407))
+    output = clip(
+        batch["patches"].flatten(0, 1)[selection.kept_K], selection, PackedTokens.from_padded(batch["tokens"], 49407)
+    )
     logits = output.logit_scale * output.image_features @ output.text_features.T
     loss = (F.cross_entropy(logits, torch.arange(G)) + F.cross_entropy(logits.T, torch.arange(G))) / 2
     loss.backward()

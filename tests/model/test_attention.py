@@ -1,12 +1,14 @@
-"""The two ways to compute attention on a CPU are the same function."""
+"""All ways to compute packed attention are the same function."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from model.attention import _attention_by_products, packed_attention
+from model.attention import packed_attention
+from model.attention_backends import Backend, _attention_by_products
 from model.packing import PackedLayout, lengths_to_cu_seqlens
 
 
@@ -28,10 +30,36 @@ def test_products_equal_the_fused_kernel(kind: str) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def attention_one_by_one(qkv_N3HE: Tensor, lengths: list[int], causal: bool) -> Tensor:
+    """Explicit softmax attention of each sequence alone, in float64."""
+    outputs = []
+    for sequence_T3HE in qkv_N3HE.double().split(lengths):
+        query, key, value = (x.transpose(0, 1) for x in sequence_T3HE.unbind(1))
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("backend", ["buckets", "flex"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 30, 17, 1, 16], [7]])
+def test_backends_equal_attention_of_each_sequence_alone(backend: Backend, causal: bool, lengths: list[int]) -> None:
+    layout = PackedLayout(lengths_to_cu_seqlens(torch.tensor(lengths)), 64)
+    qkv = torch.randn(sum(lengths), 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    expected = attention_one_by_one(qkv, lengths, causal).float()
+    assert torch.allclose(packed_attention(qkv, layout, causal, backend=backend), expected, atol=1e-5)
+
+    # one query per sequence: the last token's, which sees everything with and without a causal mask
+    pooled = packed_attention(qkv[:, 1:], layout, False, qkv[layout.last_token_B, 0], backend)
+    assert torch.allclose(pooled, expected[layout.last_token_B], atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 30, 17, 1, 16]])
 def test_bfloat16_stays_close_to_float32_and_in_bfloat16(causal: bool, lengths: list[int]) -> None:
-    layout = PackedLayout(lengths_to_cu_seqlens(torch.tensor(lengths)), granularity=16)
+    layout = PackedLayout(lengths_to_cu_seqlens(torch.tensor(lengths)), 64, granularity=16)
     qkv = torch.randn(sum(lengths), 3, 2, 16, generator=torch.Generator().manual_seed(0))
     exact = packed_attention(qkv, layout, causal)
     with torch.autocast("cpu", dtype=torch.bfloat16):

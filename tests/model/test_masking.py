@@ -16,7 +16,9 @@ from torch import Generator, Tensor
 
 from model.masking import (
     STRATEGIES,
+    Guidance,
     MaskingConfig,
+    PatchedImages,
     PatchSelection,
     anchor_similarity,
     choose_patches,
@@ -64,6 +66,13 @@ def adversarial_images() -> dict[str, Tensor]:
         "one-pixel lines": lines,
         "half flat, half noise": torch.cat((torch.zeros(2, 3, size, size), torch.randn(2, 3, size, size))),
     }
+
+
+def choose(images: Tensor, config: MaskingConfig, seed: int = 0, patch_size: int = 8) -> PatchSelection:
+    return choose_patches(PatchedImages(images, patch_size), config, generator(seed), GUIDANCE).selection
+
+
+GUIDANCE = Guidance(class_attention=lambda images: images.patches().float().var(2))
 
 
 def kept_mask(selection: PatchSelection, B: int, L: int) -> Tensor:
@@ -120,13 +129,14 @@ def test_flat_patches_are_one_cluster_per_colour() -> None:
     assert anchor_similarity(patches, torch.tensor([[4]]))[0, :4].tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"cluster-reference"}))
 @pytest.mark.parametrize("name", adversarial_images())
 def test_budget_is_exact_on_awkward_images(strategy: str, name: str) -> None:
-    patches = patchify(adversarial_images()[name], 8)
+    images = adversarial_images()[name]
+    patches = patchify(images, 8)
     B, L, _ = patches.shape
     assert not anchor_similarity(patches, draw_anchors(B, L, 0.03, generator())).isnan().any()
-    selection = choose_patches(patches, MaskingConfig(strategy=strategy), generator())
+    selection = choose(images, MaskingConfig(strategy=strategy))
     expected = B * L if strategy == "none" else round(0.5 * B * L)
     assert selection.kept_K.numel() == expected == int(selection.cu_seqlens_B1[-1])
     assert selection.cu_seqlens_B1.dtype == torch.int32
@@ -210,11 +220,11 @@ def test_ties_and_surplus_are_broken_uniformly() -> None:
 
 
 def test_random_keeps_every_patch_equally_often_and_images_alike() -> None:
-    patches = torch.randn(5, 9, 12, generator=generator())
+    images = torch.randn(5, 3, 24, 24, generator=generator())
     config = MaskingConfig(strategy="random")
     kept = torch.zeros(5, 9)
     for seed in range(3000):
-        selection = choose_patches(patches, config, generator(seed))
+        selection = choose(images, config, seed)
         counts = selection.cu_seqlens_B1.diff()
         assert counts.max() - counts.min() <= 1
         kept += kept_mask(selection, 5, 9)
@@ -234,18 +244,16 @@ def test_masked_patches_are_the_similar_ones() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_deterministic_in_the_generator_and_different_between_seeds(strategy: str) -> None:
-    patches = patchify(picture_BCHW(), 8)
     config = MaskingConfig(strategy=strategy)
-    first, again, other = (choose_patches(patches, config, generator(seed)) for seed in (5, 5, 6))
+    first, again, other = (choose(picture_BCHW(), config, seed) for seed in (5, 5, 6))
     assert torch.equal(first.kept_K, again.kept_K)
-    assert torch.equal(first.kept_K, other.kept_K) == (strategy == "none")
+    assert torch.equal(first.kept_K, other.kept_K) == (strategy in ("none", "attentive"))
 
 
 @pytest.mark.parametrize("strategy", ["random", "cluster"])
 def test_target_zero_is_no_masking(strategy: str) -> None:
-    patches = patchify(picture_BCHW(), 8)
-    nothing_dropped = choose_patches(patches, MaskingConfig(strategy="none"), generator())
-    selection = choose_patches(patches, MaskingConfig(strategy=strategy, target_mask_ratio=0.0), generator())
+    nothing_dropped = choose(picture_BCHW(), MaskingConfig(strategy="none"))
+    selection = choose(picture_BCHW(), MaskingConfig(strategy=strategy, target_mask_ratio=0.0))
     assert torch.equal(selection.kept_K, nothing_dropped.kept_K)
     assert torch.equal(selection.cu_seqlens_B1, nothing_dropped.cu_seqlens_B1)
     similarity = torch.rand(4, 9, generator=generator())
