@@ -89,7 +89,7 @@ def slow_nearest_kept(hashes: list[int], fixed: int, max_distance: int) -> list[
             for earlier in range(later)
             if partners[earlier] == -1 and (hashes[earlier] ^ value).bit_count() <= max_distance
         ]
-        near.sort(key=lambda earlier: hashes[earlier] != value)  # noqa: B023  equal ones first
+        near.sort(key=lambda earlier: hashes[earlier] != value)
         partners.append(near[0] if near and later >= fixed else -1)
     return partners
 
