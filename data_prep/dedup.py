@@ -20,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.files import replacing, write_json
 from data_prep.near_duplicates import nearest_kept
 from data_prep.picture_hashes import PictureHashes, evaluation_files, shard_files
-from data_prep.publish import changing
+from data_prep.publish import changing, reading
 from data_prep.rewrite import Removal, rewrite_shards
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ def dedup(
     if output.resolve().is_relative_to(directory.resolve()):
         raise UserError(f"--output {output} lies in the shard directory: choose another folder")
     evaluation = [file for path in against for file in evaluation_files(path)]
-    with changing(directory) as staged:
+    with changing(directory) if remove else reading(directory) as staged:
         shards = shard_files(directory)
         hashes = PictureHashes([*evaluation, *shards], output / "hashes", processes)
         hashes_N = hashes.write_all(output / "hashes" / "all.npy")
@@ -85,7 +85,7 @@ def dedup(
         write_page(output / "report.html", directory.resolve().name, summary, _choose(findings, numbers, pictures))
         write_json(output / "summary.json", summary)
         _print(summary, output)
-        if remove:
+        if staged is not None:
             step = {"step": "dedup", "max_distance": max_distance, "against": [path.name for path in against]}
             removed = rewrite_shards(directory, staged, _removals(findings, numbers), step, processes, len(numbers))
             print(f"{directory}: {removed:,} samples removed, {len(numbers):,} shards rewritten")

@@ -54,6 +54,12 @@ def building(directory: Path, overwrite: bool) -> Iterator[Path]:
     partial.replace(directory)
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file atomically: readers see the old content or the new, never a part."""
     with replacing(path) as temporary:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.console import print_table, progress_bar
 from data_prep.errors import UserError
-from data_prep.files import write_json
+from data_prep.files import make_folder, write_json
 from data_prep.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.parallel import map_in_processes
 from data_prep.publish import reading
@@ -65,9 +65,8 @@ def stats(directory: Path, output: Path, tokenizer: Path | None, processes: int)
     """
     if tokenizer is not None:
         _load_tokenizer(tokenizer)  # says at once what is wrong with it
-    output.mkdir(parents=True, exist_ok=True)
     distributions = Distributions()
-    with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=output) as scratch:
+    with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=make_folder(output)) as scratch:
         words = WordCounts(Path(scratch))
         lines = read_manifest(directory)
         measure = functools.partial(_measure, directory, tokenizer)

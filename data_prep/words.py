@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from data_prep.console import progress_bar
-from data_prep.files import write_json
+from data_prep.files import make_folder, write_json
 from data_prep.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.parallel import map_in_processes
 from data_prep.publish import reading
@@ -71,7 +71,7 @@ def count_words(directory: Path, output: Path, min_count: int, processes: int) -
     seen at least `min_count` times; `words` is the number of all words, the rare ones included.
     """
     captions, total, frequent = 0, 0, list[tuple[int, str]]()
-    with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=_folder_of(output)) as scratch:
+    with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=make_folder(output.parent)) as scratch:
         counts = WordCounts(Path(scratch))
         lines = read_manifest(directory)
         with progress_bar("count words", len(lines), "shard") as progress:
@@ -90,11 +90,6 @@ def count_words(directory: Path, output: Path, min_count: int, processes: int) -
     write_json(output, fields)
     print(f"{output}: {len(listed):,} words seen at least {min_count} times, of {total:,} in {captions:,} captions")
     return len(listed)
-
-
-def _folder_of(output: Path) -> Path:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output.parent
 
 
 def _count_shard(directory: Path, line: ShardLine) -> tuple[Counter[str], int]:

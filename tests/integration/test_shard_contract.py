@@ -13,7 +13,9 @@ from PIL import Image
 
 from data_prep.shards import ShardWriter
 from data_prep.verify import verify
+from data_prep.words import count_words
 from pipeline.manifest import read_manifest
+from pipeline.word_counts import read_word_frequencies
 
 
 def encoded(kind: str) -> bytes:
@@ -99,3 +101,12 @@ def test_webdataset_reads_our_shards_as_the_loader_does(tmp_path: Path) -> None:
             by_loader.append((key, content[image : image + image_size], content[text : text + text_size]))
     assert by_loader == by_webdataset
     assert len(by_loader) == 3
+
+
+def test_text_masking_reads_the_word_counts(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shards", samples_per_shard=9) as writer:
+        for number, caption in enumerate(["a dog", "the dog's dog", "a CAT"]):
+            writer.write(f"{number}", {"jpg": encoded("JPEG"), "txt": caption.encode()})
+    verify(tmp_path / "shards", processes=1, max_bad_ratio=0.0)
+    count_words(tmp_path / "shards", tmp_path / "words.json", min_count=2, processes=1)
+    assert read_word_frequencies(str(tmp_path / "words.json")).frequencies == {"a": 2 / 7, "dog": 2 / 7}
