@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +29,8 @@ def map_in_processes(
         yield from map(function, items)
         return
     remaining = iter(items)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_die_with_the_parent) as pool:
         try:
             running = {pool.submit(function, item) for item in itertools.islice(remaining, 2 * processes)}
             while running:
@@ -37,3 +40,16 @@ def map_in_processes(
                     yield future.result()
         except BrokenProcessPool as error:
             raise UserError("a worker process was killed (out of memory?): use fewer --processes") from error
+
+
+def _die_with_the_parent() -> None:
+    """In a worker: when the parent is killed, stop at once, and write nothing where its successor is at work."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait_for_the_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()

@@ -109,7 +109,7 @@ class PictureHashes:
         return keys_M
 
     def _load(self, file: PictureFile) -> npt.NDArray[np.uint64]:
-        hashes_N: npt.NDArray[np.uint64] = np.load(self._path(file), allow_pickle=False)
+        hashes_N: npt.NDArray[np.uint64] = np.load(self._path(file), mmap_mode="r")
         return hashes_N
 
     def _path(self, file: PictureFile) -> Path:
