@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_prep.images import image_extension
 
+HASH_VERSION = 1  # hashes of different versions cannot be compared
 SIDE = 32
 BITS = 64
 # in grey levels, of the orthonormal transform: pictures without content have no frequency above it and hash to 0

@@ -18,7 +18,7 @@ from data_prep.files import replacing, sha256_of
 from data_prep.images import ImageError, check_image
 from data_prep.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.parallel import map_in_processes
-from data_prep.perceptual_hash import hash_pictures, shrink
+from data_prep.perceptual_hash import HASH_VERSION, hash_pictures, shrink
 from data_prep.tar_reader import IMAGE_TYPES, TarSamples
 
 
@@ -113,7 +113,7 @@ class PictureHashes:
         return hashes_N
 
     def _path(self, file: PictureFile) -> Path:
-        return self._folder / f"{file.identity}.npy"
+        return _hash_file(self._folder, file)
 
 
 def _write_hashes(folder: Path, file: PictureFile) -> int:
@@ -128,8 +128,12 @@ def _write_hashes(folder: Path, file: PictureFile) -> int:
         keys.append(key.encode())
     # the hashes come last: they say that both files are there
     _save(folder / f"{file.identity}.keys.npy", np.array(keys, np.bytes_))
-    _save(folder / f"{file.identity}.npy", hash_pictures(pictures))
+    _save(_hash_file(folder, file), hash_pictures(pictures))
     return file.size_bytes
+
+
+def _hash_file(folder: Path, file: PictureFile) -> Path:
+    return folder / f"{file.identity}.v{HASH_VERSION}.npy"
 
 
 def _save(path: Path, array: npt.NDArray[np.generic]) -> None:

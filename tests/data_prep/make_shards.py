@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from make_images import write_tar
 from PIL import Image
+from tqdm import tqdm
 
 from data_prep.files import sha256_of
 from data_prep.tar_reader import TarSamples
@@ -109,6 +110,7 @@ def assert_consistent(directory: Path) -> None:
 
 def killed_at(step: int, work: Callable[[], object]) -> bool:
     """Run `work` in a child that is killed (SIGKILL) at its `step`-th operation on files; False if it ended before."""
+    tqdm.monitor_interval = 0  # no thread that may hold a lock in the moment of the fork
     child = os.fork()
     if child == 0:
         remaining = step
