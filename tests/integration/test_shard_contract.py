@@ -68,13 +68,26 @@ def test_the_loader_finds_the_samples_that_verify_counted(
     assert len(index.keys) == shard.samples
 
 
-@pytest.mark.parametrize("cut", ["header", "content"])
+@pytest.mark.parametrize("cut", ["header", "content", "checksum", "endless header"])
 def test_the_loader_uses_what_precedes_a_truncation(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "00000.tar"
     write_tar(path, [(key, kind, 0, tarfile.REGTYPE) for key in "abc" for kind in ("jpg", "txt")], tarfile.USTAR_FORMAT)
     with tarfile.open(path) as tar:
         third = tar.getmember("c.jpg")
-    path.write_bytes(path.read_bytes()[: third.offset + 9 if cut == "header" else third.offset_data + 9])
+    content = path.read_bytes()
+    header = bytearray(content[third.offset : third.offset + 512])
+    if cut == "endless header":
+        header[124:136], header[156:157] = b"\x80" + b"\xff" * 11, b"x"
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+    path.write_bytes(
+        {
+            "header": content[: third.offset + 9],
+            "content": content[: third.offset_data + 9],
+            "checksum": content[: third.offset + 148] + b"0000000" + content[third.offset + 155 :],
+            "endless header": content[: third.offset] + header + content[third.offset + 512 :],
+        }[cut]
+    )
     assert not verify(tmp_path, processes=1, max_bad_ratio=1.0)
     (shard,) = read_manifest(str(tmp_path)).shards
     _, index = shard.read_index()
