@@ -91,16 +91,9 @@ def read_list(path: Path, kind: Kind) -> ForgetList:
 def _find(directory: Path, forget_list: ForgetList, when: str, line: ShardLine) -> Removal:
     """What the list names in one shard, the samples that are not used included."""
     types = IMAGE_TYPES | {"json"} if forget_list.kind == "sha256" else {"json"}
+    why = {"by": forget_list.kind, "list": forget_list.name, "list_sha256": forget_list.sha256}
     records = [
-        {
-            "time": when,
-            "shard": line.shard,
-            "key": sample.key,
-            "by": forget_list.kind,
-            "list": forget_list.name,
-            "list_sha256": forget_list.sha256,
-            "url_sha256": _sha256(str(_metadata(sample).get("url", "")).encode("utf-8", "replace")),
-        }
+        {"time": when, "shard": line.shard, "key": sample.key, **why, **_hash_of_address(sample)}
         for sample in TarSamples(directory / line.shard, types)
         if forget_list.matches(sample)
     ]
@@ -167,6 +160,11 @@ def _metadata(sample: Sample) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def _hash_of_address(sample: Sample) -> dict[str, str]:
+    address = _metadata(sample).get("url")
+    return {"url_sha256": _sha256(str(address).encode("utf-8", "replace"))} if address else {}
 
 
 def _sha256(content: bytes) -> str:

@@ -15,6 +15,14 @@ Members = Mapping[str, bytes]  # extension -> content, written in this order
 _LONGEST_PLAIN_NAME_BYTES = 100
 
 
+def add_sample(tar: tarfile.TarFile, key: str, members: Members) -> None:
+    """Append `{key}.{extension}` for each member, with neither time nor owner."""
+    for extension, content in members.items():
+        header = tarfile.TarInfo(f"{key}.{extension}")
+        header.size = len(content)
+        tar.addfile(header, io.BytesIO(content))
+
+
 class TarWriter:
     """Write samples into one tar. Headers carry no time and no owner, so that equal samples give equal bytes.
 
@@ -28,12 +36,10 @@ class TarWriter:
 
     def write(self, key: str, members: Members) -> None:
         """Append one sample: `{key}.{extension}` for each of its members."""
-        for extension, content in members.items():
-            header = tarfile.TarInfo(f"{key}.{extension}")
-            header.size = len(content)
-            is_plain = len(header.name.encode()) <= _LONGEST_PLAIN_NAME_BYTES
-            self._tar.format = tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT
-            self._tar.addfile(header, io.BytesIO(content))
+        longest_bytes = max((len(f"{key}.{extension}".encode()) for extension in members), default=0)
+        is_plain = longest_bytes <= _LONGEST_PLAIN_NAME_BYTES
+        self._tar.format = tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT
+        add_sample(self._tar, key, members)
         self.samples += 1
         self.size_bytes = self._tar.offset
 
