@@ -138,9 +138,9 @@ def _write_list(findings: Findings, numbers: Sequence[int], path: Path) -> None:
 
 
 def _choose(findings: Findings, numbers: Sequence[int], pictures: int) -> list[Pair]:
-    """At most `pictures` pairs to look at, drawn evenly from each kind and distance: a reservoir for each."""
+    """At most `pictures` pairs to look at, drawn evenly from each kind and distance; the most doubtful come first."""
     rng = random.Random(0)
-    groups: dict[tuple[bool, int], list[tuple[int, int, int]]] = {}
+    groups: dict[tuple[bool, int], list[tuple[int, int, int]]] = {}  # a reservoir for each
     seen = Counter[tuple[bool, int]]()
     for number in numbers:
         start = findings.hashes.starts[number]
@@ -157,7 +157,7 @@ def _choose(findings: Findings, numbers: Sequence[int], pictures: int) -> list[P
     chosen = [pair for each in rounds for pair in each if pair is not None][:pictures]
     return [
         Pair(findings.hashes.locate(place), findings.hashes.locate(partner), distance, partner < findings.fixed)
-        for place, partner, distance in sorted(chosen, key=lambda pair: (pair[1] >= findings.fixed, pair[2]))
+        for place, partner, distance in sorted(chosen, key=lambda pair: (pair[1] >= findings.fixed, -pair[2]))
     ]
 
 

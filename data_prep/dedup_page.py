@@ -44,7 +44,7 @@ def write_page(path: Path, name: str, summary: Mapping[str, Any], pairs: Sequenc
 
 def _label(place: Located) -> str:
     file, key = place
-    return f"{file.directory.name}/{file.name} {key}"
+    return f"{'/'.join(file.directory.resolve().parts[-2:])}/{file.name} {key}"
 
 
 def _read_thumbnails(places: set[Located]) -> dict[Located, str]:
