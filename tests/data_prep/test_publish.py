@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from data_prep.reshard import Layout, reshard
 from data_prep.verify import verify, verify_slice
 from pipeline.errors import UserError as PipelineError
 from pipeline.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def damaged(directory: Path) -> Path:
@@ -157,3 +163,24 @@ def test_two_commands_do_not_change_a_directory_at_once(tmp_path: Path) -> None:
     with reading(directory), reading(directory), pytest.raises(UserError, match="another data-prep command"):
         verify(directory, 1, max_bad_ratio=0.0)
     assert verify(directory, 1, max_bad_ratio=0.0)
+
+
+def test_real_commands_with_workers_killed_at_random_times(tmp_path: Path) -> None:
+    directory = damaged(tmp_path / "shards")
+    for shard in range(4, 10):
+        write_tar(directory / f"{shard:05d}.tar", [*sample(10 * shard), *sample(10 * shard + 1), ("bad.txt", b"x")])
+    undisturbed = shutil.copytree(directory, tmp_path / "undisturbed")
+    verify(undisturbed, 1, max_bad_ratio=1.0, repair=True)
+    command = [sys.executable, "-m", "data_prep", "verify", str(directory), "--repair", "--processes", "2"]
+    rng = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.3, 1.5))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    assert contents(directory) == contents(undisturbed)
+    assert manifest(directory) == manifest(undisturbed)
+    assert_consistent(directory)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
