@@ -97,13 +97,12 @@ class ShardWriter:
         self._tar.write(key, members)
         self.samples += 1
         if self._tar.samples == self._samples_per_shard or self._tar.size_bytes >= (self._bytes_per_shard or math.inf):
-            self.close_shard()
+            self._close_shard()
 
     def _part_path(self) -> Path:
         return self._directory / (self._shard_name(self.shards) + ".part")
 
-    def close_shard(self) -> None:
-        """End the shard in the making, if there is one."""
+    def _close_shard(self) -> None:
         if self._tar is None:
             return
         tar, path = self._tar, self._directory / self._shard_name(self.shards)
@@ -121,6 +120,6 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.close_shard()
+            self._close_shard()
         elif self._tar is not None:
             self._tar.__exit__(kind, error, trace)

@@ -101,12 +101,12 @@ class _HeaderStream:
 
     def read(self, size: int) -> bytes:
         self.allowance_bytes -= size
-        if self.allowance_bytes < 0:
+        if size < 0 or self.allowance_bytes < 0:
             raise tarfile.ReadError("header too long")
         return self._stream.read(size)
 
     def seek(self, position: int) -> int:
-        if position > self._size_bytes:
+        if not 0 <= position <= self._size_bytes:
             raise tarfile.ReadError("unexpected end of data")
         return self._stream.seek(position)
 

@@ -24,9 +24,6 @@ class UidList:
         self._high_N = np.ascontiguousarray(halves_N2[order, 0])
         self._low_N = np.ascontiguousarray(halves_N2[order, 1])
 
-    def __len__(self) -> int:
-        return len(self._high_N)
-
     def count(self, uid: str) -> int:
         """How often the list has `uid`."""
         high, low = _halves(uid)
