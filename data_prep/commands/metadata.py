@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.catalogue import GENERIC, INGESTIBLE
-from data_prep.commands.options import Commands, add_command, add_processes, not_negative, positive
+from data_prep.commands.options import Commands, add_command, add_processes, array_slice, not_negative, positive
 from data_prep.errors import UserError
 
 UNIQUE = ("url", "caption", "pair", "none")
@@ -53,7 +53,7 @@ def add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_filters(parser)
     add_processes(parser)
     parser.add_argument(
-        "--slice", type=_slice, metavar="I/N", help="only read share I (from 0) of N; finish without --slice"
+        "--slice", type=array_slice, metavar="I/N", help="only read share I (from 0) of N; finish without --slice"
     )
     parser.add_argument(
         "--i-have-a-cleaned-copy", action="store_true", help="accept metadata that was withdrawn (LAION-5B, LAION-400M)"
@@ -118,22 +118,12 @@ def _ingest(options: argparse.Namespace) -> int:
     return 0
 
 
-def _slice(text: str) -> tuple[int, int]:
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must look like 0/8, got {text!r}") from None
-    if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"the first number must be from 0 to {count - 1}, got {index}")
-    return index, count
-
-
 def add_build(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep build`."""
     parser = add_command(commands, "build", _build, "all stages from one YAML file; run it again to continue")
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="stages and their options (docs/ingest.md)")
     parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
-    parser.add_argument("--slice", type=_slice, metavar="I/N", help="its share I (from 0) of N, for array jobs")
+    parser.add_argument("--slice", type=array_slice, metavar="I/N", help="its share I (from 0) of N, for array jobs")
     parser.add_argument("--dry-run", action="store_true", help="check the file and print its stages")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,26 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """An integer of at least 0, likewise."""
     return _at_least(0, text)
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, of which K, M, G and T are powers of 1,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    size_bytes = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size_bytes < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 500M or 2G, got {text}")
+    return size_bytes
+
+
+def array_slice(text: str) -> tuple[int, int]:
+    """`I/N`, share I of N with I from 0, as array jobs count."""
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 0/8, got {text!r}") from None
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"the first number must be from 0 to {count - 1}, got {index}")
+    return index, count
 
 
 def _at_least(minimum: int, text: str) -> int:
