@@ -68,7 +68,7 @@ def array_slice(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"must look like 0/8, got {text!r}") from None
     if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"the first number must be from 0 to {count - 1}, got {index}")
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text}")
     return index, count
 
 
