@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from data_prep.commands.options import Commands, add_command, add_output, add_processes, byte_count, positive
+from data_prep.commands.options import (
+    Commands,
+    add_command,
+    add_output,
+    add_processes,
+    array_slice,
+    byte_count,
+    positive,
+)
 from data_prep.errors import UserError
 
 
@@ -23,15 +30,11 @@ def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
         "--repair", action="store_true", help="rewrite shards without their unusable members; keep damaged originals"
     )
     parser.add_argument(
-        "--slice", type=_slice, metavar="I/N", help="judge every N-th shard only, for array jobs; verify collects them"
+        "--slice",
+        type=array_slice,
+        metavar="I/N",
+        help="judge every N-th shard from I (from 0) on; verify collects them",
     )
-
-
-def _slice(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text}")
-    return int(match[1]), int(match[2])
 
 
 def _verify(options: argparse.Namespace) -> int:
