@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import tarfile
 import time
 import traceback
 from collections import Counter
@@ -38,7 +37,7 @@ from data_prep.ledger import (
 )
 from data_prep.outcomes import HASH, OK, FetchError
 from data_prep.settings import Settings
-from data_prep.shards import add_sample
+from data_prep.shards import TarWriter
 from data_prep.web.fetcher import Fetcher
 from data_prep.web_image import WebImage, to_jpeg
 
@@ -88,7 +87,7 @@ class _Shard:
         self._start_s = time.time()
         self._resources = contextlib.ExitStack()
         part = self._resources.enter_context(replacing(directory / f"{shard_name(shard)}.tar"))
-        self._tar = tarfile.TarFile(part, "w", format=tarfile.USTAR_FORMAT)
+        self._tar = TarWriter(part)
 
     def __enter__(self) -> _Shard:
         return self
@@ -109,7 +108,7 @@ class _Shard:
             entry |= {name: value for name, value in dataclasses.asdict(image).items() if name != "data"}
             known = {name: value for name, value in entry.items() if value is not None}
             description = json.dumps(known, ensure_ascii=False, default=str).encode()
-            add_sample(self._tar, key, {"jpg": image.data, "txt": row["caption"].encode(), "json": description})
+            self._tar.write(key, {"jpg": image.data, "txt": row["caption"].encode(), "json": description})
         self._ledger[index] = entry
         self.counts[outcome["class"]] += 1
 

@@ -1,7 +1,6 @@
 """Multi-head attention over packed sequences: a token attends within its own sequence only.
 
-B sequences, N tokens in all, H heads, E width of a head, D = H * E
-n, T: sequences of a bucket and its padded length; M: cells of all buckets (model/packing.py)
+B sequences, N tokens in all, H heads, E width of a head, D = H * E, S = 3 (query, key, value) or 2 (key, value)
 """
 
 from __future__ import annotations
@@ -12,72 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention_backends import (
+    Backend,
+    bucketed_attention,
+    choose_backend,
+    flex_attention_packed,
+    varlen_attention,
+)
 from model.packing import PackedLayout
 
+_FUNCTIONS = {"varlen": varlen_attention, "flex": flex_attention_packed, "buckets": bucketed_attention}
 
-def _dense_attention(
-    query_nTHE: Tensor, key_nTHE: Tensor, value_nTHE: Tensor, mask: Tensor | None, causal: bool
+
+def packed_attention(
+    tokens_NSHE: Tensor,
+    layout: PackedLayout,
+    causal: bool,
+    query_BHE: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
-    mask_n11T = None if mask is None else mask[:, None, None, :]
-    query, key, value = (x.transpose(1, 2) for x in (query_nTHE, key_nTHE, value_nTHE))
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        out = _attention_by_products(query, key, value, mask_n11T, causal)
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_n11T, is_causal=causal)
-    return out.transpose(1, 2)
+    """Attention of every token to its own sequence: query, key and value [N, 3, H, E] -> [N, H, E].
 
-
-def _attention_by_products(
-    query_nHTE: Tensor, key_nHTE: Tensor, value_nHTE: Tensor, mask_n11T: Tensor | None, causal: bool
-) -> Tensor:
-    """Two matrix products and a softmax: in bf16 on a CPU three times as fast as torch's fused kernel at 99 tokens."""
-    with torch.autocast(query_nHTE.device.type, enabled=False):
-        scores_nHTT = (query_nHTE * query_nHTE.shape[-1] ** -0.5) @ key_nHTE.mT
-        if causal:
-            hidden_TT = torch.ones(scores_nHTT.shape[-2:], dtype=torch.bool, device=scores_nHTT.device).triu(1)
-            scores_nHTT = scores_nHTT.masked_fill(hidden_TT, -torch.inf)
-        elif mask_n11T is not None:
-            scores_nHTT = scores_nHTT.masked_fill(~mask_n11T, -torch.inf)
-        out_nHTE: Tensor = scores_nHTT.softmax(dim=-1) @ value_nHTE
-    return out_nHTE
-
-
-def packed_attention(qkv_N3HE: Tensor, layout: PackedLayout, causal: bool) -> Tensor:
-    """Attention of every token to its own sequence, [N, 3, H, E] -> [N, H, E].
-
-    Dense kernels on buckets of sequences of similar length. Under a causal mask no real token sees the padding,
-    which comes last; otherwise the padding is masked out.
+    With one query per sequence, `query_BHE`, `tokens_NSHE` is key and value [N, 2, H, E], and the result [B, H, E].
     """
-    if layout.uniform_length is not None:
-        query, key, value = qkv_N3HE.unflatten(0, (layout.num_sequences, -1)).unbind(2)
-        return _dense_attention(query, key, value, None, causal).flatten(0, 1)
-    buckets = layout.buckets
-    qkv_M3HE = qkv_N3HE.index_select(0, buckets.token_index_M)
-    outputs, cell = [], 0
-    for n, padded_length, valid_nT in buckets.shapes:
-        qkv_nT3HE = qkv_M3HE[cell : cell + n * padded_length].unflatten(0, (n, padded_length))
-        query, key, value = qkv_nT3HE.unbind(2)
-        outputs.append(_dense_attention(query, key, value, None if causal else valid_nT, causal).flatten(0, 1))
-        cell += n * padded_length
-    return torch.cat(outputs).index_select(0, buckets.cell_N)
-
-
-def pooled_attention(query_BHE: Tensor, kv_N2HE: Tensor, layout: PackedLayout) -> Tensor:
-    """Attention of one query per sequence to all tokens of that sequence, [B, H, E] -> [B, H, E]."""
-    if layout.uniform_length is not None:
-        key, value = kv_N2HE.unflatten(0, (layout.num_sequences, -1)).unbind(2)
-        return _dense_attention(query_BHE.unsqueeze(1), key, value, None, causal=False).squeeze(1)
-    buckets = layout.buckets
-    kv_M2HE = kv_N2HE.index_select(0, buckets.token_index_M)
-    query_B1HE = query_BHE.index_select(0, buckets.sequence_index_B).unsqueeze(1)
-    outputs, cell, sequence = [], 0, 0
-    for n, padded_length, valid_nT in buckets.shapes:
-        kv_nT2HE = kv_M2HE[cell : cell + n * padded_length].unflatten(0, (n, padded_length))
-        key, value = kv_nT2HE.unbind(2)
-        outputs.append(_dense_attention(query_B1HE[sequence : sequence + n], key, value, valid_nT, causal=False))
-        cell += n * padded_length
-        sequence += n
-    return torch.cat(outputs).squeeze(1).index_select(0, buckets.sequence_position_B)
+    if layout.attention_bias_BHTT is not None:
+        backend = "buckets"
+    elif backend == "auto":
+        backend = choose_backend(tokens_NSHE.device, tokens_NSHE.dtype)
+    return _FUNCTIONS[backend](tokens_NSHE, query_BHE, layout, causal)
 
 
 class SelfAttention(nn.Module):
@@ -87,28 +48,32 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.causal = causal
+        self.backend: Backend = "auto"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def _project(self, x_ND: Tensor, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` of (query, key, value) as [N, last - first, H, E]."""
+    def project(self, x_ND: Tensor) -> Tensor:
+        """Query, key and value of every token, [N, D] -> [N, 3, H, E]."""
+        qkv_N3HE: Tensor = F.linear(x_ND, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        return qkv_N3HE
+
+    def project_pooled(self, x_ND: Tensor, pooled_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the pooled tokens alone, [B, H, E], and key and value of every token, [N, 2, H, E]."""
         width = x_ND.shape[-1]
-        rows = slice(first * width, last * width)
-        projected = F.linear(x_ND, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        heads_N3HE: Tensor = projected.unflatten(-1, (last - first, self.heads, -1))
-        return heads_N3HE
+        query_weight, kv_weight = self.in_proj_weight.split((width, 2 * width))
+        query_bias, kv_bias = self.in_proj_bias.split((width, 2 * width))
+        query_BHE = F.linear(x_ND[pooled_B], query_weight, query_bias).unflatten(-1, (self.heads, -1))
+        return query_BHE, F.linear(x_ND, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
 
-    def forward(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
-        """Every token's output: [N, D] -> [N, D]."""
-        out_NHE = packed_attention(self._project(x_ND, 0, 3), layout, self.causal)
-        return cast(Tensor, self.out_proj(out_NHE.flatten(1)))
+    def attend(self, qkv_N3HE: Tensor, layout: PackedLayout) -> Tensor:
+        """What every token gathers from its sequence, before the output projection: [N, 3, H, E] -> [N, D]."""
+        return packed_attention(qkv_N3HE, layout, self.causal, backend=self.backend).flatten(1)
 
-    def forward_pooled(self, x_ND: Tensor, pooled_B: Tensor, layout: PackedLayout) -> Tensor:
-        """The output at one token of each sequence, [N, D] -> [B, D].
+    def attend_pooled(self, query_BHE: Tensor, kv_N2HE: Tensor, layout: PackedLayout) -> Tensor:
+        """The same for one query per sequence, [B, D]; under a causal mask that of the last token, which sees all."""
+        return packed_attention(kv_N2HE, layout, False, query_BHE, backend=self.backend).flatten(1)
 
-        For causal attention the pooled token must be the last one, which sees its whole sequence.
-        """
-        query_BHE = self._project(x_ND[pooled_B], 0, 1).squeeze(1)
-        out_BHE = pooled_attention(query_BHE, self._project(x_ND, 1, 3), layout)
-        return cast(Tensor, self.out_proj(out_BHE.flatten(1)))
+    def output(self, x_ND: Tensor) -> Tensor:
+        """The output projection, [N, D] -> [N, D]."""
+        return cast(Tensor, self.out_proj(x_ND))

@@ -1,6 +1,6 @@
 """Two towers and a temperature.
 
-B pairs, D embed_dim, L patches of an image, P values of a patch, T padded caption length
+B pairs, D embed_dim, L patches of an image, P values of a patch, K patches kept in the batch, T padded caption length
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention_backends import Backend
 from model.config import CLIPConfig, config_from_name
-from model.masking import PatchSelection, keep_all, patchify
+from model.masking.selection import PatchSelection, keep_all
 from model.packing import PackedTokens
+from model.patches import patchify
 from model.text import TextTransformer
 from model.vision import VisionTransformer
 
@@ -66,9 +68,14 @@ class CLIP(nn.Module):
         """A freshly initialised model of a known name, e.g. "ViT-B-16"; ValueError for an unknown one."""
         return cls(config_from_name(name))
 
-    def forward(self, patches_BLP: Tensor, selection: PatchSelection, text: PackedTokens) -> CLIPOutput:
-        """The training pass: masked images and their captions."""
-        image_features_BD = F.normalize(self.visual(patches_BLP, selection).float(), dim=-1)
+    def forward(
+        self, patches_KP: Tensor, selection: PatchSelection, text: PackedTokens, visible_BT: Tensor | None = None
+    ) -> CLIPOutput:
+        """The training pass: the kept patches of images (`PatchedImages.gather`) and their captions.
+
+        visible_BT: tokens whose pairs get a bonus in attention (`cluster-reference` alone).
+        """
+        image_features_BD = F.normalize(self.visual(patches_KP, selection, visible_BT).float(), dim=-1)
         text_features_BD = F.normalize(self.text(text).float(), dim=-1)
         scale = _BoundedExp.apply(self.logit_scale.float(), _MAX_LOGIT_SCALE)
         return CLIPOutput(image_features_BD, text_features_BD, scale)
@@ -80,10 +87,25 @@ class CLIP(nn.Module):
         if L != self.config.vision.num_patches:
             size = self.config.vision.image_size
             raise ValueError(f"{self.config.name} takes images of {size} x {size}, not {tuple(images_BCHW.shape[2:])}")
-        features_BD: Tensor = self.visual(patches_BLP, keep_all(B, L, patches_BLP.device))
+        features_BD: Tensor = self.visual(patches_BLP.flatten(0, 1), keep_all(B, L, patches_BLP.device))
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
 
     def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
         """Features [B, D] of captions: token ids ending in end-of-text, then any padding."""
         features_BD: Tensor = self.text(PackedTokens.from_padded(tokens_BT, self.config.text.eot_token_id))
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
+
+    def use_backend(self, backend: Backend) -> None:
+        """Force a way to compute attention; "auto" chooses by device and precision (model/attention_backends.py)."""
+        for tower in (self.visual, self.text):
+            tower.transformer.use_backend(backend)
+
+    def checkpoint_blocks(self) -> None:
+        """Recompute each transformer block in the backward pass: less memory for a third more time."""
+        for tower in (self.visual, self.text):
+            tower.transformer.checkpoint_blocks = True
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks around attention; captions differ in total length, images do not."""
+        self.visual.transformer.compile_blocks(dynamic=False)
+        self.text.transformer.compile_blocks(dynamic=True)

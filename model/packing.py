@@ -49,11 +49,15 @@ class PackedLayout:
     """Where each sequence of a packed batch begins and ends; made once, used by every layer.
 
     cu_seqlens_B1: int32 prefix sums of the lengths
+    max_length: no sequence is longer; a bound that is known without looking at the lengths, the same in every step
     granularity: sequences whose lengths round up to the same multiple of this share a bucket
+    attention_bias_BHTT: added to the attention logits of sequences that all have length T (`cluster-reference` alone)
     """
 
     cu_seqlens_B1: Tensor
+    max_length: int
     granularity: int = 16
+    attention_bias_BHTT: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -76,8 +80,21 @@ class PackedLayout:
         return self.cu_seqlens_B1[1:].long() - 1
 
     @cached_property
+    def one_each_B1(self) -> Tensor:
+        """Prefix sums of one query per sequence, int32."""
+        return torch.arange(self.num_sequences + 1, dtype=torch.int32, device=self.cu_seqlens_B1.device)
+
+    def sequence_N(self, num_tokens: int) -> Tensor:
+        """The sequence that each of the N tokens belongs to; N is passed so that the host need not ask for it."""
+        index_B = torch.arange(self.num_sequences, device=self.cu_seqlens_B1.device)
+        return index_B.repeat_interleave(self.lengths_B, output_size=num_tokens)
+
+    @cached_property
     def uniform_length(self) -> int | None:
-        """The length, if all sequences have the same: then the packed batch is a rectangle as it stands."""
+        """The length, if all sequences have the same: then the packed batch is a rectangle as it stands.
+
+        Reads the lengths on the host: a synchronisation on CUDA.
+        """
         shortest, longest = torch.aminmax(self.lengths_B)
         return int(longest) if int(shortest) == int(longest) else None
 
@@ -131,4 +148,13 @@ class PackedTokens:
             raise ValueError(f"a caption has no end-of-text token ({eot_token_id}); was it made by another tokenizer?")
         lengths_B = is_eot_BT.int().argmax(dim=1) + 1
         keep_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
-        return PackedTokens(tokens_BT[keep_BT], PackedLayout(lengths_to_cu_seqlens(lengths_B), granularity=4))
+        return pack_tokens(tokens_BT[keep_BT], lengths_to_cu_seqlens(lengths_B), max_length=tokens_BT.shape[1])
+
+
+# Captions are short: finer buckets than for images.
+_TEXT_GRANULARITY = 4
+
+
+def pack_tokens(tokens_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> PackedTokens:
+    """Captions that are packed already; `max_length` is the context length, or another bound."""
+    return PackedTokens(tokens_N, PackedLayout(cu_seqlens_B1, max_length, granularity=_TEXT_GRANULARITY))

@@ -37,9 +37,9 @@ class TextTransformer(nn.Module):
         """Features of the captions, [N] tokens -> [B, embed_dim]. No caption may exceed the context length."""
         layout = text.layout
         num_tokens = text.tokens_N.numel()
-        first_N = layout.first_token_B.repeat_interleave(layout.lengths_B, output_size=num_tokens)
+        first_N = layout.first_token_B[layout.sequence_N(num_tokens)]
         position_N = torch.arange(num_tokens, device=first_N.device) - first_N
         x_ND = cast(Tensor, self.token_embedding(text.tokens_N))
         x_ND = x_ND + self.positional_embedding.index_select(0, position_N)
-        pooled_BD = self.transformer(x_ND, layout.last_token_B, layout)
+        pooled_BD = self.transformer.forward_pooled(x_ND, layout.last_token_B, layout)
         return cast(Tensor, self.ln_final(pooled_BD)) @ self.text_projection

@@ -1,22 +1,28 @@
 """Pre-norm transformer on packed tokens; parameter names are open_clip's.
 
-B sequences, N tokens in all, D width
+B sequences, N tokens in all, D width, H heads, E width of a head
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import MethodType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import SelfAttention
+from model.attention_backends import Backend
 from model.packing import PackedLayout
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): what precedes and what follows the attention proper.
+
+    The two halves have static shapes and are what `Transformer.compile_blocks` compiles.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool) -> None:
         super().__init__()
@@ -31,31 +37,76 @@ class Block(nn.Module):
         ]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
-        """Every token: [N, D] -> [N, D]."""
-        x_ND = x_ND + self.attn(self.ln_1(x_ND), layout)
+    def before_attention(self, x_ND: Tensor) -> Tensor:
+        """Queries, keys and values of all tokens, [N, D] -> [N, 3, H, E]."""
+        return self.attn.project(self.ln_1(x_ND))
+
+    def after_attention(self, x_ND: Tensor, attended_ND: Tensor) -> Tensor:
+        """The rest of the block, [N, D] -> [N, D]."""
+        x_ND = x_ND + self.attn.output(attended_ND)
         return x_ND + cast(Tensor, self.mlp(self.ln_2(x_ND)))
 
+    def forward(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
+        """Every token: [N, D] -> [N, D]."""
+        return self.after_attention(x_ND, self.attn.attend(self.before_attention(x_ND), layout))
+
     def forward_pooled(self, x_ND: Tensor, pooled_B: Tensor, layout: PackedLayout) -> Tensor:
-        """One token per sequence, [N, D] -> [B, D]: equal to `forward(...)[pooled_B]` at a fraction of its cost."""
-        x_BD = x_ND[pooled_B] + self.attn.forward_pooled(self.ln_1(x_ND), pooled_B, layout)
-        return x_BD + cast(Tensor, self.mlp(self.ln_2(x_BD)))
+        """One token per sequence, [N, D] -> [B, D]: equal to `forward(...)[pooled_B]` at a fraction of its cost.
+
+        Under a causal mask the pooled token must be the last one, which sees its whole sequence.
+        """
+        query_BHE, kv_N2HE = self.attn.project_pooled(self.ln_1(x_ND), pooled_B)
+        attended_BD = self.attn.attend_pooled(query_BHE, kv_N2HE, layout)
+        return self.after_attention(x_ND[pooled_B], attended_BD)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks of which only one token per sequence is read."""
+    """A stack of blocks. `checkpoint_blocks`: recompute each block in the backward pass instead of storing it."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float, causal: bool) -> None:
         super().__init__()
         self.width = width
+        self.heads = heads
+        self.checkpoint_blocks = False
         self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, causal) for _ in range(layers))
 
-    def forward(self, x_ND: Tensor, pooled_B: Tensor, layout: PackedLayout) -> Tensor:
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [cast(Block, block) for block in self.resblocks]
+
+    def forward(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
+        """Every token: [N, D] -> [N, D]."""
+        return self._through(self.blocks, x_ND, layout)
+
+    def forward_pooled(self, x_ND: Tensor, pooled_B: Tensor, layout: PackedLayout) -> Tensor:
         """[N, D] -> [B, D] at the pooled tokens; the last block computes nothing for the others."""
-        *blocks, last = (cast(Block, block) for block in self.resblocks)
+        *blocks, last = self.blocks
+        return last.forward_pooled(self._through(blocks, x_ND, layout), pooled_B, layout)
+
+    def _through(self, blocks: list[Block], x_ND: Tensor, layout: PackedLayout) -> Tensor:
         for block in blocks:
-            x_ND = block(x_ND, layout)
-        return last.forward_pooled(x_ND, pooled_B, layout)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_ND = checkpoint(block, x_ND, layout, use_reentrant=False)
+            else:
+                x_ND = block(x_ND, layout)
+        return x_ND
+
+    def use_backend(self, backend: Backend) -> None:
+        """Force a way to compute attention (model/attention_backends.py)."""
+        for block in self.blocks:
+            block.attn.backend = backend
+
+    def compile_blocks(self, dynamic: bool) -> None:
+        """Compile what surrounds attention; `dynamic` where the number of tokens differs between steps (captions).
+
+        One compilation serves all blocks, since they differ in their weights alone.
+        """
+        for half in ("before_attention", "after_attention"):
+            compiled = torch.compile(getattr(Block, half), dynamic=dynamic)
+            for block in self.blocks:
+                # a bound method, which a copy of the block binds to itself
+                setattr(block, half, MethodType(compiled, block))
 
     @torch.no_grad()
     def init_parameters(self) -> None:
@@ -63,7 +114,7 @@ class Transformer(nn.Module):
         attention_std = self.width**-0.5
         projection_std = attention_std * (2 * len(self.resblocks)) ** -0.5
         hidden_std = (2 * self.width) ** -0.5
-        for block in (cast(Block, block) for block in self.resblocks):
+        for block in self.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=attention_std)
             nn.init.normal_(block.attn.out_proj.weight, std=projection_std)
             nn.init.zeros_(block.attn.out_proj.bias)

@@ -1,7 +1,7 @@
 """Vision transformer on the patches that masking kept.
 
 B images, L patches of an image, P values of a patch, K patches kept in the batch, D width,
-N = K + B tokens: each image's class token followed by its patches
+N = K + B tokens: each image's class token followed by its patches; T tokens of an image where all have as many
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VisionConfig
-from model.masking import PatchSelection
+from model.masking.reference import reference_bias
+from model.masking.selection import PatchSelection
 from model.packing import PackedLayout
 from model.transformer import Transformer
 
-# Per-channel statistics of OpenAI's CLIP training images, the convention of the field.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def normalize_pixels(images_BCHW: Tensor) -> Tensor:
-    """uint8 RGB images -> float32 with about zero mean and unit variance, same shape."""
-    mean_C = torch.tensor(PIXEL_MEAN, device=images_BCHW.device) * 255
-    std_C = torch.tensor(PIXEL_STD, device=images_BCHW.device) * 255
-    return (images_BCHW.float() - mean_C[:, None, None]) / std_C[:, None, None]
+def embed_patches(patches_BLP: Tensor, weight_DP: Tensor, position_LD: Tensor) -> Tensor:
+    """Patch embeddings with their positions, [B, L, P] -> [B, L, D], from given weights (masking.embedding_mix)."""
+    return F.linear(patches_BLP.to(weight_DP.dtype), weight_DP) + position_LD
 
 
 class VisionTransformer(nn.Module):
@@ -33,6 +29,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
+        self.config = config
+        self.embed_dim = embed_dim
         width = config.width
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -49,24 +47,36 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(parameter, std=width**-0.5)
         self.transformer.init_parameters()
 
-    def forward(self, patches_BLP: Tensor, selection: PatchSelection) -> Tensor:
-        """Features of the images, [B, L, P] -> [B, embed_dim], from the selected patches only."""
-        B, L, _ = patches_BLP.shape
-        kept_K = selection.kept_K
-        image_K, patch_K = kept_K // L, kept_K % L
-        patches_KP = patches_BLP.flatten(0, 1).index_select(0, kept_K)
+    @property
+    def num_patches(self) -> int:
+        """L, patches of a whole image."""
+        return self.config.num_patches
+
+    def forward(self, patches_KP: Tensor, selection: PatchSelection, visible_BT: Tensor | None = None) -> Tensor:
+        """Features of the images, [K, P] -> [B, embed_dim], from the selected patches only.
+
+        visible_BT: tokens whose pairs get a bonus in attention (`cluster-reference` alone).
+        """
+        x_ND, layout = self.tokens(patches_KP, selection, visible_BT)
+        pooled_BD = self.transformer.forward_pooled(self.ln_pre(x_ND), layout.first_token_B, layout)
+        return cast(Tensor, self.ln_post(pooled_BD)) @ self.proj
+
+    def tokens(
+        self, patches_KP: Tensor, selection: PatchSelection, visible_BT: Tensor | None = None
+    ) -> tuple[Tensor, PackedLayout]:
+        """Embedded patches, each image's behind its class token: x_ND and where images begin and end."""
+        B, L = selection.cu_seqlens_B1.numel() - 1, self.num_patches
+        image_K, patch_K = selection.kept_K // L, selection.kept_K % L
         patches_KD = cast(Tensor, self.patch_embedding(patches_KP.to(self.proj.dtype)))
         patches_KD = patches_KD + self.positional_embedding[1:].index_select(0, patch_K)
         class_BD = (self.class_embedding + self.positional_embedding[0]).expand(B, -1)
 
         # image b's class token stands before its patches: b + 1 class tokens precede each of those
-        before_B1 = torch.arange(B + 1, device=kept_K.device)
+        before_B1 = torch.arange(B + 1, device=image_K.device)
         cu_seqlens_B1 = (selection.cu_seqlens_B1 + before_B1).int()
-        token_K = torch.arange(kept_K.numel(), device=kept_K.device) + image_K + 1
+        token_K = torch.arange(image_K.numel(), device=image_K.device) + image_K + 1
         index_N = torch.cat((cu_seqlens_B1[:-1], token_K))
         tokens_ND = torch.cat((class_BD, patches_KD))
         x_ND = torch.zeros_like(tokens_ND).index_copy(0, index_N, tokens_ND)
-
-        layout = PackedLayout(cu_seqlens_B1)
-        pooled_BD = self.transformer(self.ln_pre(x_ND), layout.first_token_B, layout)
-        return cast(Tensor, self.ln_post(pooled_BD)) @ self.proj
+        bias_BHTT = None if visible_BT is None else reference_bias(visible_BT, self.transformer.heads)
+        return x_ND, PackedLayout(cu_seqlens_B1, max_length=L + 1, attention_bias_BHTT=bias_BHTT)

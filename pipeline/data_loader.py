@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
+from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.errors import UserError
 from pipeline.image_transform import ImageError, decode_image, random_resized_crop
 from pipeline.manifest import Manifest
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.tar_index import SampleIndex
-from pipeline.tokenizer import Tokenizer
+from pipeline.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64
@@ -38,29 +38,34 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 images [B, 3, H, W], the captions packed, and what could not be read on the way."""
+    """uint8 images [B, 3, H, W], the captions packed, the longest of them in tokens, and what could not be read."""
 
     images_BCHW: Tensor
     tokens_N: Tensor
     cu_seqlens_B1: Tensor
+    longest_caption: int
     problems: list[str]
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader for asynchronous copies to the device."""
-        return Batch(
-            self.images_BCHW.pin_memory(), self.tokens_N.pin_memory(), self.cu_seqlens_B1.pin_memory(), self.problems
-        )
+        return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copies do not block where memory is pinned."""
-        images_BCHW = self.images_BCHW.to(device, non_blocking=True)
-        tokens_N = self.tokens_N.to(device, non_blocking=True)
-        return Batch(images_BCHW, tokens_N, self.cu_seqlens_B1.to(device, non_blocking=True), self.problems)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images_BCHW=function(self.images_BCHW),
+            tokens_N=function(self.tokens_N),
+            cu_seqlens_B1=function(self.cu_seqlens_B1),
+        )
 
     @property
     def text(self) -> PackedTokens:
         """The captions as the text tower takes them."""
-        return PackedTokens(self.tokens_N, PackedLayout(self.cu_seqlens_B1, granularity=4))
+        return pack_tokens(self.tokens_N, self.cu_seqlens_B1, self.longest_caption)
 
 
 class OpenShard:
@@ -78,14 +83,14 @@ class OpenShard:
 
 
 class TrainingSet(Dataset[Sample]):
-    """Samples by (epoch, position): everything about one, its crop included, follows from those and the seed."""
+    """Samples by (epoch, position): everything about one, crop and tokens included, follows from those and the seed."""
 
     def __init__(
-        self, manifest: Manifest, order: SampleOrder, tokenizer: Tokenizer, image_size: int, crop_min_area: float
+        self, manifest: Manifest, order: SampleOrder, text_masker: TextMasker, image_size: int, crop_min_area: float
     ) -> None:
         self._manifest = manifest
         self._order = order
-        self._tokenizer = tokenizer
+        self._text_masker = text_masker
         self._image_size = image_size
         self._crop_min_area = crop_min_area
         # two windows' worth: a batch may reach from the end of one into the next
@@ -101,12 +106,14 @@ class TrainingSet(Dataset[Sample]):
         shard = self._open_shard(shard_number)
         problems: list[str] = []
         rng = random.Random(f"{self._order.seed}/{epoch}/{position}")
+        text_rng = random.Random(f"{self._order.seed}/{epoch}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
             try:
                 image, caption = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
-                return Sample(crop_CHW, self._tokenizer.encode(_decode_caption(caption)), problems)
+                token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
+                return Sample(crop_CHW, token_ids, problems)
             except (ImageError, UnicodeDecodeError, OSError) as error:
                 problems.append(f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
@@ -156,6 +163,7 @@ def collate(samples: list[Sample]) -> Batch:
         torch.stack([sample.image_CHW for sample in samples]),
         torch.tensor([token for sample in samples for token in sample.token_ids]),
         lengths_to_cu_seqlens(lengths_B),
+        int(lengths_B.max()),
         [problem for sample in samples for problem in sample.problems],
     )
 

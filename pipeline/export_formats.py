@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip, to_open_clip
+from model.patches import PIXEL_MEAN, PIXEL_STD
 from model.transformers_weights import from_transformers, to_transformers
-from model.vision import PIXEL_MEAN, PIXEL_STD
 from pipeline.errors import UserError
 from pipeline.inference import InferenceModel
 from pipeline.tokenizer import ClipBytePairs

@@ -9,15 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.attention_backends import BACKENDS, Backend
 from model.config import CLIPConfig, config_from_name
-from model.masking import STRATEGIES, MaskingConfig
+from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
+from pipeline.recipe_stages import find_stage, merge_stages
 
 RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
 
@@ -32,6 +34,7 @@ class ModelSection(_Section):
     name: str = Field("ViT-B-16", description="model name as in open_clip, or ViT-tiny-16, ViT-tiny-8")
     image_size: int | None = Field(None, description="pixels a side; none: the model's own", gt=0)
     context_length: int | None = Field(None, description="longest caption in tokens; none: the model's own", gt=2)
+    attention: Backend = Field("auto", description=" | ".join(BACKENDS) + " (model/attention_backends.py)")
 
     @model_validator(mode="after")
     def _known_model(self) -> ModelSection:
@@ -55,9 +58,13 @@ class MaskingSection(_Section):
 
     strategy: str = Field("cluster", description=" | ".join(STRATEGIES))
     target_mask_ratio: float = Field(0.5, description="share of the batch's patches that is dropped, exactly")
-    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster)")
-    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster)")
-    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster)")
+    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster, pgs)")
+    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster, pgs)")
+    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster, pgs)")
+    embedding_mix: float = Field(0.0, description="weight of patch-embedding similarity at the end (cluster)")
+    ratio_schedule: str = Field("constant", description="target over training: " + " | ".join(SCHEDULES))
+    final_mask_ratio: float | None = Field(None, description="target at the last step, for another schedule")
+    ema_decay: float = Field(0.996, description="per step, of the copy that scores patches (attentive)")
 
     @model_validator(mode="after")
     def _valid_masking(self) -> MaskingSection:
@@ -67,6 +74,25 @@ class MaskingSection(_Section):
     def to_config(self) -> MaskingConfig:
         """The same as the model package knows it."""
         return MaskingConfig(**self.model_dump())
+
+
+class TextMaskingSection(_Section):
+    """What is left of long captions (docs/text_masking.md)."""
+
+    strategy: Literal["none", "truncate", "random", "block", "frequency"] = Field(
+        "none", description="none | truncate | random | block | frequency"
+    )
+    max_tokens: int | None = Field(
+        None, description="longer captions are cut to this, start and end included; none: context length", gt=2
+    )
+    frequency_threshold: float = Field(1e-6, description="share of all words up to which a word is rare", gt=0)
+    word_counts: str = Field("", description="words.json of `data-prep words`, any fsspec URL (frequency)")
+
+    @model_validator(mode="after")
+    def _counts_for_frequency(self) -> TextMaskingSection:
+        if self.strategy == "frequency" and not self.word_counts:
+            raise ValueError("strategy frequency needs word_counts=FILE, made by `data-prep words`")
+        return self
 
 
 class OptimizerSection(_Section):
@@ -92,6 +118,8 @@ class TrainSection(_Section):
     micro_batch_size: int = Field(256, description="pairs per forward pass of one rank", gt=0)
     seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
     deepspeed_config: str = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
+    activation_checkpointing: bool = Field(False, description="recompute blocks backward: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the transformer blocks around attention")
     log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)
     save_every_steps: int = Field(1000, description="steps between checkpoints; the last step always saves", gt=0)
     keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
@@ -103,8 +131,25 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     masking: MaskingSection = MaskingSection()
+    text_masking: TextMaskingSection = TextMaskingSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def by_stage(self) -> list[tuple[str | None, Recipe]]:
+        """(name, recipe) of each stage in order (docs/training.md); without stages the recipe itself, nameless."""
+        merged = merge_stages(self.model_dump(), self.stages)
+        return [(name, Recipe.model_validate(fields)) for name, fields in merged] or [(None, self)]
+
+    @model_validator(mode="after")
+    def _captions_fit_the_context(self) -> Recipe:
+        max_tokens = self.text_masking.max_tokens
+        if max_tokens and max_tokens > self.context_length:
+            raise ValueError(
+                f"text_masking.max_tokens {max_tokens} exceeds the context length {self.context_length}: "
+                "lower it, or raise model.context_length"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Every option resolved, the content of a run directory's recipe.yaml."""
@@ -134,12 +179,26 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     fields = _read_with_bases(name_or_path, seen=())
     for override in overrides:
-        _merge(fields, _parse_override(override))
+        _apply_override(fields, override)
     return parse_recipe(fields, name_or_path)
 
 
 def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
-    """Check nested plain values; raises UserError that names the source, the key and the expectation."""
+    """Check nested plain values, and what its stages make of them.
+
+    Raises UserError that names the source, the stage, the key and the expectation.
+    """
+    recipe = _validate(fields, source)
+    try:
+        stages = merge_stages(recipe.model_dump(), recipe.stages)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    for name, merged in stages:
+        _validate(merged, f"{source}: stage {name}")
+    return recipe
+
+
+def _validate(fields: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -149,7 +208,8 @@ def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
             raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{source}: {key}: {message}{got}") from None
+        where = f"{source}: {key}" if key else source
+        raise UserError(f"{where}: {message}{got}") from None
 
 
 def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -179,7 +239,7 @@ def _find(name_or_path: str) -> Path:
         return path.resolve()
     known = sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml"))
     if name_or_path not in known:
-        raise UserError(f"no recipe {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known)}")
+        raise UserError(f"no recipe {name_or_path!r}{did_you_mean(name_or_path, known)}; known: {', '.join(known)}")
     return RECIPES_DIRECTORY / f"{name_or_path}.yaml"
 
 
@@ -191,16 +251,23 @@ def _merge(target: dict[str, Any], changes: dict[str, Any]) -> None:
             target[key] = value
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    key, separator, text = override.partition("=")
-    section, dot, field = key.partition(".")
-    if not separator or not dot:
-        raise UserError(f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3")
+def _apply_override(fields: dict[str, Any], override: str) -> None:
+    """Set `section.key=value`, or `stages.NAME.section.key=value` in the named stage."""
+    path, separator, text = override.partition("=")
+    *stage, section, key = path.split(".") if "." in path else ("", path, "")
+    if not separator or not key or (stage and (len(stage) != 2 or stage[0] != "stages")):
+        raise UserError(
+            f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3, "
+            "or stages.NAME.section.key=value"
+        )
     try:
         value = yaml.safe_load(text) if text else ""
+        target = find_stage(fields.get("stages"), stage[1]) if stage else fields
+    except ValueError as error:
+        raise UserError(f"{override}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}") from error
-    return {section: {field: value}}
+    _merge(target, {section: {key: value}})
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
@@ -209,10 +276,11 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     if not sections:
         known = list(Recipe.model_fields)
     full = ".".join([*sections, key])
-    return f"unknown option {full!r}{_nearest(full, known)}"
+    return f"unknown option {full!r}{did_you_mean(full, known)}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else ""
 
@@ -220,14 +288,15 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _fields() -> Iterator[tuple[str, Any]]:
     for section_name, section in Recipe.model_fields.items():
         section_type = section.annotation
-        assert section_type is not None
+        if not (isinstance(section_type, type) and issubclass(section_type, _Section)):
+            continue  # stages, which have the options of all other sections
         for name, field in section_type.model_fields.items():
             yield f"{section_name}.{name}", field
 
 
 def describe_options() -> str:
     """Every option with its default and meaning, one line each, for `--help`."""
-    lines = []
+    lines = ["  stages: a list of diffs over these, trained in turn (docs/training.md)"]
     for name, field in _fields():
         default = "none" if field.default is None else repr(field.default) if field.default == "" else field.default
         lines.append(f"  {name}={default}".ljust(42) + f" {field.description}")

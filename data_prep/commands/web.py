@@ -1,4 +1,4 @@
-"""Commands: url lists, images from the web, what became of them, and what failed once more."""
+"""Commands: images from the web, what became of them, and what failed once more."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from data_prep.commands.options import (
     add_command,
     add_output,
     add_processes,
+    array_slice,
     not_negative,
     positive,
     words,
@@ -20,28 +21,6 @@ from data_prep.commands.options import (
 
 if TYPE_CHECKING:
     from data_prep.settings import Settings
-
-
-def add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
-    """`data-prep ingest`."""
-    formats = ("auto", "cc3m", "cc12m", "laion", "datacomp", "parquet", "csv", "jsonl")
-    parser = add_command(commands, "ingest", _ingest, "url lists of any usual format -> one canonical parquet")
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="file, folder or pattern; local, s3://, gs://, hdfs://"
-    )
-    parser.add_argument("--output", required=True, metavar="PARQUET", help="parquet to write")
-    parser.add_argument("--format", choices=formats, default="auto", help="format of the sources")
-    parser.add_argument("--url-column", metavar="NAME", help="column with the url (default: by usual names)")
-    parser.add_argument("--caption-column", metavar="NAME", help="column with the caption (likewise)")
-
-
-def _ingest(options: argparse.Namespace) -> int:
-    from data_prep.ingest import ingest
-    from data_prep.url_lists import ColumnChoice
-
-    choice = ColumnChoice(url=options.url_column, caption=options.caption_column)
-    ingest(options.sources, options.output, options.format, choice)
-    return 0
 
 
 def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -59,7 +38,7 @@ def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--accept-changed", action="store_true", help="keep images whose sha256 is not the one in the list"
     )
-    parser.add_argument("--slice", type=_slice, metavar="I/N", help="only share I (from 0) of N of the shards")
+    parser.add_argument("--slice", type=array_slice, metavar="I/N", help="only share I (from 0) of N of the shards")
     _add_network(parser)
 
 
@@ -139,13 +118,6 @@ def _download(options: argparse.Namespace) -> int:
     )
     download(options.urls, options.output, settings, options.slice)
     return 0
-
-
-def _slice(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not 0 <= int(index) < int(count):
-        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text}")
-    return int(index), int(count)
 
 
 def _retry(options: argparse.Namespace) -> int:

@@ -1,11 +1,12 @@
 """Started by the launcher: gradients of one global batch spread over ranks, and this rank's masks.
 
-usage: gradient_worker.py --template NAME BATCH.pt OUTPUT_DIRECTORY
+usage: gradient_worker.py --template NAME --masking JSON BATCH.pt OUTPUT_DIRECTORY
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,19 +18,21 @@ from safetensors.torch import save_file
 
 from model.clip import CLIP
 from model.config import config_from_name
-from model.masking import MaskingConfig, PatchSelection, choose_patches
+from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.engine import deepspeed_config, make_engine
+from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import init_ranks
 from pipeline.recipe import load_recipe
 from pipeline.sample_order import BatchPlan
-from pipeline.train_step import global_contrastive_loss, seed_masks
+from pipeline.train_step import global_contrastive_loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
     parser.add_argument("--template")
+    parser.add_argument("--masking", type=json.loads, help="settings by name")
     parser.add_argument("batch")
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
@@ -48,16 +51,20 @@ def main() -> None:
     counts = batch["kept"].view(G, L)[mine].sum(1)
     kept = batch["kept"].view(G, L)[mine].flatten().nonzero().squeeze(1)
     text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
-    output = engine(batch["patches"][mine], PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
+    patches = batch["patches"][mine].flatten(0, 1)[kept]
+    output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
     loss = global_contrastive_loss(output, ranks)
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())
 
-    generator = torch.Generator()
-    seed_masks(generator, 0, 5, 0, ranks.rank)
-    selection = choose_patches(batch["patches"][mine], MaskingConfig(), generator)
-    save_file({"kept": selection.kept_K}, options.output / f"masks_{ranks.rank}.safetensors")
+    drawn = {}
+    for name, settings in options.masking.items():
+        masks = MaskDrawer(MaskingConfig(**settings), clip.visual, 8, 0, ranks)
+        masks.follow()
+        _, chosen = masks.draw(batch["images"][mine], step=5, micro_batch=0, progress=0.5)
+        drawn[name] = chosen.selection.kept_K
+    save_file(drawn, options.output / f"masks_{ranks.rank}.safetensors")
     if ranks.is_main:
         save_file({**gradients, "loss": mean_loss.view(1)}, options.output / "gradients.safetensors")
 

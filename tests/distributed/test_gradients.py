@@ -13,10 +13,15 @@ from safetensors.torch import load_file
 
 from model.clip import CLIP
 from model.config import config_from_name
-from model.masking import PatchSelection
+from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
+from pipeline.mask_drawer import MaskDrawer
+from pipeline.ranks import Ranks
 
 G, L, P, T = 12, 16, 192, 9
+
+# Strategies that look at pixels, at the model's patch embeddings, and through a copy of the model.
+MASKING = {"cluster": {}, "mix": {"embedding_mix": 1.0}, "attentive": {"strategy": "attentive"}}
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -27,7 +32,9 @@ def make_batch() -> dict[str, torch.Tensor]:
     tokens = tokens * (torch.arange(T) < lengths[:, None])
     kept = torch.rand(G, L, generator=generator) < torch.rand(G, 1, generator=generator)
     kept[:, 0] = True
-    return {"patches": torch.randn(G, L, P, generator=generator), "tokens": tokens, "kept": kept.flatten()}
+    images = torch.randint(0, 256, (G, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    patches = torch.randn(G, L, P, generator=generator)
+    return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
 
 
 def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -35,7 +42,9 @@ def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dic
     clip = CLIP(config_from_name("ViT-test-8"))
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
-    output = clip(batch["patches"], selection, PackedTokens.from_padded(batch["tokens"], 49407))
+    output = clip(
+        batch["patches"].flatten(0, 1)[selection.kept_K], selection, PackedTokens.from_padded(batch["tokens"], 49407)
+    )
     logits = output.logit_scale * output.image_features @ output.text_features.T
     loss = (F.cross_entropy(logits, torch.arange(G)) + F.cross_entropy(logits.T, torch.arange(G))) / 2
     loss.backward()
@@ -43,7 +52,7 @@ def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (3, 1)])
 def test_ranks_have_the_gradients_of_the_concatenated_batch(
     ranks: int, stage: int, tmp_path: Path, launch: Callable
 ) -> None:
@@ -52,7 +61,8 @@ def test_ranks_have_the_gradients_of_the_concatenated_batch(
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     worker = Path(__file__).with_name("gradient_worker.py")
-    done = launch(worker, "--template", str(template), str(tmp_path / "batch.pt"), str(tmp_path), ranks=ranks)
+    options = ["--template", str(template), "--masking", json.dumps(MASKING)]
+    done = launch(worker, *options, str(tmp_path / "batch.pt"), str(tmp_path), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
 
     loss, expected = single_process_gradients(batch)
@@ -63,6 +73,18 @@ def test_ranks_have_the_gradients_of_the_concatenated_batch(
         scale = max(1.0, float(gradient.abs().max()))
         assert (found[name].view_as(gradient) - gradient).abs().max() < 1e-5 * scale, name
 
-    masks = [load_file(tmp_path / f"masks_{rank}.safetensors")["kept"] for rank in range(ranks)]
-    assert {mask.numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}  # exactly the budget on every rank
-    assert not torch.equal(masks[0], masks[1])  # and each rank its own masks
+    masks = [load_file(tmp_path / f"masks_{rank}.safetensors") for rank in range(ranks)]
+    for name, kept in masks[0].items():
+        # exactly the budget on every rank, each rank its own masks, and the same as without DeepSpeed
+        assert {mask[name].numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}
+        assert not torch.equal(kept, masks[1][name])
+        assert torch.equal(kept, single_process_mask(batch["images"][: G // ranks], MaskingConfig(**MASKING[name]))), (
+            name
+        )
+
+
+def single_process_mask(images: torch.Tensor, config: MaskingConfig) -> torch.Tensor:
+    torch.manual_seed(0)
+    clip = CLIP(config_from_name("ViT-test-8"))
+    masks = MaskDrawer(config, clip.visual, 8, 0, Ranks(0, 0, 1, torch.device("cpu")))
+    return masks.draw(images, step=5, micro_batch=0, progress=0.5)[1].selection.kept_K

@@ -24,7 +24,7 @@ from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
 from model.open_clip_weights import from_open_clip
-from model.vision import normalize_pixels
+from model.patches import normalize_pixels
 from pipeline.export import export
 from pipeline.export_formats import FORMATS, open_clip_config
 from pipeline.image_transform import decode_image, resize_center_crop

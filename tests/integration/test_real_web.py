@@ -20,7 +20,6 @@ from data_prep.download_report import write_report
 from data_prep.ingest import ingest
 from data_prep.ledger import last_outcomes
 from data_prep.tar_reader import TarSamples
-from data_prep.url_lists import ColumnChoice
 from data_prep.verify import verify
 
 DATA = Path(os.environ.get("CLUSTER_CLIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -85,7 +84,7 @@ def test_every_picture_of_a_troubled_web_has_its_exact_outcome(tmp_path: Path, w
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "list.parquet")
 
     urls = tmp_path / "urls.parquet"
-    tally = ingest([str(tmp_path / "list.parquet")], str(urls), "parquet", ColumnChoice())
+    tally = ingest([str(tmp_path / "list.parquet")], str(urls))
     assert +tally.dropped == Counter({"url not http(s)": 1})
     assert tally.written == len(rows)
 

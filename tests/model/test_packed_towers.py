@@ -12,9 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from model.class_attention import AttentiveCopy
 from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
-from model.masking import MaskingConfig, PatchSelection, choose_patches, keep_all, patchify
+from model.masking import (
+    STRATEGIES,
+    Guidance,
+    MaskingConfig,
+    PatchedImages,
+    PatchSelection,
+    choose_patches,
+    keep_all,
+    patchify,
+)
 from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
 
 Weights = dict[str, Tensor]
@@ -109,17 +119,19 @@ def leaf_weights(clip: CLIP) -> Weights:
 @pytest.mark.parametrize("strategy", ["none", "random", "cluster", "uneven"])
 def test_image_tower_equals_padded(strategy: str) -> None:
     clip, images = make_clip(), torch.randn(5, 3, 32, 32, generator=Generator().manual_seed(1))
-    patches = patchify(images, 8)
     if strategy == "uneven":  # lengths far apart, so that buckets are padded; one image keeps a single patch
         kept = torch.tensor([0, *range(16, 32), 35, 37, 40, 48, 49, 50, *range(70, 80)])
         counts = torch.stack([((kept >= 16 * b) & (kept < 16 * b + 16)).sum() for b in range(5)])
         selection = PatchSelection(kept, lengths_to_cu_seqlens(counts))
     else:
-        selection = choose_patches(patches, MaskingConfig(strategy=strategy), Generator().manual_seed(2))
+        selection = choose_patches(
+            PatchedImages(images, 8), MaskingConfig(strategy=strategy), Generator().manual_seed(2)
+        ).selection
     kept_BL = torch.zeros(5 * 16, dtype=torch.bool).index_fill(0, selection.kept_K, True).view(5, 16)
     weights = leaf_weights(clip)
     padded = padded_image_features(weights, images, kept_BL, clip.config)
-    assert_same_gradients(clip, clip.visual(patches, selection), padded, weights, "visual.")
+    features = clip.visual(PatchedImages(images, 8).gather(selection.kept_K), selection)
+    assert_same_gradients(clip, features, padded, weights, "visual.")
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 20, 9, 13, 3, 4, 8], [7]])
@@ -130,24 +142,58 @@ def test_text_tower_equals_padded(lengths: list[int]) -> None:
     assert_same_gradients(clip, clip.encode_text(tokens, normalize=False), padded, weights, "text.")
 
 
-def test_dropped_patches_get_no_gradient_and_have_no_influence() -> None:
-    clip = make_clip()
-    patches = patchify(torch.randn(4, 3, 32, 32), 8).requires_grad_()
-    selection = choose_patches(patches.detach(), MaskingConfig(), Generator().manual_seed(0))
-    features = clip.visual(patches, selection)
-    features.square().sum().backward()
-    assert patches.grad is not None
-    touched = patches.grad.flatten(0, 1).abs().amax(1) > 0
-    assert touched.nonzero().squeeze(1).tolist() == selection.kept_K.tolist()
-    noisy = patches.detach().flatten(0, 1).clone()
-    noisy[~touched] = 1e6
-    assert torch.equal(clip.visual(noisy.view_as(patches), selection), features)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropped_patches_get_no_gradient_and_have_no_influence(strategy: str) -> None:
+    clip, images = make_clip(), torch.randn(4, 3, 32, 32, generator=Generator().manual_seed(1)).requires_grad_()
+    masks = choose_patches(
+        PatchedImages(images.detach(), 8),
+        MaskingConfig(strategy),
+        Generator().manual_seed(0),
+        Guidance(class_attention=AttentiveCopy(clip.visual, dict(clip.visual.named_parameters())).scores),
+    )
+    kept_K = masks.selection.kept_K
+
+    def features(images: Tensor) -> Tensor:
+        return clip.visual(PatchedImages(images, 8).gather(kept_K), masks.selection, masks.visible_BT)
+
+    before = features(images)
+    before.square().sum().backward()
+    assert images.grad is not None
+    touched = patchify(images.grad, 8).flatten(0, 1).abs().amax(1) > 0
+    assert touched.nonzero().squeeze(1).tolist() == kept_K.sort().values.tolist()
+    with torch.no_grad():
+        images[images.grad == 0] = torch.nan
+    assert torch.equal(features(images), before)
+
+
+def test_checkpointing_changes_neither_values_nor_gradients() -> None:
+    """The blocks' second pass sees the masks of the first."""
+    images, tokens = (
+        PatchedImages(torch.randn(4, 3, 32, 32), 8),
+        PackedTokens.from_padded(captions_BT([4, 6, 3, 9]), 49),
+    )
+    selection = choose_patches(images, MaskingConfig(), Generator().manual_seed(0)).selection
+    results = []
+    for checkpointing in (False, True):
+        clip = make_clip()
+        if checkpointing:
+            clip.checkpoint_blocks()
+        calls: list[Tensor] = []
+        clip.visual.transformer.blocks[0].ln_2.register_forward_hook(lambda *_, calls=calls: calls.append(_))
+        output = clip(images.gather(selection.kept_K), selection, tokens)
+        (output.image_features @ output.text_features.T).diag().sum().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients = [p.grad for p in clip.parameters() if p.grad is not None]
+        results.append([output.image_features, output.text_features, *gradients])
+    assert len(results[0]) > 60
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
 
 
 @pytest.mark.parametrize("granularity", [1, 4, 16, 64])
 def test_buckets_hold_every_token_once(granularity: int) -> None:
     lengths = torch.tensor([3, 17, 1, 16, 40, 17, 2])
-    layout = PackedLayout(lengths_to_cu_seqlens(lengths), granularity)
+    layout = PackedLayout(lengths_to_cu_seqlens(lengths), 40, granularity)
     buckets = layout.buckets
     assert sum(bucket.num_sequences for bucket in buckets.shapes) == 7
     assert sorted(buckets.sequence_index_B.tolist()) == list(range(7))
@@ -167,7 +213,7 @@ def test_padded_api_reads_up_to_the_first_end_token() -> None:
 
 def test_encode_image_keeps_every_patch_and_checks_the_size() -> None:
     clip, images = make_clip(), torch.randn(3, 3, 32, 32)
-    expected = clip.visual(patchify(images, 8), keep_all(3, 16, images.device))
+    expected = clip.visual(patchify(images, 8).flatten(0, 1), keep_all(3, 16, images.device))
     assert torch.equal(clip.encode_image(images, normalize=False), expected)
     with pytest.raises(ValueError, match="32 x 32"):
         clip.encode_image(torch.randn(1, 3, 64, 64))
@@ -177,7 +223,7 @@ def test_encode_image_keeps_every_patch_and_checks_the_size() -> None:
 def test_logit_scale_is_bounded_and_can_come_back(raw: float) -> None:
     clip, images, tokens = make_clip(), torch.randn(2, 3, 32, 32), captions_BT([4, 6])
     clip.logit_scale.data.fill_(raw)
-    patches = patchify(images, 8)
+    patches = patchify(images, 8).flatten(0, 1)
     scale = clip(patches, keep_all(2, 16, images.device), PackedTokens.from_padded(tokens, 49)).logit_scale
     assert scale.item() == pytest.approx(min(torch.tensor(raw).exp().item(), 100.0), rel=1e-5)
     (upwards,) = torch.autograd.grad(-scale.sum(), clip.logit_scale, retain_graph=True)
@@ -187,8 +233,9 @@ def test_logit_scale_is_bounded_and_can_come_back(raw: float) -> None:
 
 
 def test_bfloat16_is_close_to_float32() -> None:
-    clip, images = make_clip(), torch.randn(4, 3, 32, 32)
-    selection = choose_patches(patchify(images, 8), MaskingConfig(), Generator().manual_seed(0))
-    exact = F.normalize(clip.visual(patchify(images, 8), selection), dim=-1)
-    rounded = F.normalize(clip.bfloat16().visual(patchify(images, 8), selection).float(), dim=-1)
+    clip, images = make_clip(), PatchedImages(torch.randn(4, 3, 32, 32), 8)
+    selection = choose_patches(images, MaskingConfig(), Generator().manual_seed(0)).selection
+    patches = images.gather(selection.kept_K)
+    exact = F.normalize(clip.visual(patches, selection), dim=-1)
+    rounded = F.normalize(clip.bfloat16().visual(patches, selection).float(), dim=-1)
     assert (exact * rounded).sum(1).min() > 0.998

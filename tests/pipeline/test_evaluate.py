@@ -16,7 +16,7 @@ from torch import Tensor
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
-from model.vision import normalize_pixels
+from model.patches import normalize_pixels
 from pipeline import evaluate as program
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
@@ -84,6 +84,17 @@ def test_image_features_are_the_models_own_in_order(model: InferenceModel, image
     with torch.no_grad():
         expected_ND = model.clip.encode_image(normalize_pixels(pixels_BCHW))
     torch.testing.assert_close(encoder_of(model).encode_images(images), expected_ND)
+
+
+def test_masked_features_depend_on_the_image_alone(model: InferenceModel, images: list[ImageFile]) -> None:
+    masking = MaskingConfig(strategy="cluster", target_mask_ratio=0.5)
+    masked = replace(encoder_of(model, batch_size=3), masking=masking).encode_images(images)
+    in_other_batches = replace(encoder_of(model, batch_size=8), masking=masking).encode_images(images[::-1])
+    torch.testing.assert_close(masked, in_other_batches.flip(0))
+    assert masked.norm(dim=1) == pytest.approx(torch.ones(8))
+    assert (masked - encoder_of(model).encode_images(images)).abs().max() > 1e-3
+    nothing_hidden = replace(encoder_of(model), masking=MaskingConfig(strategy="none")).encode_images(images)
+    torch.testing.assert_close(nothing_hidden, encoder_of(model).encode_images(images))
 
 
 def test_text_features_do_not_depend_on_the_batch(model: InferenceModel) -> None:

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from model.masking import MaskingConfig
+from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Result, write_results
+from pipeline.mask_drawer import seed_masks
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.rendering import data_uri
+from pipeline.report_curves import draw_curves
 from pipeline.report_inputs import read_inputs
-from pipeline.report_masks import draw_masks, hidden_patches
+from pipeline.report_masks import draw_masks
 from pipeline.report_tables import dataset_tables, headline_table, training_table
 
 CHANCE = {"acc1": 0.1}
@@ -184,6 +188,54 @@ def _pixels(jpeg: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))).permute(2, 0, 1).float()
 
 
+def dropped_by_training(images_BCHW: torch.Tensor, masking: MaskingConfig) -> torch.Tensor:
+    """Patches that the first step of a run with seed 0 drops, bool [B, L]."""
+    generator = torch.Generator()
+    seed_masks(generator, seed=0, step=0, micro_batch=0, rank=0)
+    images = PatchedImages(images_BCHW, 8)
+    kept = choose_patches(images, masking, generator).selection.kept_K.tolist()
+    all_patches = range(images.num_images * images.num_patches)
+    return torch.tensor([patch not in kept for patch in all_patches]).view(images.num_images, -1)
+
+
+def test_stages_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    directory = tmp_path / "staged"
+    directory.mkdir()
+    fields = {
+        "model": {"name": "ViT-tiny-8"},
+        "stages": [
+            {"name": "small", "model": {"image_size": 32}, "train": {"global_batch_size": 4096}},
+            {"name": "whole", "masking": {"strategy": "none"}, "optimizer": {"lr": 1e-5}},
+        ],
+    }
+    (directory / "recipe.yaml").write_text(parse_recipe(fields, "test").to_yaml())
+    stages = ["small"] * 3 + ["whole"] * 3
+    steps = [
+        {"step": n, "stage": stage, "samples_seen": n, "loss": loss, "samples_per_s": speed}
+        for n, (stage, loss, speed) in enumerate(
+            zip(stages, (9, 8, 7, 3, 2, 1), (900, 910, 920, 90, 80, 70), strict=True)
+        )
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    runs = read_inputs([directory]).runs
+    assert [[step["step"] for step in stage.steps] for stage in runs[0].by_stage()] == [[0, 1, 2], [3, 4, 5]]
+    table = training_table(runs)
+    assert table is not None
+    facts = {row.label: row.cells[0].text for row in table.rows}
+    assert facts["stages"] == "small; whole"
+    assert facts["images"] == "32; 64 px"
+    assert facts["masking"] == "cluster, 50%; none"
+    assert facts["batch"] == "4,096; 2,048 pairs"
+    assert facts["learning rate"] == "0.0005; 1e-05"
+    assert facts["weight decay"] == "0.2"
+    assert facts["samples/s, median"] == "910; 80"
+    assert facts["loss, last 5 % of the log"] == "1.000"
+    curves = {curve.name: curve.light_svg for curve in draw_curves(runs)}
+    single = [replace(runs[0], steps=tuple({**step, "stage": "one"} for step in runs[0].steps))]
+    assert curves["loss"].count(b"stroke-dasharray") == 1  # where the stages meet
+    assert draw_curves(single)[0].light_svg.count(b"stroke-dasharray") == 0
+
+
 def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:
     recipe: Recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test")
     grid = draw_masks(write_images(tmp_path), recipe)
@@ -192,7 +244,7 @@ def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Pa
         [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
     )
     for index, strategy in enumerate(("random", "cluster")):
-        hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(strategy=strategy))
+        hidden_BL = dropped_by_training(images_BCHW, MaskingConfig(strategy=strategy))
         assert hidden_BL.float().mean() == 0.5
         for row, original, hidden_L in zip(grid.rows, originals, hidden_BL, strict=True):
             assert row.masked[index].hidden == pytest.approx(hidden_L.float().mean().item())
@@ -206,12 +258,12 @@ def test_clusters_hide_the_flat_sky_first(tmp_path: Path) -> None:
     images_BCHW = torch.stack(
         [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
     )
-    hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(anchor_ratio=0.1))
+    hidden_BL = dropped_by_training(images_BCHW, MaskingConfig(anchor_ratio=0.1))
     sky, noise = hidden_BL[:, :32].float().mean(), hidden_BL[:, 32:].float().mean()
     assert sky > 0.8
     assert noise < 0.2
 
 
 def test_data_uri_round_trip() -> None:
-    uri = report._data_uri(b"\x00\xffpicture", "image/jpeg")
+    uri = data_uri(b"\x00\xffpicture", "image/jpeg")
     assert base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")) == b"\x00\xffpicture"

@@ -1,0 +1,57 @@
+"""What to drop: the settings of all strategies, and the share that is dropped as training goes on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+STRATEGIES = ("none", "random", "cluster", "block", "grid", "pgs", "attentive", "cluster-reference")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """The strategy, the share of the batch's patches to drop, bounds on each image's share, and what seeds clusters.
+
+    anchor_ratio: share of an image's patches that are anchors (cluster) or candidates (pgs)
+    embedding_mix: weight of patch-embedding similarity at the end of training (cluster); 0 is pixels alone
+    ratio_schedule: how the target moves from `target_mask_ratio` to `final_mask_ratio` during training
+    ema_decay: of the copy whose attention chooses the patches, per step (attentive)
+    """
+
+    strategy: str = "cluster"
+    target_mask_ratio: float = 0.5
+    min_mask_ratio: float = 0.3
+    max_mask_ratio: float = 0.9
+    anchor_ratio: float = 0.03
+    embedding_mix: float = 0.0
+    ratio_schedule: str = "constant"
+    final_mask_ratio: float | None = None
+    ema_decay: float = 0.996
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"unknown masking strategy {self.strategy!r}; known: {', '.join(STRATEGIES)}")
+        if self.ratio_schedule not in SCHEDULES:
+            raise ValueError(f"unknown masking.ratio_schedule {self.ratio_schedule!r}; known: {', '.join(SCHEDULES)}")
+        for name in ("target_mask_ratio", "min_mask_ratio", "max_mask_ratio", "final_mask_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 <= ratio < 1:
+                raise ValueError(f"masking.{name} must be in [0, 1), not {ratio}")
+        if (self.final_mask_ratio is None) != (self.ratio_schedule == "constant"):
+            raise ValueError("masking.final_mask_ratio and a ratio_schedule other than constant need each other")
+        if not 0 < self.anchor_ratio < 1:
+            raise ValueError(f"masking.anchor_ratio must be in (0, 1), not {self.anchor_ratio}")
+        if not 0 <= self.embedding_mix <= 1:
+            raise ValueError(f"masking.embedding_mix must be in [0, 1], not {self.embedding_mix}")
+        if self.embedding_mix and self.strategy != "cluster":
+            raise ValueError(f"masking.embedding_mix belongs to the strategy cluster, not {self.strategy}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"masking.ema_decay must be in [0, 1), not {self.ema_decay}")
+
+    def mask_ratio(self, progress: float) -> float:
+        """Target share at `progress` through training, from 0 at the first step to 1 at the last."""
+        if self.final_mask_ratio is None:
+            return self.target_mask_ratio
+        done = progress if self.ratio_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return self.target_mask_ratio + done * (self.final_mask_ratio - self.target_mask_ratio)
