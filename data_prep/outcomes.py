@@ -56,7 +56,7 @@ ADVICE = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class FetchError(Exception):
     """Why a url gave no sample: a class of outcome and a line for the ledger.
 

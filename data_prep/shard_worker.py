@@ -87,7 +87,7 @@ class _Shard:
         self._start_s = time.time()
         self._resources = contextlib.ExitStack()
         part = self._resources.enter_context(replacing(directory / f"{shard_name(shard)}.tar"))
-        self._tar = TarWriter(part)
+        self._tar = self._resources.enter_context(TarWriter(part))
 
     def __enter__(self) -> _Shard:
         return self
@@ -119,7 +119,6 @@ class _Shard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tar.close()
         self._resources.__exit__(kind, error, trace)
         if kind is None:
             rows = [row for _, row in sorted(self._ledger.items())]

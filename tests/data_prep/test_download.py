@@ -183,6 +183,39 @@ def test_two_downloads_keep_out_of_each_others_way(
 
 
 @pytest.mark.slow
+def test_array_jobs_share_the_shards(tmp_path: Path, web: SmallWeb) -> None:
+    web.pages = {f"/{index}.jpg": Page(encoded(index)) for index in range(20)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+    settings = dataclasses.replace(SETTINGS, samples_per_shard=4)
+    shards = tmp_path / "shards"
+    assert download(urls, shards, settings, share=(1, 2)) == {"ok": 8}
+    assert sorted(path.name for path in shards.glob("*.tar")) == ["00001.tar", "00003.tar"]
+    assert download(urls, shards, settings, share=(0, 2)) == {"ok": 20}
+    requests = web.requests.copy()
+    assert download(urls, shards, settings) == {"ok": 20}
+    assert web.requests == requests
+    assert len(samples(shards)) == 20
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named_and_leaves_nothing_half_made(tmp_path: Path, web: SmallWeb) -> None:
+    web.pages = {f"/{index}.jpg": Page(encoded(index, size=200)) for index in range(4)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+    command = [sys.executable, "-m", "data_prep", "download", str(urls), "--output", str(tmp_path / "shards")]
+    command += ["--samples-per-shard", "2", "--processes", "1", "--allow-local"]
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "-", *command]  # KiB a file
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: 2 of 2 shards are missing: the download said 'shard ")
+    assert "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert not [path.name for path in (tmp_path / "shards").iterdir() if "tar" in path.name]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+    assert len(samples(tmp_path / "shards")) == 4
+
+
+@pytest.mark.slow
 def test_no_image_at_all_is_an_error(tmp_path: Path, web: SmallWeb) -> None:
     urls = write_urls(tmp_path / "urls.parquet", [web.url("/gone/1"), web.url("/gone/2")])
     with pytest.raises(UserError, match="none of 2 urls gave an image"):
