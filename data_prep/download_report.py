@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,11 @@ from data_prep.verify import PROVENANCE
 TEMPLATES = Path(__file__).parent / "templates"
 HOSTS_SHOWN = 15
 HOSTS_COUNTED = 200_000  # the rarest are forgotten above this, so that memory is bounded
-ELAPSED_S = np.geomspace(0.01, 100, 41)
+ELAPSED_S = np.geomspace(0.001, 100, 41)
 FILE_BYTES = np.geomspace(1e3, 1e8, 41)
 SIDE_PIXELS = np.geomspace(16, 16_384, 41)
 COLOUR = "#3b7fc4"
+_PARTICULARS = re.compile(r"\b[0-9a-f]{64}\b|\d{4,}")  # hashes and large numbers, which make each message unique
 
 
 @dataclasses.dataclass
@@ -84,7 +86,7 @@ def _summarise(directory: Path) -> Summary:
         failed = failed[failed["class"] != OK]
         for name, url, message in zip(failed["class"], failed["url"], failed["error_message"], strict=True):
             summary.failures_by_host[urlsplit(url).netloc, name] += 1
-            summary.messages.setdefault(name, Counter())[message] += 1
+            summary.messages.setdefault(name, Counter())[_PARTICULARS.sub("…", message)] += 1
         _bound(summary.failures_by_host)
         for counter in summary.messages.values():
             _bound(counter)

@@ -35,7 +35,7 @@ from data_prep.ledger import (
     statistics_path,
     write_ledger,
 )
-from data_prep.outcomes import HASH, OK, FetchError
+from data_prep.outcomes import HASH, OK, OTHER, FetchError
 from data_prep.settings import Settings
 from data_prep.shards import TarWriter
 from data_prep.web.fetcher import Fetcher
@@ -168,24 +168,32 @@ async def _report_progress(output: _Shard) -> None:
 async def _one_url(
     output: _Shard, index: int, row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
 ) -> None:
-    loop = asyncio.get_running_loop()
     for tries in range(1, settings.retries + 2):
-        outcome: Row = {"tries": tries}
-        try:
-            async with fetcher.image(row["url"]) as body:
-                outcome |= {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
-                outcome["sha256"], image = await loop.run_in_executor(decoder, _finish, body.data, row, settings)
-            output.add(index, row, {"class": OK, **outcome}, image)
+        outcome, image, error = await _try_once(row, fetcher, decoder, settings)
+        wait_s = _back_off_s(error, tries) if error else 0.0
+        if error is None or not error.retryable or tries > settings.retries or wait_s > MAX_BACK_OFF_S:
+            output.add(index, row, {**outcome, "tries": tries}, image)
             return
-        except FetchError as error:
-            outcome |= {"class": error.outcome, "error_message": error.message}
-            outcome.setdefault("http_status", error.http_status)
-            outcome.setdefault("elapsed_s", error.elapsed_s)
-            wait_s = _back_off_s(error, tries)
-            if not error.retryable or tries > settings.retries or wait_s > MAX_BACK_OFF_S:
-                output.add(index, row, outcome, None)
-                return
         await asyncio.sleep(wait_s)
+
+
+async def _try_once(
+    row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
+) -> tuple[Row, WebImage | None, FetchError | None]:
+    """The ledger's columns, and the image or why there is none."""
+    outcome: Row = {}
+    try:
+        async with fetcher.image(row["url"]) as body:
+            outcome = {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
+            loop = asyncio.get_running_loop()
+            outcome["sha256"], image = await loop.run_in_executor(decoder, _finish, body.data, row, settings)
+        return {**outcome, "class": OK}, image, None
+    except FetchError as error:
+        failure = error
+    except Exception as error:  # whatever a stranger sends, it must not cost more than its own url
+        failure = FetchError(OTHER, f"{type(error).__name__}: {str(error)[:200]}")
+    known = {"http_status": failure.http_status, "elapsed_s": failure.elapsed_s}
+    return {**known, **outcome, "class": failure.outcome, "error_message": failure.message}, None, failure
 
 
 def _back_off_s(error: FetchError, tries: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from download_helpers import ledger, samples, write_urls
 from make_images import encoded, png_chunk
@@ -21,8 +22,10 @@ from small_web import Page, SmallWeb, self_signed
 
 from data_prep.download import Settings, download, retry
 from data_prep.errors import UserError
-from data_prep.ledger import count_outcomes
+from data_prep.ledger import Pass, count_outcomes
+from data_prep.shard_worker import ShardWorker
 from data_prep.verify import verify
+from data_prep.web_image import WebImage, to_jpeg
 
 SETTINGS = Settings(
     image_size=32, samples_per_shard=100, processes=1, threads=64, timeout_s=1.5, deadline_s=3.0, max_bytes=2_000_000,
@@ -258,3 +261,20 @@ def test_a_certificate_that_nobody_vouches_for(tmp_path: Path, monkeypatch: pyte
         assert not web.requests
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now the system vouches for it
         assert download(urls, tmp_path / "trusted", SETTINGS) == {"ok": 1}
+
+
+def test_a_picture_that_breaks_the_decoder_costs_no_more_than_itself(
+    tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fragile(data: bytes, *arguments: object) -> WebImage:
+        if data != PHOTO:
+            raise MemoryError("too much")
+        return to_jpeg(data, 32, "no")
+
+    monkeypatch.setattr("data_prep.shard_worker.to_jpeg", fragile)
+    web.pages = {"/evil.jpg": Page(encoded(5)), "/good.jpg": Page(PHOTO)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+    one = Pass(attempt=1, urls=urls, rows=2, classes=(), first_shard=0, samples_per_shard=2)
+    assert ShardWorker(tmp_path, one, SETTINGS)((0, (0, 2))) == (True, (0, (0, 2)))
+    rows = pq.read_table(tmp_path / "00000.parquet").to_pylist()
+    assert [(row["class"], row["error_message"]) for row in rows] == [("other", "MemoryError: too much"), ("ok", None)]
