@@ -15,7 +15,7 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.config import CLIPConfig, config_from_name
+from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 
@@ -29,13 +29,18 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The two towers."""
 
-    name: str = Field("ViT-B-16", description="model name as in open_clip, or ViT-tiny-16, ViT-tiny-8")
+    name: str = Field("ViT-B-16", description="ViT-{S,B,L,H}-{14,16,32}, as in open_clip, or ViT-tiny-16, ViT-tiny-8")
     image_size: int | None = Field(None, description="pixels a side; none: the model's own", gt=0)
     context_length: int | None = Field(None, description="longest caption in tokens; none: the model's own", gt=2)
+    pool: Pool | None = Field(None, description="image feature: class | average | attention; none: the model's own")
+    activation: Activation | None = Field(None, description="gelu | quick_gelu; none: the model's own")
+    start_from: str = Field("", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)")
 
     @model_validator(mode="after")
     def _known_model(self) -> ModelSection:
-        config_from_name(self.name)
+        own = config_from_name(self.name).activation
+        if own == "quick_gelu" and self.activation == "gelu":
+            raise ValueError(f"{self.name} has quick_gelu: for gelu leave out the end of the name")
         return self
 
 
@@ -118,6 +123,8 @@ class Recipe(_Section):
         """The model's configuration with this recipe's image size and the tokenizer's vocabulary."""
         fields = config_from_name(self.model.name).to_dict()
         fields["vision"]["image_size"] = self.model.image_size or fields["vision"]["image_size"]
+        fields["vision"]["pool"] = self.model.pool or fields["vision"]["pool"]
+        fields["activation"] = self.model.activation or fields["activation"]
         fields["text"]["context_length"] = self.context_length
         fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
         try:

@@ -18,6 +18,7 @@ RECIPE, RECORD = "recipe.yaml", "run.json"
 _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
+    "model.start_from",  # likewise (start_weights.py)
     "data.workers",
     "data.max_bad_ratio",
     "train.output",

@@ -27,6 +27,7 @@ from pipeline.recipe import Recipe
 from pipeline.run_logger import RunLogger, timestamp
 from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.sample_order import BatchPlan, SampleOrder
+from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 from pipeline.tokenizer import load_tokenizer
 from pipeline.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
@@ -80,6 +81,7 @@ class Trainer:
         torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
         encoder = self.tokenizer.encoder
         clip = CLIP(recipe.clip_config(encoder.vocab_size, encoder.end_token_id)).to(ranks.device)
+        self.start_sha256 = self._start(clip)
         self.num_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self.engine = make_engine(clip, recipe, self.config, ranks)
         self.masks = MaskDrawer(
@@ -145,6 +147,13 @@ class Trainer:
                 self._save()
         if logger:
             logger.close()
+
+    def _start(self, clip: CLIP) -> str:
+        """Initial weights from elsewhere, if asked for and this is the start; the hash of their file, or ""."""
+        source = self.recipe.model.start_from
+        if self._checkpoint is not None:
+            return check_start_weights(self.run_directory, source, self.ranks)
+        return load_start_weights(clip, source, self.tokenizer, self.ranks) if source else ""
 
     def _batches(self) -> Iterator[Batch]:
         sizes = tuple(shard.samples for shard in self.manifest.shards)
@@ -241,6 +250,7 @@ class Trainer:
             "dataset_samples": self.manifest.num_samples,
             "manifest_sha256": self.manifest.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
+            RECORD_KEY: self.start_sha256,
             "deepspeed_config": self.config,
             "versions": versions(),
         }

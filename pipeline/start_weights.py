@@ -1,0 +1,107 @@
+"""Weights that training starts from (`model.start_from`): found, checked, fitted to the image size, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from model.clip import CLIP
+from model.positions import fit_positions
+from pipeline.errors import UserError
+from pipeline.files import sha256_of_file
+from pipeline.inference import first_mismatch, read_card
+from pipeline.ranks import Ranks
+from pipeline.run_record import read_record
+from pipeline.tokenizer import ClipBytePairs, Tokenizer
+from pipeline.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
+
+RECORD_KEY = "start_weights_sha256"
+
+
+def load_start_weights(clip: CLIP, source: str, tokenizer: Tokenizer, ranks: Ranks) -> str:
+    """Give `clip` the weights at `source` (`weight_sources.find_weights`) on all ranks; returns their file's sha256.
+
+    The main rank alone reads (collective). Positions of patches are resized to the model's grid, those of captions
+    cut to its context length. Raises UserError if anything else does not fit: sizes, vocabulary or tokenizer,
+    activation, pooling, heads.
+    """
+    sha256 = _from_main(lambda: _load(clip, Path(source), tokenizer), ranks)
+    ranks.broadcast(clip.state_dict().values())
+    return sha256
+
+
+def check_start_weights(run_directory: Path, source: str, ranks: Ranks) -> str:
+    """The sha256 of the weights that a run to be continued started from, "" for none (collective).
+
+    Raises UserError if those at `source` are others. They are not needed any more, and may be gone.
+    """
+    before = str(read_record(run_directory).get(RECORD_KEY, ""))
+    if source and not Path(source).exists():
+        return before
+    now = _from_main(lambda: sha256_of_file(find_weights(Path(source)).path), ranks) if source else ""
+    if before != now:
+        raise UserError(
+            f"{run_directory} was started from {_describe(before)}, now model.start_from={source} is "
+            f"{_describe(now)}: give the same, or choose another train.output"
+        )
+    return before
+
+
+def _describe(sha256: str) -> str:
+    return f"weights with sha256 {sha256[:12]}…" if sha256 else "no weights"
+
+
+def _from_main(make_sha256: Callable[[], str], ranks: Ranks) -> str:
+    """What the main rank makes, on all ranks; if it raises UserError, all do, so that none waits for ever."""
+    sha256, error = "0" * 64, None
+    if ranks.is_main:
+        try:
+            sha256 = make_sha256()
+        except UserError as caught:
+            error = caught
+    if ranks.any(error is not None):
+        raise error or UserError("stopped, since rank 0 could not read model.start_from")
+    return ranks.broadcast_sha256(sha256)
+
+
+def _load(clip: CLIP, source: Path, tokenizer: Tokenizer) -> str:
+    file = find_weights(source)
+    _check_traits(clip, file)
+    _check_tokenizer(file, tokenizer)
+    config = clip.config
+    weights = read_weights(file, clip.state_dict())
+    try:
+        weights = fit_positions(weights, config.vision.num_patches, config.text.context_length)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{file.path} does not fit a {config.name}: {error}") from error
+    mismatch = first_mismatch(clip, weights)
+    if mismatch:
+        raise UserError(f"{file.path} does not fit a {config.name}: {mismatch}; choose the model.name they are of")
+    clip.load_state_dict(weights)
+    sha256 = sha256_of_file(file.path)
+    print(f"starting from {file.path} (sha256 {sha256[:12]}…)", flush=True)
+    return sha256
+
+
+def _check_traits(clip: CLIP, file: WeightsFile) -> None:
+    theirs, ours = read_traits(file), own_traits(clip.config)
+    for name, value in (theirs or {}).items():
+        if value != ours[name]:
+            raise UserError(
+                f"{file.config}: {name} {value}, and the recipe's model has {ours[name]}: set model.name, "
+                "model.activation and model.pool to what the weights were trained with"
+            )
+
+
+def _check_tokenizer(file: WeightsFile, tokenizer: Tokenizer) -> None:
+    if file.library == "ours":
+        assert file.config is not None
+        if read_card(file.config.parent)["tokenizer_sha256"] != tokenizer.sha256:
+            raise UserError(
+                f"{file.config.parent} was trained with another tokenizer: give its tokenizer.bin as data.tokenizer"
+            )
+    elif not isinstance(tokenizer.encoder, ClipBytePairs):
+        raise UserError(
+            f"{file.path} was trained with CLIP's byte pairs, and data.tokenizer is a SentencePiece model: its ids "
+            "mean other words; use data.tokenizer=clip-bpe"
+        )
