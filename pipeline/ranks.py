@@ -57,10 +57,10 @@ class Ranks:
                 dist.broadcast(tensor, src=0)
 
     def broadcast_sha256(self, sha256: str) -> str:
-        """The main rank's hex digest."""
-        digest = torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8, device=self.device)
+        """The main rank's hex digest, or empty string."""
+        digest = torch.tensor(list(bytes.fromhex(sha256).ljust(32, b"\0")), dtype=torch.uint8, device=self.device)
         self.broadcast([digest])
-        return bytes(digest.tolist()).hex()
+        return bytes(digest.tolist()).hex() if digest.any() else ""
 
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""

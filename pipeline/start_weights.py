@@ -35,10 +35,14 @@ def check_start_weights(run_directory: Path, source: str, ranks: Ranks) -> str:
 
     Raises UserError if those at `source` are others. They are not needed any more, and may be gone.
     """
+    return _from_main(lambda: _check_unchanged(run_directory, source), ranks)
+
+
+def _check_unchanged(run_directory: Path, source: str) -> str:
     before = str(read_record(run_directory).get(RECORD_KEY, ""))
     if source and not Path(source).exists():
         return before
-    now = _from_main(lambda: sha256_of_file(find_weights(Path(source)).path), ranks) if source else ""
+    now = sha256_of_file(find_weights(Path(source)).path) if source else ""
     if before != now:
         raise UserError(
             f"{run_directory} was started from {_describe(before)}, now model.start_from={source} is "
@@ -53,7 +57,7 @@ def _describe(sha256: str) -> str:
 
 def _from_main(make_sha256: Callable[[], str], ranks: Ranks) -> str:
     """What the main rank makes, on all ranks; if it raises UserError, all do, so that none waits for ever."""
-    sha256, error = "0" * 64, None
+    sha256, error = "", None
     if ranks.is_main:
         try:
             sha256 = make_sha256()
@@ -96,7 +100,7 @@ def _check_traits(clip: CLIP, file: WeightsFile) -> None:
 def _check_tokenizer(file: WeightsFile, tokenizer: Tokenizer) -> None:
     if file.library == "ours":
         assert file.config is not None
-        if read_card(file.config.parent)["tokenizer_sha256"] != tokenizer.sha256:
+        if read_card(file.config.parent).get("tokenizer_sha256") != tokenizer.sha256:
             raise UserError(
                 f"{file.config.parent} was trained with another tokenizer: give its tokenizer.bin as data.tokenizer"
             )

@@ -48,6 +48,8 @@ def find_weights(source: Path) -> WeightsFile:
 
     Raises UserError if there are none.
     """
+    if not source.exists():
+        raise UserError(f"no weights at {source}: give a run, open_clip's file or folder, or transformers' folder")
     if source.is_file():
         config = source.with_name(_OPEN_CLIP_CONFIG)
         return WeightsFile(source, "open_clip", config if config.is_file() else None)
@@ -115,11 +117,9 @@ def read_traits(file: WeightsFile) -> Traits | None:
     """
     if file.config is None:
         return None
-    if file.library == "ours":
-        card = read_card(file.config.parent)
     try:
         if file.library == "ours":
-            return own_traits(CLIPConfig.from_dict(card["model"]))
+            return own_traits(CLIPConfig.from_dict(read_card(file.config.parent)["model"]))
         content = json.loads(file.config.read_text(encoding="utf-8"))
         return _open_clip_traits(content) if file.library == "open_clip" else _transformers_traits(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

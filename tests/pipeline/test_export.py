@@ -55,7 +55,7 @@ def test_a_run_becomes_a_folder(
     arguments = [str(run), "--format", name, "--output", str(output), "--images", str(shards)]
     done = launch("pipeline/export.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"8 images and captions of {shards}" in done.stdout
+    assert f"8 images of {shards}, 8 captions of {shards}" in done.stdout
     assert "differ by at most 0.0e+00 (images), 0.0e+00 (texts)" in done.stdout
     assert {path.suffix for path in output.iterdir()} <= {".json", ".txt", ".safetensors"}
     assert list(output.parent.iterdir()) == [output]
