@@ -21,8 +21,6 @@ from peers.cases import (
     Features,
     both_ways,
     differences,
-    made_pairs,
-    real_pairs,
     small_config,
     untrained_model,
 )
@@ -82,15 +80,6 @@ def assert_features_equal(theirs: Features, ours: Features) -> None:
 def test_features_agree_in_both_directions(case: Case, scratch: Path, peer: Peer, clip_tokenizer: Tokenizer) -> None:
     for theirs, ours in both_ways(case, scratch, clip_tokenizer, peer).values():
         assert_features_equal(theirs, ours)
-
-
-@pytest.mark.parametrize("pairs", [made_pairs, real_pairs])
-def test_pairs_to_compare_on_differ(pairs) -> None:
-    if (found := pairs()) is None:
-        pytest.skip("set CLUSTER_CLIP_DATA to a folder with Flickr8k parquet files")
-    images, captions = found
-    assert len(set(images)) == len(images) > 1
-    assert len(set(captions)) == len(captions) > 10
 
 
 def test_open_clips_names_mean_our_sizes(scratch: Path, peer: Peer) -> None:

@@ -110,10 +110,8 @@ def both_ways(case: Case, folder: Path, tokenizer: Tokenizer, peer: Peer) -> dic
 
 def differences(theirs: Features, ours: Features) -> dict[str, float]:
     """Largest absolute difference of the features of each tower."""
-    return {
-        tower: (theirs[f"{tower}_features"] - ours[f"{tower}_features"]).abs().max().item()
-        for tower in ("image", "text")
-    }
+    names = {"image": "image_features", "text": "text_features"}
+    return {tower: (theirs[name] - ours[name]).abs().max().item() for tower, name in names.items()}
 
 
 def untrained_model(config: CLIPConfig, tokenizer: Tokenizer) -> InferenceModel:
