@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format peers clean
+.PHONY: help setup demo test lint format peers bench-gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,6 +39,9 @@ format: $(READY) ## Format the code
 
 peers: ## Build .peers, a separate environment with open_clip and transformers, for parity tests
 	@PYTHON="$(PYTHON)" PIP_OPTIONS="$(PIP_OPTIONS)" bash tests/peers/setup.sh .peers
+
+bench-gpu: $(READY) ## On a GPU: images/s, utilisation, memory, relative time -> benchmarks/results/gpu_throughput.json
+	@python benchmarks/gpu_throughput.py
 
 clean: ## Remove .venv, .peers, caches and the demo's output
 	@rm -rf $(VENV) .peers demo_run .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

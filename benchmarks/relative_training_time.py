@@ -2,12 +2,14 @@
 
 Run in the environment that has open_clip (`make peers`); this project's `model` package needs torch alone:
 
-    .peers/bin/python benchmarks/relative_training_time.py [--model ViT-B-16] [--batch 16] [--rounds 5]
+    .peers/bin/python benchmarks/relative_training_time.py [--models ViT-B-16 ViT-S-16] [--batch 16] [--rounds 9]
+                                                           [--data FOLDER]
 
 A step is forward, backward and fused AdamW in bf16 autocast. Arms are interleaved, their order rotates, and each figure
 is the median over rounds of the ratio to open_clip within the round. Beside it stands the ratio of floating-point
 operations, which does not depend on the machine. `over_none` compares with this project's own unmasked model, so that
-the gain of packing text is not taken for that of masking.
+the gain of packing text is not taken for that of masking. `reference` is the released cluster-masking code's scheme in
+open_clip's model. FOLDER holds pairs, name.jpg and name.txt; without it images and captions are made up.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +25,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torchvision_cpu  # noqa: F401  makes torchvision importable on a CPU build
-from open_clip import ClipLoss, create_model
+from open_clip import ClipLoss, create_model, create_model_and_transforms, get_tokenizer
 from record import record
+from reference_scheme import reference_image_features
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
+from training_steps import Step, TrainingBatch, make_batch, packed_step, read_batch, train_with
 
-from model.clip import CLIP
-from model.loss import contrastive_loss
-from model.masking import MaskingConfig, choose_patches, patchify
-from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
-
-Step = Callable[[], None]
-
-# Caption lengths between 9 and 20 tokens, start and end included: 14.5 on average, as Flickr8k's have in CLIP's BPE.
-SHORTEST, LONGEST, CONTEXT = 9, 20, 77
-END_TOKEN = 49407
+IMAGE_SIZE = 224
 
 
-def make_batch(batch: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Smooth random images (B, 3, S, S), padded captions (B, 77) and their lengths."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(batch, 3, 14, 14, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic")
-    images = images + 0.1 * torch.randn(images.shape, generator=generator)
-    lengths = torch.arange(batch) % (LONGEST - SHORTEST + 1) + SHORTEST
-    tokens = torch.randint(1, 40_000, (batch, CONTEXT), generator=generator)
-    tokens[torch.arange(batch), lengths - 1] = END_TOKEN
-    return images, tokens * (torch.arange(CONTEXT) < lengths[:, None]), lengths
-
-
-def train_with(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Step:
-    """Forward, backward, update."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def open_clip_arm(name: str, batch: int, patch_dropout: float) -> Step:
+def open_clip_step(name: str, batch: TrainingBatch, patch_dropout: float = 0.0) -> Step:
     """open_clip's model, padded text, its own patch dropout."""
     model = create_model(name, force_patch_dropout=patch_dropout).train()
-    images, tokens, _ = make_batch(batch, 224)
     loss = ClipLoss()
-    return train_with(model, lambda: loss(*model(images, tokens)[:3]))
+    return train_with(model, lambda: loss(*model(batch.images_BCHW, batch.tokens_BT)[:3]))
 
 
-def packed_arm(name: str, batch: int, strategy: str) -> Step:
-    """This project's model; masks are drawn within the step."""
-    clip = CLIP.from_name(name)
-    images, tokens, lengths = make_batch(batch, 224)
-    packed = tokens[torch.arange(CONTEXT) < lengths[:, None]]
-    generator, masking = torch.Generator().manual_seed(0), MaskingConfig(strategy=strategy)
+def reference_step(name: str, batch: TrainingBatch) -> Step:
+    """open_clip's model with the released code's masking."""
+    model = create_model(name).train()
+    loss = ClipLoss()
 
     def loss_of() -> torch.Tensor:
-        patches = patchify(images, clip.config.vision.patch_size)
-        selection = choose_patches(patches, masking, generator)
-        text = PackedTokens(packed, PackedLayout(lengths_to_cu_seqlens(lengths), granularity=4))
-        return contrastive_loss(*clip(patches, selection, text))
+        image_features = normalize(reference_image_features(model.visual, batch.images_BCHW), dim=-1)
+        return loss(image_features, model.encode_text(batch.tokens_BT, normalize=True), model.logit_scale.exp())
 
-    return train_with(clip, loss_of)
+    return train_with(model, loss_of)
 
 
 def flops(step: Step) -> float:
@@ -115,44 +79,59 @@ def measure(arms: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
     return {
         name: {
             "time": round(statistics.median(ratios[name]), 3),
-            "time_lowest": round(min(ratios[name]), 3),
-            "time_highest": round(max(ratios[name]), 3),
+            "lower_quartile": round(statistics.quantiles(ratios[name], n=4)[0], 3),
+            "upper_quartile": round(statistics.quantiles(ratios[name], n=4)[2], 3),
             "flops": round(operations[name] / operations[names[0]], 3),
         }
         for name in names
     }
 
 
-def main() -> None:
-    """Measure the arms of one model and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-B-16")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    arms = {
-        "open_clip": open_clip_arm(options.model, options.batch, 0.0),
-        "open_clip_patch_dropout_0.5": open_clip_arm(options.model, options.batch, 0.5),
-        "none": packed_arm(options.model, options.batch, "none"),
-        "random_0.5": packed_arm(options.model, options.batch, "random"),
-        "cluster_0.5": packed_arm(options.model, options.batch, "cluster"),
-    }
-    figures = measure(arms, options.rounds)
-    for name, values in figures.items():
-        print(name, values)
-    result: dict[str, Any] = {
-        options.model: {name: values["time"] for name, values in figures.items()},
-        "over_none": {
-            name: round(figures[name]["time"] / figures["none"]["time"], 3) for name in ("random_0.5", "cluster_0.5")
+def measure_model(name: str, batch: TrainingBatch, rounds: int) -> dict[str, dict[str, float]]:
+    """All arms of one model."""
+    print(f"{name}, {len(batch.lengths_B)} pairs, {batch.caption_tokens:.1f} tokens a caption", flush=True)
+    return measure(
+        {
+            "open_clip": open_clip_step(name, batch),
+            "open_clip_patch_dropout_0.5": open_clip_step(name, batch, 0.5),
+            "reference": reference_step(name, batch),
+            "none": packed_step(name, batch, "none"),
+            "random_0.5": packed_step(name, batch, "random"),
+            "cluster_0.5": packed_step(name, batch, "cluster"),
         },
-        "flops": {name: values["flops"] for name, values in figures.items()},
-        "spread": {name: [values["time_lowest"], values["time_highest"]] for name, values in figures.items()},
-        "mean_caption_tokens": (SHORTEST + LONGEST) / 2,
-        "batch": options.batch,
+        rounds,
+    )
+
+
+def main() -> None:
+    """Measure the arms of the models and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-S-16"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="pairs of name.jpg and name.txt")
+    options = parser.parse_args()
+    batch = make_batch(options.batch, IMAGE_SIZE)
+    if options.data:
+        _, _, preprocess = create_model_and_transforms(options.models[0])
+        batch = read_batch(options.data, options.batch, preprocess, get_tokenizer(options.models[0]))
+    measured = {name: measure_model(name, batch, options.rounds) for name in options.models}
+    result: dict[str, Any] = {name: {arm: v["time"] for arm, v in arms.items()} for name, arms in measured.items()}
+    result["over_none"] = {
+        name: {arm: round(arms[arm]["time"] / arms["none"]["time"], 3) for arm in ("random_0.5", "cluster_0.5")}
+        for name, arms in measured.items()
     }
-    name = "relative_training_time" + ("" if options.model == "ViT-B-16" else f"_{options.model}")
-    command = f".peers/bin/python benchmarks/relative_training_time.py --model {options.model}"
-    print(record(name, result, command, options.rounds))
+    result["flops"] = {name: {arm: v["flops"] for arm, v in arms.items()} for name, arms in measured.items()}
+    result["quartiles"] = {
+        name: {arm: [v["lower_quartile"], v["upper_quartile"]] for arm, v in arms.items()}
+        for name, arms in measured.items()
+    }
+    result |= {"mean_caption_tokens": batch.caption_tokens, "batch": options.batch}
+    result["data"] = "real photographs and captions" if options.data else "made up"
+    for name, arms in measured.items():
+        print(name, *(f"{arm} {v['time']} ({v['flops']})" for arm, v in arms.items()), sep="\n  ")
+    command = ".peers/bin/python benchmarks/relative_training_time.py" + (" --data FOLDER" if options.data else "")
+    print(record("relative_training_time", result, command, options.rounds))
 
 
 if __name__ == "__main__":

@@ -53,13 +53,18 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def project(self, x_ND: Tensor, first: int = 0, last: int = 3) -> Tensor:
-        """Rows `first` to `last` of (query, key, value) as [N, last - first, H, E]."""
+    def project(self, x_ND: Tensor) -> Tensor:
+        """Query, key and value of every token, [N, D] -> [N, 3, H, E]."""
+        qkv_N3HE: Tensor = F.linear(x_ND, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        return qkv_N3HE
+
+    def project_pooled(self, x_ND: Tensor, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the pooled vectors alone, [B, H, E], and key and value of every token, [N, 2, H, E]."""
         width = x_ND.shape[-1]
-        rows = slice(first * width, last * width)
-        projected = F.linear(x_ND, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        heads_N3HE: Tensor = projected.unflatten(-1, (last - first, self.heads, -1))
-        return heads_N3HE
+        query_weight, kv_weight = self.in_proj_weight.split((width, 2 * width))
+        query_bias, kv_bias = self.in_proj_bias.split((width, 2 * width))
+        query_BHE = F.linear(pooled_BD, query_weight, query_bias).unflatten(-1, (self.heads, -1))
+        return query_BHE, F.linear(x_ND, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
 
     def attend(self, qkv_N3HE: Tensor, layout: PackedLayout) -> Tensor:
         """What every token gathers from its sequence, before the output projection: [N, 3, H, E] -> [N, D]."""

@@ -9,6 +9,7 @@ key and value alone (S = 2) where there is one query per sequence, in order, `qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -88,15 +89,16 @@ def bucketed_attention(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: Pa
         query_B1HE = None if query_BHE is None else query_BHE.unsqueeze(1)
         return _dense(tokens_BTSHE, query_B1HE, layout.attention_bias_BHTT, causal)
     buckets = layout.buckets
-    cells_MSHE = tokens_NSHE.index_select(0, buckets.token_index_M)
-    queries_B1HE = None if query_BHE is None else query_BHE.index_select(0, buckets.sequence_index_B).unsqueeze(1)
-    outputs, cell, sequence = [], 0, 0
-    for n, T, valid_nT in buckets.shapes:
-        tokens_nTSHE = cells_MSHE[cell : cell + n * T].unflatten(0, (n, T))
-        query_n1HE = None if queries_B1HE is None else queries_B1HE[sequence : sequence + n]
+    # split, not slices: the gradient of a slice is as large as what it was cut from
+    cells = tokens_NSHE.index_select(0, buckets.token_index_M).split([n * T for n, T, _ in buckets.shapes])
+    queries: Sequence[Tensor | None] = [None] * len(cells)
+    if query_BHE is not None:
+        queries_B1HE = query_BHE.index_select(0, buckets.sequence_index_B).unsqueeze(1)
+        queries = queries_B1HE.split([n for n, _, _ in buckets.shapes])
+    outputs = []
+    for (n, T, valid_nT), cells_mSHE, query_n1HE in zip(buckets.shapes, cells, queries, strict=True):
         mask = None if causal or valid_nT is None else valid_nT[:, None, None, :]
-        outputs.append(_dense(tokens_nTSHE, query_n1HE, mask, causal))
-        cell, sequence = cell + n * T, sequence + n
+        outputs.append(_dense(cells_mSHE.unflatten(0, (n, T)), query_n1HE, mask, causal))
     return torch.cat(outputs).index_select(0, buckets.cell_N if query_BHE is None else buckets.sequence_position_B)
 
 

@@ -55,8 +55,6 @@ class AttentionPool(nn.Module):
         """[N, D] -> [B, D]; one query per image."""
         if layout.attention_bias_BHTT is not None:  # which is for pairs of an image's own tokens
             layout = replace(layout, attention_bias_BHTT=None)
-        query_1HE = self.attn.project(self.probe.unsqueeze(0), 0, 1).squeeze(1)
-        query_BHE = query_1HE.repeat(layout.num_sequences, 1, 1)
-        attended_BD = self.attn.attend_pooled(query_BHE, self.attn.project(x_ND, 1, 3), layout)
-        x_BD = self.attn.output(attended_BD)
+        query_BHE, kv_N2HE = self.attn.project_pooled(x_ND, self.probe.expand(layout.num_sequences, -1))
+        x_BD = self.attn.output(self.attn.attend_pooled(query_BHE, kv_N2HE, layout))
         return x_BD + cast(Tensor, self.mlp(self.ln(x_BD)))

@@ -70,8 +70,8 @@ class Block(nn.Module):
         Under a causal mask the pooled token must be the last one, which sees its whole sequence.
         """
         normed_ND = self.ln_1(x_ND)
-        query_BHE = self.attn.project(normed_ND[pooled_B], 0, 1).squeeze(1)
-        attended_BD = self.attn.attend_pooled(query_BHE, self.attn.project(normed_ND, 1, 3), layout)
+        query_BHE, kv_N2HE = self.attn.project_pooled(normed_ND, normed_ND[pooled_B])
+        attended_BD = self.attn.attend_pooled(query_BHE, kv_N2HE, layout)
         return self.after_attention(x_ND[pooled_B], attended_BD)
 
 

@@ -22,7 +22,7 @@ from pipeline.image_transform import ImageError, decode_image, random_resized_cr
 from pipeline.manifest import Manifest
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.tar_index import SampleIndex
-from pipeline.tokenizer import Tokenizer
+from pipeline.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64
@@ -83,14 +83,14 @@ class OpenShard:
 
 
 class TrainingSet(Dataset[Sample]):
-    """Samples by (epoch, position): everything about one, its crop included, follows from those and the seed."""
+    """Samples by (epoch, position): everything about one, crop and tokens included, follows from those and the seed."""
 
     def __init__(
-        self, manifest: Manifest, order: SampleOrder, tokenizer: Tokenizer, image_size: int, crop_min_area: float
+        self, manifest: Manifest, order: SampleOrder, text_masker: TextMasker, image_size: int, crop_min_area: float
     ) -> None:
         self._manifest = manifest
         self._order = order
-        self._tokenizer = tokenizer
+        self._text_masker = text_masker
         self._image_size = image_size
         self._crop_min_area = crop_min_area
         # two windows' worth: a batch may reach from the end of one into the next
@@ -106,12 +106,14 @@ class TrainingSet(Dataset[Sample]):
         shard = self._open_shard(shard_number)
         problems: list[str] = []
         rng = random.Random(f"{self._order.seed}/{epoch}/{position}")
+        text_rng = random.Random(f"{self._order.seed}/{epoch}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
             try:
                 image, caption = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
-                return Sample(crop_CHW, self._tokenizer.encode(_decode_caption(caption)), problems)
+                token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
+                return Sample(crop_CHW, token_ids, problems)
             except (ImageError, UnicodeDecodeError, OSError) as error:
                 problems.append(f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")

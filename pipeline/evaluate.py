@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 
+from model.masking import MaskingConfig
 from pipeline.entry import add_launcher_argument, run
 from pipeline.errors import UserError
 from pipeline.evaluation import composition, retrieval, zero_shot
@@ -24,6 +25,7 @@ from pipeline.evaluation.datasets import (
     open_evaluation_set,
 )
 from pipeline.evaluation.features import FeatureEncoder
+from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.results import RESULTS_FILE, Result, Scores, format_table, write_results
 from pipeline.inference import load_for_inference
 from pipeline.ranks import init_ranks
@@ -38,7 +40,10 @@ def main(argv: Sequence[str]) -> int:
     datasets = _select(arguments.tasks, [open_evaluation_set(Path(directory)) for directory in arguments.data])
     ranks = init_ranks()
     model = load_for_inference(arguments.checkpoint, ranks.device, arguments.tokenizer)
-    encoder = FeatureEncoder(model, ranks, arguments.batch_size, arguments.workers)
+    masking = model.masking if arguments.mask_images else None
+    if masking is not None:
+        check_maskable(masking)
+    encoder = FeatureEncoder(model, ranks, arguments.batch_size, arguments.workers, masking)
     results = []
     for dataset in datasets:
         start_s = time.monotonic()
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         result = Result(
             model=model.name,
             checkpoint=model.checkpoint,
-            dataset=dataset.name,
+            dataset=dataset.name if masking is None else f"{dataset.name}, masked ({describe(masking)})",
             task=task_of(dataset),
             metrics=scores.metrics,
             chance=scores.chance,
@@ -84,6 +89,11 @@ def task_of(dataset: EvaluationSet) -> str:
     if isinstance(dataset, ClassificationSet):
         return zero_shot.TASK
     return retrieval.TASK if isinstance(dataset, RetrievalSet) else composition.TASK
+
+
+def describe(masking: MaskingConfig) -> str:
+    """A masking as it is named in results: strategy and share at the end of training."""
+    return f"{masking.strategy} {masking.mask_ratio(1.0):.0%}"
 
 
 def _select(tasks: str, datasets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
@@ -129,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer",
         metavar="FILE",
         help="checked to be the one the model was trained with; the checkpoint brings its own",
+    )
+    parser.add_argument(
+        "--mask-images",
+        action="store_true",
+        help="hide patches as training did, each image by itself; results under a name of their own",
     )
     add_launcher_argument(parser)
     return parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import yaml
@@ -78,6 +78,25 @@ class MaskingSection(_Section):
         return MaskingConfig(**self.model_dump())
 
 
+class TextMaskingSection(_Section):
+    """What is left of long captions (docs/text_masking.md)."""
+
+    strategy: Literal["none", "truncate", "random", "block", "frequency"] = Field(
+        "none", description="none | truncate | random | block | frequency"
+    )
+    max_tokens: int | None = Field(
+        None, description="longer captions are cut to this, start and end included; none: context length", gt=2
+    )
+    frequency_threshold: float = Field(1e-6, description="share of all words up to which a word is rare", gt=0)
+    word_counts: str = Field("", description="words.json of `data-prep words`, any fsspec URL (frequency)")
+
+    @model_validator(mode="after")
+    def _counts_for_frequency(self) -> TextMaskingSection:
+        if self.strategy == "frequency" and not self.word_counts:
+            raise ValueError("strategy frequency needs word_counts=FILE, made by `data-prep words`")
+        return self
+
+
 class OptimizerSection(_Section):
     """AdamW with warm-up and cosine decay; no decay on biases, norms, embeddings and the temperature."""
 
@@ -112,8 +131,19 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     masking: MaskingSection = MaskingSection()
+    text_masking: TextMaskingSection = TextMaskingSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _captions_fit_the_context(self) -> Recipe:
+        max_tokens = self.text_masking.max_tokens
+        if max_tokens and max_tokens > self.context_length:
+            raise ValueError(
+                f"text_masking.max_tokens {max_tokens} exceeds the context length {self.context_length}: "
+                "lower it, or raise model.context_length"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Every option resolved, the content of a run directory's recipe.yaml."""
@@ -160,7 +190,8 @@ def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
             raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{source}: {key}: {message}{got}") from None
+        where = f"{source}: {key}" if key else source
+        raise UserError(f"{where}: {message}{got}") from None
 
 
 def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any]:

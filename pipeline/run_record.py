@@ -19,6 +19,7 @@ _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
     "model.start_from",  # likewise (start_weights.py)
+    "text_masking.word_counts",  # likewise
     "data.workers",
     "data.max_bad_ratio",
     "train.output",
@@ -61,7 +62,9 @@ def read_record(run_directory: Path) -> dict[str, Any]:
     return record
 
 
-def check_unchanged(run_directory: Path, recipe: Recipe, manifest_sha256: str, tokenizer_sha256: str) -> None:
+def check_unchanged(
+    run_directory: Path, recipe: Recipe, manifest_sha256: str, tokenizer_sha256: str, word_counts_sha256: str | None
+) -> None:
     """Raise UserError if a run that is to be continued would become another one half way."""
     before = _flat(read_recipe_file(str(run_directory / RECIPE)))
     now = _flat(recipe)
@@ -73,6 +76,8 @@ def check_unchanged(run_directory: Path, recipe: Recipe, manifest_sha256: str, t
             )
     record = read_record(run_directory)
     hashes = {"manifest_sha256": ("data", manifest_sha256), "tokenizer_sha256": ("tokenizer", tokenizer_sha256)}
+    if word_counts_sha256:
+        hashes["word_counts_sha256"] = ("word counts", word_counts_sha256)
     for name, (what, sha256) in hashes.items():
         if record.get(name, sha256) != sha256:
             raise UserError(

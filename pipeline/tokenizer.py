@@ -115,7 +115,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one caption, at most `context_length` of them; the last is the end token."""
-        ids = self.encoder.encode(text)[: self.context_length - 2]
+        return self.with_ends(self.encoder.encode(text)[: self.context_length - 2])
+
+    def with_ends(self, ids: Sequence[int]) -> list[int]:
+        """Token ids between start and end token."""
         return [self.encoder.start_token_id, *ids, self.encoder.end_token_id]
 
     def encode_batch(self, texts: Sequence[str]) -> Tensor:

@@ -28,6 +28,7 @@ from pipeline.run_logger import RunLogger, timestamp
 from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.text_masking import TextMasker
 from pipeline.tokenizer import load_tokenizer
 from pipeline.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
@@ -68,6 +69,7 @@ class Trainer:
         self.run_directory = Path(recipe.train.output)
         self.manifest = read_manifest(recipe.data.train)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
+        self.text_masker = TextMasker(self.tokenizer, recipe.text_masking)
         self.plan = plan_batches(recipe, self.manifest.num_samples, ranks.world_size)
         epochs_steps = max(1, round(recipe.train.epochs * self.plan.steps_per_epoch))
         self.total_steps = recipe.train.max_steps or epochs_steps
@@ -75,7 +77,13 @@ class Trainer:
         self.config = deepspeed_config(recipe, self.plan, recipe.train.deepspeed_config)
         self._checkpoint = newest_checkpoint(self.run_directory)
         if self._checkpoint is not None:
-            check_unchanged(self.run_directory, recipe, self.manifest.sha256, self.tokenizer.sha256)
+            check_unchanged(
+                self.run_directory,
+                recipe,
+                self.manifest.sha256,
+                self.tokenizer.sha256,
+                self.text_masker.word_counts_sha256,
+            )
         self._print_plan()
 
         torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
@@ -159,7 +167,7 @@ class Trainer:
         sizes = tuple(shard.samples for shard in self.manifest.shards)
         order = SampleOrder(sizes, self.recipe.data.window_shards, self.recipe.train.seed)
         image_size = self.engine.module.config.vision.image_size
-        dataset = TrainingSet(self.manifest, order, self.tokenizer, image_size, self.recipe.data.crop_min_area)
+        dataset = TrainingSet(self.manifest, order, self.text_masker, image_size, self.recipe.data.crop_min_area)
         places = MicroBatches(self.plan, self.ranks.rank, self.progress.step, self.total_steps)
         loader = make_loader(dataset, places, self.recipe.data.workers, self.ranks.device.type == "cuda")
         try:
@@ -251,6 +259,7 @@ class Trainer:
             "manifest_sha256": self.manifest.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
             RECORD_KEY: self.start_sha256,
+            "word_counts_sha256": self.text_masker.word_counts_sha256,
             "deepspeed_config": self.config,
             "versions": versions(),
         }

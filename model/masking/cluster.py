@@ -21,9 +21,9 @@ _FLAT_STD = 1e-4
 # Flat patches are the same colour within a third of a grey level (1/255 is about 0.015 after normalisation).
 _SAME_COLOUR = 5e-3
 
-# Patches of one colour: no channel spans more than one grey level (1/255 is about 0.0146 to 0.0152 after
-# normalisation).
-_ONE_COLOUR_RANGE = 0.0155
+# A patch shows one colour if no channel varies by more than half a grey level (standard deviation; a grey level is
+# about 0.015 after normalisation).
+_ONE_COLOUR_STD = 7.5e-3
 
 # On a CPU similarities are computed for so many images at a time: their patches stay in the cache, and memory stays
 # the same for any batch. Accelerators take as many as keep them busy.
@@ -77,10 +77,12 @@ def cluster_similarity(
 
 
 def of_one_colour(patches_BLP: Tensor, channels: int) -> Tensor:
-    """Which patches show one colour, within a grey level: bool [B, L]. Borders, letterboxes, blank backgrounds."""
-    lowest_BLC, highest_BLC = patches_BLP.unflatten(2, (channels, -1)).aminmax(dim=3)
-    flat_BLC: Tensor = highest_BLC - lowest_BLC < _ONE_COLOUR_RANGE
-    return flat_BLC.all(dim=2)
+    """Which patches show one colour, within half a grey level: bool [B, L]. Borders, letterboxes, blank backgrounds."""
+    values_BLCp = patches_BLP.float().unflatten(2, (channels, -1))
+    mean_BLC = values_BLCp.mean(dim=3)
+    mean_square_BLC = torch.linalg.vector_norm(values_BLCp, dim=3).square() / values_BLCp.shape[3]
+    is_one_BLC: Tensor = mean_square_BLC - mean_BLC.square() < _ONE_COLOUR_STD**2
+    return is_one_BLC.all(dim=2)
 
 
 def image_slices(images: PatchedImages) -> Iterator[slice]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.errors import UserError
+from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.tar_samples import ImageFile
 from pipeline.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.inference import InferenceModel
@@ -35,12 +37,14 @@ class FeatureEncoder:
     """Encodes with one model; every rank encodes a contiguous share and receives all features.
 
     `workers` threads decode images: the decoder and the resize release the interpreter's lock.
+    `masking`, on request, hides patches of the images as training did; an evaluation looks at whole images otherwise.
     """
 
     model: InferenceModel
     ranks: Ranks
     batch_size: int
     workers: int
+    masking: MaskingConfig | None = None
 
     def encode_images(self, images: Sequence[ImageFile]) -> Tensor:
         """Unit-length features, fp32 [N, D] on the CPU, in the order of `images`.
@@ -67,8 +71,11 @@ class FeatureEncoder:
         except ImageError as error:
             raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
 
-    def _encode_image_batch(self, images: Tensor) -> Tensor:
-        return self.model.clip.encode_image(normalize_pixels(images.to(self.ranks.device)))
+    def _encode_image_batch(self, images_BCHW: Tensor) -> Tensor:
+        images_BCHW = images_BCHW.to(self.ranks.device)
+        if self.masking is not None:
+            return encode_masked(self.model.clip, images_BCHW, self.masking)
+        return self.model.clip.encode_image(normalize_pixels(images_BCHW))
 
     def _encode_text_batch(self, texts: list[str]) -> Tensor:
         return self.model.clip.encode_text(self.model.tokenizer.encode_batch(texts).to(self.ranks.device))

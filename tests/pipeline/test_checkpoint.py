@@ -91,12 +91,14 @@ def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Pat
 
 def test_a_run_is_continued_only_as_it_was_started(tmp_path: Path) -> None:
     recipe = load_recipe("demo")
-    write_record(tmp_path, recipe, {"manifest_sha256": "aa", "tokenizer_sha256": "bb"})
-    check_unchanged(tmp_path, recipe, "aa", "bb")
-    check_unchanged(tmp_path, load_recipe("demo", ["data.workers=7", "train.log_every_steps=1"]), "aa", "bb")
+    write_record(tmp_path, recipe, {"manifest_sha256": "aa", "tokenizer_sha256": "bb", "word_counts_sha256": "cc"})
+    check_unchanged(tmp_path, recipe, "aa", "bb", "cc")
+    check_unchanged(tmp_path, load_recipe("demo", ["data.workers=7", "train.log_every_steps=1"]), "aa", "bb", None)
     with pytest.raises(UserError, match=r"optimizer\.lr=0\.001, now it is 0\.1"):
-        check_unchanged(tmp_path, load_recipe("demo", ["optimizer.lr=0.1"]), "aa", "bb")
+        check_unchanged(tmp_path, load_recipe("demo", ["optimizer.lr=0.1"]), "aa", "bb", None)
     with pytest.raises(UserError, match="other data"):
-        check_unchanged(tmp_path, recipe, "cc", "bb")
+        check_unchanged(tmp_path, recipe, "dd", "bb", None)
     with pytest.raises(UserError, match="other tokenizer"):
-        check_unchanged(tmp_path, recipe, "aa", "cc")
+        check_unchanged(tmp_path, recipe, "aa", "dd", None)
+    with pytest.raises(UserError, match="other word counts"):
+        check_unchanged(tmp_path, recipe, "aa", "bb", "dd")

@@ -14,15 +14,18 @@ from conftest import jpeg_bytes, write_shards, write_tar
 from pipeline.data_loader import MicroBatches, TrainingSet, collate, make_loader
 from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
+from pipeline.recipe import TextMaskingSection
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.tar_index import index_samples, read_members
+from pipeline.text_masking import TextMasker
 from pipeline.tokenizer import load_tokenizer
 
 
 def dataset(directory: Path | str, tokenizer_file: Path, seed: int = 0) -> TrainingSet:
     manifest = read_manifest(str(directory))
     order = SampleOrder(tuple(shard.samples for shard in manifest.shards), 2, seed)
-    return TrainingSet(manifest, order, load_tokenizer(str(tokenizer_file), 64), 16, 0.9)
+    text_masker = TextMasker(load_tokenizer(str(tokenizer_file), 64), TextMaskingSection())
+    return TrainingSet(manifest, order, text_masker, 16, 0.9)
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

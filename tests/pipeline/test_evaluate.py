@@ -86,6 +86,17 @@ def test_image_features_are_the_models_own_in_order(model: InferenceModel, image
     torch.testing.assert_close(encoder_of(model).encode_images(images), expected_ND)
 
 
+def test_masked_features_depend_on_the_image_alone(model: InferenceModel, images: list[ImageFile]) -> None:
+    masking = MaskingConfig(strategy="cluster", target_mask_ratio=0.5)
+    masked = replace(encoder_of(model, batch_size=3), masking=masking).encode_images(images)
+    in_other_batches = replace(encoder_of(model, batch_size=8), masking=masking).encode_images(images[::-1])
+    torch.testing.assert_close(masked, in_other_batches.flip(0))
+    assert masked.norm(dim=1) == pytest.approx(torch.ones(8))
+    assert (masked - encoder_of(model).encode_images(images)).abs().max() > 1e-3
+    nothing_hidden = replace(encoder_of(model), masking=MaskingConfig(strategy="none")).encode_images(images)
+    torch.testing.assert_close(nothing_hidden, encoder_of(model).encode_images(images))
+
+
 def test_text_features_do_not_depend_on_the_batch(model: InferenceModel) -> None:
     texts = ["a", "a red square", "three discs left of a cross", "b", "a red square"]
     one_by_one = encoder_of(model, batch_size=1).encode_texts(texts)

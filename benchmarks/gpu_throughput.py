@@ -1,0 +1,153 @@
+"""On a GPU: images per second, model FLOPs utilisation, peak memory and time relative to no masking, in bf16.
+
+    python benchmarks/gpu_throughput.py [--models ViT-B-16 ViT-L-14] [--batches 256 1024 4096] [--rounds 10]
+
+A step is forward, backward and fused AdamW in bf16 autocast with the attention backend that `auto` takes. For every
+model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the matrix
+products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run. A batch
+that does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from record import record
+from training_steps import Step, TrainingBatch, make_batch, packed_step, train_with
+
+from model.config import config_from_name
+from model.flops import step_flops
+
+Arm = Callable[[str, TrainingBatch], Step]
+
+
+def arms() -> dict[str, Arm]:
+    """What is compared: this project's strategies, and open_clip where it is installed."""
+    found: dict[str, Arm] = {
+        "none": lambda name, batch: packed_step(name, batch, "none"),
+        "random_0.5": lambda name, batch: packed_step(name, batch, "random"),
+        "cluster_0.5": lambda name, batch: packed_step(name, batch, "cluster"),
+    }
+    try:
+        from open_clip import ClipLoss, create_model
+    except ImportError:
+        return found
+
+    def open_clip_step(name: str, batch: TrainingBatch) -> Step:
+        model, loss = create_model(name, device=batch.images_BCHW.device).train(), ClipLoss()
+        return train_with(model, lambda: loss(*model(batch.images_BCHW, batch.tokens_BT)[:3]))
+
+    return {"open_clip": open_clip_step, **found}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """One step's time, work on the device included."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def made_with_peak(make: Callable[[], Step], device: torch.device) -> tuple[Step, int | None]:
+    """A step that has run twice, and the memory it took at most beyond what was in use before; None on a CPU."""
+    if device.type != "cuda":
+        step = make()
+        step()
+        return step, None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step = make()
+    step()
+    step()
+    return step, torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_flops_per_s(device: torch.device) -> float:
+    """What a large bf16 matrix product reaches."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(10))
+
+
+def model_flops(name: str, batch: TrainingBatch, mask_ratio: float) -> int:
+    """Operations of one step at this share of dropped patches; attention as if all images kept alike."""
+    config = config_from_name(name)
+    kept = round((1 - mask_ratio) * config.vision.num_patches)
+    return step_flops(config, [kept] * len(batch.lengths_B), batch.lengths_B.tolist())
+
+
+def measure(name: str, batch: TrainingBatch, rounds: int, peak: float) -> dict[str, Any]:
+    """Figures of all arms for one model and batch; arms that do not fit say so."""
+    device, pairs = batch.images_BCHW.device, len(batch.lengths_B)
+    steps: dict[str, Step] = {}
+    figures: dict[str, Any] = {}
+    for arm, make in arms().items():
+        try:
+            step, peak_bytes = made_with_peak(lambda make=make: make(name, batch), device)
+            steps[arm] = step
+            figures[arm] = {"peak_bytes": peak_bytes}
+        except torch.OutOfMemoryError:
+            figures[arm] = {"fits": False}
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {arm: [] for arm in steps}
+    for number in range(rounds):
+        order = [*steps][number % len(steps) :] + [*steps][: number % len(steps)] if steps else []
+        for arm in order:
+            times[arm].append(seconds(steps[arm], device))
+    for arm, values in times.items():
+        median = statistics.median(values)
+        figures[arm] |= {"images_per_s": round(pairs / median, 1), "step_s": round(median, 5)}
+        if arm != "open_clip":
+            operations = model_flops(name, batch, 0.0 if arm == "none" else 0.5)
+            figures[arm]["mfu"] = round(operations / median / peak, 4)
+        if "none" in times:
+            ratios = [a / b for a, b in zip(values, times["none"], strict=True)]
+            figures[arm]["time_over_none"] = round(statistics.median(ratios), 4)
+    return figures
+
+
+def main() -> None:
+    """Measure every model and batch and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-L-14"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024, 4096])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cuda", help="cpu tries the script, with small models and batches")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: no CUDA device here; --device cpu --models ViT-test-8 --batches 8 tries the script")
+    peak = peak_flops_per_s(device)
+    figures: dict[str, Any] = {"bf16_peak_flops_per_s": round(peak)}
+    for name in options.models:
+        for size in options.batches:
+            batch = make_batch(size, config_from_name(name).vision.image_size).to(device)
+            figures.setdefault(name, {})[str(size)] = measured = measure(name, batch, options.rounds, peak)
+            print(name, size, measured, flush=True)
+    if device.type == "cuda":
+        figures["device"] = torch.cuda.get_device_name(device)
+        command = f"python benchmarks/gpu_throughput.py --models {' '.join(options.models)}"
+        print(record("gpu_throughput", figures, command, options.rounds))
+
+
+if __name__ == "__main__":
+    main()

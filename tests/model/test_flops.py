@@ -1,0 +1,35 @@
+"""The count by formula equals torch's own count of the operations that run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.clip import CLIP
+from model.config import Pool, config_from_name
+from model.flops import step_flops
+from model.loss import contrastive_loss
+from model.masking import PatchSelection
+from model.packing import lengths_to_cu_seqlens, pack_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [("ViT-test-8", "class"), ("ViT-nano-8", "class"), ("ViT-nano-8", "average"), ("ViT-nano-8", "attention")],
+)
+def test_formula_equals_the_counter(name: str, pool: Pool) -> None:
+    config = config_from_name(name)
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=pool)))
+    # lengths that fill their buckets, so that nothing is padded
+    kept, lengths = [15, 15, 15, 15], [4, 8, 8, 12]
+    L, P = clip.config.vision.num_patches, 3 * clip.config.vision.patch_size**2
+    kept_K = torch.cat([torch.arange(count) + L * image for image, count in enumerate(kept)])
+    selection = PatchSelection(kept_K, lengths_to_cu_seqlens(torch.tensor(kept)))
+    text = pack_tokens(torch.randint(1, 99, (sum(lengths),)), lengths_to_cu_seqlens(torch.tensor(lengths)), 12)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        contrastive_loss(*clip(torch.randn(len(kept_K), P), selection, text)).backward()
+    assert step_flops(clip.config, kept, lengths) == pytest.approx(counter.get_total_flops(), rel=1e-9)
