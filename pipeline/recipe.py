@@ -151,6 +151,10 @@ class Recipe(_Section):
 
     def clip_config(self, vocab_size: int, eot_token_id: int) -> CLIPConfig:
         """The model's configuration with this recipe's image size and the tokenizer's vocabulary."""
+        if self.masking.strategy == "attentive" and self.model.pool not in (None, "class"):
+            raise UserError(
+                "recipe: masking.strategy=attentive looks through the class token, which only model.pool=class trains"
+            )
         fields = config_from_name(self.model.name).to_dict()
         fields["vision"]["image_size"] = self.model.image_size or fields["vision"]["image_size"]
         fields["vision"]["pool"] = self.model.pool or fields["vision"]["pool"]

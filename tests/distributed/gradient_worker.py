@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -41,10 +42,11 @@ def main() -> None:
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
 
     torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8"))
+    config = config_from_name("ViT-test-8")
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=batch["pool"])))
     recipe = load_recipe("demo", ["optimizer.max_grad_norm=0"])
-    config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
-    engine = make_engine(clip, recipe, config, ranks)
+    engine_config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
+    engine = make_engine(clip, recipe, engine_config, ranks)
 
     counts = batch["kept"].view(G, L)[mine].sum(1)
     kept = batch["kept"].view(G, L)[mine].flatten().nonzero().squeeze(1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from model.packing import PackedTokens, lengths_to_cu_seqlens
 G, L, P, T = 12, 16, 192, 9
 
 
-def make_batch() -> dict[str, torch.Tensor]:
+def make_batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(1, 1000, (G, T), generator=generator)
     lengths = torch.randint(2, T + 1, (G,), generator=generator)
@@ -32,9 +34,10 @@ def make_batch() -> dict[str, torch.Tensor]:
     return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
 
 
-def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8"))
+    config = config_from_name("ViT-test-8")
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=batch["pool"])))
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
     output = clip(
@@ -47,11 +50,13 @@ def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "pool"), [(2, 1, "class"), (2, 2, "average"), (2, 3, "attention"), (3, 1, "class")]
+)
 def test_ranks_have_the_gradients_of_the_concatenated_batch(
-    ranks: int, stage: int, tmp_path: Path, launch: Callable
+    ranks: int, stage: int, pool: str, tmp_path: Path, launch: Callable
 ) -> None:
-    batch = make_batch()
+    batch = make_batch() | {"pool": pool}
     torch.save(batch, tmp_path / "batch.pt")
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
