@@ -59,8 +59,8 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
-        self.text = TextTransformer(config.text, config.embed_dim, config.activation)
+        self.visual = VisionTransformer(config.vision, config.embed_dim)
+        self.text = TextTransformer(config.text, config.embed_dim)
         # one-dimensional: DeepSpeed cannot broadcast a parameter without dimensions
         self.logit_scale = nn.Parameter(torch.full((1,), _INITIAL_LOGIT_SCALE))
 

@@ -25,10 +25,11 @@ class VisionConfig:
     heads: int
     mlp_ratio: float = 4.0
     pool: Pool = "class"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
-        if self.pool not in get_args(Pool):
-            raise ValueError(f"unknown pool {self.pool!r}; known: {', '.join(get_args(Pool))}")
+        _check_known("pool", self.pool, get_args(Pool))
+        _check_known("activation", self.activation, get_args(Activation))
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -56,25 +57,41 @@ class TextConfig:
     vocab_size: int = 49408
     eot_token_id: int = 49407
     mlp_ratio: float = 4.0
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
+        _check_known("activation", self.activation, get_args(Activation))
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
 
+def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class CLIPConfig:
-    """A two-tower model; `embed_dim` is the width of the shared space, `activation` that of both towers' MLPs."""
+    """A two-tower model; `embed_dim` is the width of the shared space. Both towers have the same activation."""
 
     name: str
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
-    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(get_args(Activation))}")
+        if self.vision.activation != self.text.activation:
+            raise ValueError(f"towers differ: {self.vision.activation} for images, {self.text.activation} for text")
+
+    @property
+    def activation(self) -> Activation:
+        """What is between the two layers of every MLP."""
+        return self.vision.activation
+
+    def with_activation(self, activation: Activation) -> CLIPConfig:
+        """The same model with another activation."""
+        vision = dataclasses.replace(self.vision, activation=activation)
+        return dataclasses.replace(self, vision=vision, text=dataclasses.replace(self.text, activation=activation))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, the content of a checkpoint's `model.json`."""
@@ -131,7 +148,7 @@ def config_from_name(name: str) -> CLIPConfig:
     stem = name.removesuffix(_QUICK_GELU)
     if stem in CONFIGS:
         config = CONFIGS[stem]
-        return config if stem == name else dataclasses.replace(config, name=name, activation="quick_gelu")
+        return config if stem == name else dataclasses.replace(config.with_activation("quick_gelu"), name=name)
     near = difflib.get_close_matches(stem, CONFIGS, n=1, cutoff=0.0)[0] + name[len(stem) :]
     known = ", ".join(CONFIGS)
     raise ValueError(f"unknown model {name!r}: did you mean {near!r}? known: {known}, each also with {_QUICK_GELU}")

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from model.config import Activation, TextConfig
+from model.config import TextConfig
 from model.packing import PackedTokens
 from model.transformer import Transformer
 
@@ -18,12 +18,12 @@ from model.transformer import Transformer
 class TextTransformer(nn.Module):
     """Text tower whose feature is the last token, end-of-text. Packed and padded text give the same feature."""
 
-    def __init__(self, config: TextConfig, embed_dim: int, activation: Activation) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.transformer = Transformer(
-            config.width, config.layers, config.heads, config.mlp_ratio, causal=True, activation=activation
+            config.width, config.layers, config.heads, config.mlp_ratio, causal=True, activation=config.activation
         )
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))

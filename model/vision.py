@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import Activation, VisionConfig
+from model.config import VisionConfig
 from model.masking.reference import reference_bias
 from model.masking.selection import PatchSelection
 from model.packing import PackedLayout
@@ -28,7 +28,7 @@ def embed_patches(patches_BLP: Tensor, weight_DP: Tensor, position_LD: Tensor) -
 class VisionTransformer(nn.Module):
     """ViT on patches that are gathered before they are embedded; `VisionConfig.pool` says where its feature is read."""
 
-    def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         width = config.width
         self.pool = config.pool
@@ -37,11 +37,11 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.num_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, config.layers, config.heads, config.mlp_ratio, causal=False, activation=activation
+            width, config.layers, config.heads, config.mlp_ratio, causal=False, activation=config.activation
         )
         self.ln_post = nn.LayerNorm(width)
         if config.pool == "attention":
-            self.attn_pool = AttentionPool(width, config.heads, config.mlp_ratio, activation)
+            self.attn_pool = AttentionPool(width, config.heads, config.mlp_ratio, config.activation)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
         self._init_parameters()
 

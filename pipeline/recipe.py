@@ -158,7 +158,8 @@ class Recipe(_Section):
         fields = config_from_name(self.model.name).to_dict()
         fields["vision"]["image_size"] = self.model.image_size or fields["vision"]["image_size"]
         fields["vision"]["pool"] = self.model.pool or fields["vision"]["pool"]
-        fields["activation"] = self.model.activation or fields["activation"]
+        for tower in ("vision", "text"):
+            fields[tower]["activation"] = self.model.activation or fields[tower]["activation"]
         fields["text"]["context_length"] = self.context_length
         fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
         try:

@@ -41,12 +41,12 @@ def test_every_size_comes_with_every_patch() -> None:
 def test_quickgelu_is_the_same_model_with_another_activation() -> None:
     plain, quick = config_from_name("ViT-L-14"), config_from_name("ViT-L-14-quickgelu")
     assert (plain.activation, quick.activation) == ("gelu", "quick_gelu")
-    assert replace(quick, name="ViT-L-14", activation="gelu") == plain
+    assert replace(quick.with_activation("gelu"), name="ViT-L-14") == plain
 
 
 def test_a_model_of_before_there_were_variants_still_loads() -> None:
     fields = config_from_name("ViT-B-32").to_dict()
-    del fields["activation"], fields["vision"]["pool"]
+    del fields["vision"]["activation"], fields["text"]["activation"], fields["vision"]["pool"]
     assert CLIPConfig.from_dict(fields) == config_from_name("ViT-B-32")
 
 
@@ -55,7 +55,9 @@ def test_unknown_variants_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown pool 'max'; known: class, average, attention"):
         replace(config.vision, pool="max")
     with pytest.raises(ValueError, match="unknown activation 'relu'; known: gelu, quick_gelu"):
-        replace(config, activation="relu")
+        config.with_activation("relu")
+    with pytest.raises(ValueError, match="towers differ: quick_gelu for images, gelu for text"):
+        replace(config, vision=replace(config.vision, activation="quick_gelu"))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

@@ -25,7 +25,7 @@ def small_config(pool: Pool = "class", activation: Activation = "gelu", layers: 
     config = config_from_name("ViT-test-8")
     text = dataclasses.replace(config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers)
     vision = dataclasses.replace(config.vision, layers=layers, pool=pool)
-    return dataclasses.replace(config, vision=vision, text=text, activation=activation)
+    return dataclasses.replace(config, vision=vision, text=text).with_activation(activation)
 
 
 def make_clip(pool: Pool = "class", activation: Activation = "gelu") -> CLIP:

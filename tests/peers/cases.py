@@ -69,7 +69,7 @@ def small_config(**variant: str) -> CLIPConfig:
     vision = replace(config.vision, image_size=84, patch_size=14, pool=variant.get("pool", "class"))
     name = "-".join(["ViT-nano-14", *variant.values()])
     text = replace(config.text, context_length=40)
-    return replace(config, name=name, vision=vision, text=text, activation=variant.get("activation", "gelu"))
+    return replace(config, name=name, vision=vision, text=text).with_activation(variant.get("activation", "gelu"))
 
 
 CASES = [

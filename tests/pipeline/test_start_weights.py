@@ -70,9 +70,9 @@ def fresh(config: CLIPConfig) -> CLIP:
 def variant(config: CLIPConfig, **fields: Any) -> CLIPConfig:
     """`image_size=64`, `context_length=20`, `pool="average"`, …, each put where it belongs."""
     of_text = {name: fields.pop(name) for name in ("context_length", "vocab_size") if name in fields}
-    of_model = {name: fields.pop(name) for name in ("activation", "embed_dim") if name in fields}
+    embed_dim, activation = fields.pop("embed_dim", config.embed_dim), fields.pop("activation", "gelu")
     vision, text = replace(config.vision, **fields), replace(config.text, **of_text)
-    return replace(config, vision=vision, text=text, **of_model)
+    return replace(config, vision=vision, text=text, embed_dim=embed_dim).with_activation(activation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
