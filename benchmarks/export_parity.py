@@ -3,8 +3,8 @@
     PEERS_PYTHON=.peers/bin/python python benchmarks/export_parity.py        # after `make peers`
 
 Unit-length features of both towers in fp32 on Flickr8k's pictures and captions (made ones where CLUSTER_CLIP_DATA does
-not name a folder with them), largest absolute difference per model, library, direction and tower. The cases are those of
-the parity tests.
+not name a folder with them): the largest absolute difference per model, library, direction and tower. The cases are
+those of the parity tests.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ B images, L patches of an image, T = L + 1 tokens, N = B * T tokens in all, H he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +35,16 @@ def class_attention(visual: VisionTransformer, images: PatchedImages) -> Tensor:
 
 
 class AttentiveCopy(nn.Module):
-    """The moving average of an image tower, fp32, whose class attention chooses the patches."""
+    """The moving average of an image tower, fp32, whose class attention chooses the patches.
 
-    def __init__(self, visual: VisionTransformer) -> None:
+    It begins as `weights`, the tower's parameters by name (of which DeepSpeed may keep the tower itself only shards).
+    """
+
+    def __init__(self, visual: VisionTransformer, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.visual = deepcopy(visual).float().requires_grad_(False).eval()
+        self.visual = VisionTransformer(visual.config, visual.embed_dim).requires_grad_(False).eval()
+        self.visual.load_state_dict(dict(weights))
+        self.visual.to(next(iter(weights.values())).device)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], decay: float) -> None:

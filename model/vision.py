@@ -30,6 +30,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
+        self.config = config
+        self.embed_dim = embed_dim
         width = config.width
         self.pool = config.pool
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
@@ -54,7 +56,7 @@ class VisionTransformer(nn.Module):
     @property
     def num_patches(self) -> int:
         """L, patches of a whole image."""
-        return self.positional_embedding.shape[0] - 1
+        return self.config.num_patches
 
     def forward(self, patches_KP: Tensor, selection: PatchSelection, visible_BT: Tensor | None = None) -> Tensor:
         """Features of the images, [K, P] -> [B, embed_dim], from the selected patches only.

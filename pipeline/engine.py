@@ -96,7 +96,7 @@ def gathered_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     if not sharded:
         yield {name: parameter.data for name, parameter in parameters.items()}
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(sharded):
         yield {name: parameter.data for name, parameter in parameters.items()}

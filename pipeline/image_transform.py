@@ -18,6 +18,8 @@ from torch import Tensor
 
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 16_384
+# Of an image longer than this many times its width, only the middle is resized: all of it could be gigabytes.
+_MAX_ASPECT = 20
 
 
 class ImageError(ValueError):
@@ -75,10 +77,16 @@ def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
 
     Rounds as torchvision does (longer side down, offset to the nearest): open_clip sees the same picture.
     """
+    longest = _MAX_ASPECT * min(image_CHW.shape[1:])
+    image_CHW = _middle(image_CHW, min(image_CHW.shape[1], longest), min(image_CHW.shape[2], longest))
     _, H, W = image_CHW.shape
     image_CHW = _resize(image_CHW, size * H // min(H, W), size * W // min(H, W))
-    top, left = (round((side - size) / 2) for side in image_CHW.shape[1:])
-    return image_CHW[:, top : top + size, left : left + size].contiguous()
+    return _middle(image_CHW, size, size).contiguous()
+
+
+def _middle(image_CHW: Tensor, height: int, width: int) -> Tensor:
+    top, left = (round((side - kept) / 2) for side, kept in zip(image_CHW.shape[1:], (height, width), strict=True))
+    return image_CHW[:, top : top + height, left : left + width]
 
 
 def random_resized_crop(image_CHW: Tensor, size: int, min_area: float, rng: random.Random) -> Tensor:

@@ -29,7 +29,10 @@ class MaskDrawer:
     ) -> None:
         self.config = config
         self.patch_size = patch_size
-        self.copy = AttentiveCopy(visual) if config.strategy == "attentive" else None
+        self.copy: AttentiveCopy | None = None
+        if config.strategy == "attentive":
+            with gathered_weights(visual) as weights:
+                self.copy = AttentiveCopy(visual, weights)
         self._visual = visual
         self._seed = seed
         self._rank = ranks.rank

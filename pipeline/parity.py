@@ -16,9 +16,8 @@ from torch import Tensor
 from model.clip import CLIP
 from model.patches import normalize_pixels
 from pipeline.errors import UserError
-from pipeline.image_transform import ImageError, decode_image, resize_center_crop
+from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
-from pipeline.report_masks import read_images
 
 TOLERANCE = 1e-5
 MAX_CAPTIONS = 256
@@ -70,17 +69,12 @@ def random_examples(model: InferenceModel, count: int = 4) -> Examples:
 
 
 def examples_from(directory: Path, model: InferenceModel) -> Examples:
-    """Some images and captions of an evaluation set or a shard directory.
+    """Some images and captions of an evaluation set, a shard directory or a folder.
 
-    Raises UserError if the directory is neither, or an image does not decode.
+    Raises UserError if the directory is none of these, or an image does not decode.
     """
-    images = []
     samples = read_images(directory)
-    for sample in samples:
-        try:
-            images.append(resize_center_crop(decode_image(sample.image.read()), model.image_size))
-        except ImageError as error:
-            raise UserError(f"{sample.image} does not decode: {error}") from error
+    images = [load_image(sample.image, model.image_size) for sample in samples]
     tokens_BT = model.tokenizer.encode_batch([sample.caption for sample in samples])
     return Examples(normalize_pixels(torch.stack(images)), tokens_BT, str(directory), str(directory))
 

@@ -226,7 +226,7 @@ def _find(name_or_path: str) -> Path:
         return path.resolve()
     known = sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml"))
     if name_or_path not in known:
-        raise UserError(f"no recipe {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known)}")
+        raise UserError(f"no recipe {name_or_path!r}{did_you_mean(name_or_path, known)}; known: {', '.join(known)}")
     return RECIPES_DIRECTORY / f"{name_or_path}.yaml"
 
 
@@ -256,10 +256,11 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     if not sections:
         known = list(Recipe.model_fields)
     full = ".".join([*sections, key])
-    return f"unknown option {full!r}{_nearest(full, known)}"
+    return f"unknown option {full!r}{did_you_mean(full, known)}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else ""
 

@@ -10,22 +10,18 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import base64
 from collections.abc import Sequence
 from typing import Any
-
-import jinja2
 
 from pipeline import report_tables as tables
 from pipeline.entry import run
 from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
+from pipeline.rendering import render
 from pipeline.report_curves import draw_curves
 from pipeline.report_inputs import read_inputs
 from pipeline.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
 from pipeline.run_logger import timestamp
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,34 +58,10 @@ def write_report(directory: Path, content: dict[str, Any]) -> Path:
     return page.resolve()
 
 
-def render(template: str, content: dict[str, Any]) -> str:
-    """One of the templates, filled in; everything that is not markup is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=template.endswith(".html.j2"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = _data_uri
-    environment.filters["md"] = _escape_markdown
-    return environment.get_template(template).render(content)
-
-
 def _write_strips(directory: Path, grid: PictureGrid) -> None:
     for number, row in enumerate(grid.rows):
         strip = side_by_side([row.original.jpeg, *(picture.jpeg for picture in row.masked)])
         write_atomically(directory / f"masks_{number}.jpg", strip)
-
-
-def _data_uri(data: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _escape_markdown(text: str) -> str:
-    for character in "\\|`*_<>[]":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         type=Path,
-        metavar="DIR",
-        help="evaluation set or shard directory: show what masking hides on its images",
+        metavar="SOURCE",
+        help="folder, tar or shard directory of images, or evaluation set: show what masking hides on some of them",
     )
     return parser
 

@@ -1,11 +1,12 @@
 """Started by the launcher: gradients of one global batch spread over ranks, and this rank's masks.
 
-usage: gradient_worker.py --template NAME BATCH.pt OUTPUT_DIRECTORY
+usage: gradient_worker.py --template NAME --masking JSON BATCH.pt OUTPUT_DIRECTORY
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
     parser.add_argument("--template")
+    parser.add_argument("--masking", type=json.loads, help="settings by name")
     parser.add_argument("batch")
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
@@ -58,9 +60,13 @@ def main() -> None:
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())
 
-    masks = MaskDrawer(MaskingConfig(), clip.visual, 8, 0, ranks)
-    _, chosen = masks.draw(batch["images"][mine], step=5, micro_batch=0, progress=0.0)
-    save_file({"kept": chosen.selection.kept_K}, options.output / f"masks_{ranks.rank}.safetensors")
+    drawn = {}
+    for name, settings in options.masking.items():
+        masks = MaskDrawer(MaskingConfig(**settings), clip.visual, 8, 0, ranks)
+        masks.follow()
+        _, chosen = masks.draw(batch["images"][mine], step=5, micro_batch=0, progress=0.5)
+        drawn[name] = chosen.selection.kept_K
+    save_file(drawn, options.output / f"masks_{ranks.rank}.safetensors")
     if ranks.is_main:
         save_file({**gradients, "loss": mean_loss.view(1)}, options.output / "gradients.safetensors")
 

@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 
 from model.clip import CLIP
 from model.config import config_from_name
-from model.masking import PatchSelection
+from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
+from pipeline.mask_drawer import MaskDrawer
+from pipeline.ranks import Ranks
 
 G, L, P, T = 12, 16, 192, 9
+
+# Strategies that look at pixels, at the model's patch embeddings, and through a copy of the model.
+MASKING = {"cluster": {}, "mix": {"embedding_mix": 1.0}, "attentive": {"strategy": "attentive"}}
 
 
 def make_batch() -> dict[str, Any]:
@@ -34,10 +39,15 @@ def make_batch() -> dict[str, Any]:
     return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
 
 
-def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def make_clip(pool: str) -> CLIP:
+    """The worker's model."""
     torch.manual_seed(0)
     config = config_from_name("ViT-test-8")
-    clip = CLIP(replace(config, vision=replace(config.vision, pool=batch["pool"])))
+    return CLIP(replace(config, vision=replace(config.vision, pool=pool)))
+
+
+def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    clip = make_clip(batch["pool"])
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
     output = clip(
@@ -51,7 +61,8 @@ def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, to
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "stage", "pool"), [(2, 1, "class"), (2, 2, "average"), (2, 3, "attention"), (3, 1, "class")]
+    ("ranks", "stage", "pool"),
+    [(2, 0, "class"), (2, 1, "class"), (2, 2, "average"), (2, 3, "attention"), (3, 1, "class")],
 )
 def test_ranks_have_the_gradients_of_the_concatenated_batch(
     ranks: int, stage: int, pool: str, tmp_path: Path, launch: Callable
@@ -61,7 +72,8 @@ def test_ranks_have_the_gradients_of_the_concatenated_batch(
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     worker = Path(__file__).with_name("gradient_worker.py")
-    done = launch(worker, "--template", str(template), str(tmp_path / "batch.pt"), str(tmp_path), ranks=ranks)
+    options = ["--template", str(template), "--masking", json.dumps(MASKING)]
+    done = launch(worker, *options, str(tmp_path / "batch.pt"), str(tmp_path), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
 
     loss, expected = single_process_gradients(batch)
@@ -72,6 +84,13 @@ def test_ranks_have_the_gradients_of_the_concatenated_batch(
         scale = max(1.0, float(gradient.abs().max()))
         assert (found[name].view_as(gradient) - gradient).abs().max() < 1e-5 * scale, name
 
-    masks = [load_file(tmp_path / f"masks_{rank}.safetensors")["kept"] for rank in range(ranks)]
-    assert {mask.numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}  # exactly the budget on every rank
-    assert not torch.equal(masks[0], masks[1])  # and each rank its own masks
+    masks = [load_file(tmp_path / f"masks_{rank}.safetensors") for rank in range(ranks)]
+    for name, kept in masks[0].items():
+        # exactly the budget on every rank, each rank its own masks, and the same as without DeepSpeed
+        assert {mask[name].numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}
+        assert not torch.equal(kept, masks[1][name])
+        alone = MaskDrawer(
+            MaskingConfig(**MASKING[name]), make_clip(pool).visual, 8, 0, Ranks(0, 0, 1, torch.device("cpu"))
+        )
+        _, expected_masks = alone.draw(batch["images"][: G // ranks], step=5, micro_batch=0, progress=0.5)
+        assert torch.equal(kept, expected_masks.selection.kept_K), name

@@ -89,3 +89,11 @@ def test_random_crops_follow_their_generator_and_keep_their_area() -> None:
         width, height = (int(crop[c].max() - crop[c].min()) for c in (0, 1))
         assert width * height > 0.55 * 200 * 200
         assert 0.65 < width / height < 1.55
+
+
+def test_a_sliver_is_cropped_before_it_is_enlarged() -> None:
+    """16,384 x 1 pixels would be 2.5 GB at a height of 224."""
+    sliver = torch.arange(16_384, dtype=torch.float32).div(65).to(torch.uint8).expand(3, 1, 16_384)
+    square = resize_center_crop(sliver, 224)
+    assert square.shape == (3, 224, 224)
+    assert (square.float() - 8192 / 65).abs().max() <= 2

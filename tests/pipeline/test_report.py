@@ -14,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from model.masking import MaskingConfig
+from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Result, write_results
+from pipeline.mask_drawer import seed_masks
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.rendering import data_uri
 from pipeline.report_inputs import read_inputs
-from pipeline.report_masks import draw_masks, hidden_patches
+from pipeline.report_masks import draw_masks
 from pipeline.report_tables import dataset_tables, headline_table, training_table
 
 CHANCE = {"acc1": 0.1}
@@ -184,6 +186,16 @@ def _pixels(jpeg: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))).permute(2, 0, 1).float()
 
 
+def dropped_by_training(images_BCHW: torch.Tensor, masking: MaskingConfig) -> torch.Tensor:
+    """Patches that the first step of a run with seed 0 drops, bool [B, L]."""
+    generator = torch.Generator()
+    seed_masks(generator, seed=0, step=0, micro_batch=0, rank=0)
+    images = PatchedImages(images_BCHW, 8)
+    kept = choose_patches(images, masking, generator).selection.kept_K.tolist()
+    all_patches = range(images.num_images * images.num_patches)
+    return torch.tensor([patch not in kept for patch in all_patches]).view(images.num_images, -1)
+
+
 def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:
     recipe: Recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test")
     grid = draw_masks(write_images(tmp_path), recipe)
@@ -192,7 +204,7 @@ def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Pa
         [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
     )
     for index, strategy in enumerate(("random", "cluster")):
-        hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(strategy=strategy))
+        hidden_BL = dropped_by_training(images_BCHW, MaskingConfig(strategy=strategy))
         assert hidden_BL.float().mean() == 0.5
         for row, original, hidden_L in zip(grid.rows, originals, hidden_BL, strict=True):
             assert row.masked[index].hidden == pytest.approx(hidden_L.float().mean().item())
@@ -206,12 +218,12 @@ def test_clusters_hide_the_flat_sky_first(tmp_path: Path) -> None:
     images_BCHW = torch.stack(
         [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
     )
-    hidden_BL = hidden_patches(images_BCHW, 8, MaskingConfig(anchor_ratio=0.1))
+    hidden_BL = dropped_by_training(images_BCHW, MaskingConfig(anchor_ratio=0.1))
     sky, noise = hidden_BL[:, :32].float().mean(), hidden_BL[:, 32:].float().mean()
     assert sky > 0.8
     assert noise < 0.2
 
 
 def test_data_uri_round_trip() -> None:
-    uri = report._data_uri(b"\x00\xffpicture", "image/jpeg")
+    uri = data_uri(b"\x00\xffpicture", "image/jpeg")
     assert base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")) == b"\x00\xffpicture"
