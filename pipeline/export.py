@@ -101,13 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         metavar="DIR",
-        help="evaluation set or shard directory to compare features on (default: random images and captions)",
+        help="evaluation set, shards, tar or folder of images to compare features on (default: random ones)",
     )
     parser.add_argument(
         "--captions",
         type=Path,
         metavar="FILE",
-        help="text file of captions to compare on, one per line",
+        help="captions to compare features on, one per line (default: those of --images)",
     )
     return parser
 
