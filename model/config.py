@@ -115,8 +115,8 @@ def _config(name: str, embed_dim: int, vision: tuple[int, ...], text: tuple[int,
     )
 
 
-# size: embed_dim, vision (width, layers, heads), text (width, layers, heads), as in open_clip. S and B of patch 32 and 16,
-# L and H of patch 16 and 14 are its models; S-14, B-14, L-32 and H-32 are ours, the same at another patch.
+# size: embed_dim, vision (width, layers, heads), text (width, layers, heads), as in open_clip, which has S and B with
+# patch 32 and 16, L and H with patch 16 and 14; S-14, B-14, L-32 and H-32 are ours, the same sizes at another patch.
 _SIZES = {
     "S": (384, (384, 12, 6), (384, 12, 6)),
     "B": (512, (768, 12, 12), (512, 12, 8)),
