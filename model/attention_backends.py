@@ -56,8 +56,7 @@ def varlen_attention(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: Pack
 
 def flex_attention_packed(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: PackedLayout, causal: bool) -> Tensor:
     """FlexAttention with a mask that keeps sequences apart; compiled on CUDA, without gradients on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+    create_block_mask, flex_attention = _flex_functions(tokens_NSHE.device.type)
     query, key, value = _split(tokens_NSHE, query_BHE)
     key_sequence_N = layout.sequence_N(key.shape[0])
     query_sequence = key_sequence_N if query_BHE is None else torch.arange(query.shape[0], device=query.device)
@@ -68,15 +67,18 @@ def flex_attention_packed(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout:
 
     mask = create_block_mask(is_visible, None, None, query.shape[0], key.shape[0], device=str(query.device))
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    out_1HNE: Tensor = _flex_kernel(query.device.type)(query, key, value, block_mask=mask)
+    out_1HNE: Tensor = flex_attention(query, key, value, block_mask=mask)
     return out_1HNE.squeeze(0).transpose(0, 1)
 
 
 @cache
-def _flex_kernel(device_type: str) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex_functions(device_type: str) -> tuple[Any, Any]:
+    """What makes the mask and what applies it: compiled on CUDA, where neither may write N x N to memory."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    if device_type != "cuda":
+        return create_block_mask, flex_attention
+    return torch.compile(create_block_mask, dynamic=True), torch.compile(flex_attention, dynamic=True)
 
 
 def bucketed_attention(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: PackedLayout, causal: bool) -> Tensor:
@@ -86,8 +88,11 @@ def bucketed_attention(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: Pa
     """
     if layout.uniform_length is not None:
         tokens_BTSHE = tokens_NSHE.unflatten(0, (layout.num_sequences, layout.uniform_length))
-        query_B1HE = None if query_BHE is None else query_BHE.unsqueeze(1)
-        return _dense(tokens_BTSHE, query_B1HE, layout.attention_bias_BHTT, causal)
+        if query_BHE is None:
+            return _dense(tokens_BTSHE, None, layout.attention_bias_BHTT, causal)
+        # the bias is images' alone, where the one query is the first token's
+        bias_BH1T = None if layout.attention_bias_BHTT is None else layout.attention_bias_BHTT[:, :, :1]
+        return _dense(tokens_BTSHE, query_BHE.unsqueeze(1), bias_BH1T, causal)
     buckets = layout.buckets
     # split, not slices: the gradient of a slice is as large as what it was cut from
     cells = tokens_NSHE.index_select(0, buckets.token_index_M).split([n * T for n, T, _ in buckets.shapes])

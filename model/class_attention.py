@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from model.attention_backends import dense_attention
 from model.masking.selection import keep_all
 from model.patches import PatchedImages
 from model.vision import VisionTransformer
@@ -22,15 +23,17 @@ from model.vision import VisionTransformer
 def class_attention(visual: VisionTransformer, images: PatchedImages) -> Tensor:
     """Share of the class token's attention that each patch gets, averaged over heads and layers: fp32 [B, L]."""
     B, L = images.num_images, images.num_patches
-    x_ND, layout = visual.tokens(images.patches().flatten(0, 1), keep_all(B, L, images.device))
+    x_ND, _ = visual.tokens(images.patches().flatten(0, 1), keep_all(B, L, images.device))
     x_ND = visual.ln_pre(x_ND)
     attention_BT = torch.zeros(B, L + 1, device=images.device)
     for block in visual.transformer.blocks:
         qkv_N3HE = block.before_attention(x_ND)
-        query_BTHE, key_BTHE, _ = qkv_N3HE.unflatten(0, (B, L + 1)).unbind(2)
+        query_BTHE, key_BTHE, value_BTHE = qkv_N3HE.unflatten(0, (B, L + 1)).unbind(2)
         logits_BHT = torch.einsum("bhe,bthe->bht", query_BTHE[:, 0], key_BTHE) * query_BTHE.shape[-1] ** -0.5
         attention_BT += logits_BHT.float().softmax(dim=-1).mean(dim=1)
-        x_ND = block.after_attention(x_ND, block.attn.attend(qkv_N3HE, layout))
+        # whole images are a rectangle: no layout whose lengths the host would have to read
+        attended_BTHE = dense_attention(query_BTHE, key_BTHE, value_BTHE, mask=None, causal=False)
+        x_ND = block.after_attention(x_ND, attended_BTHE.reshape(x_ND.shape))
     return attention_BT[:, 1:] / len(visual.transformer.blocks)
 
 

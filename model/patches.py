@@ -17,9 +17,11 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalize_pixels(images_BCHW: Tensor) -> Tensor:
     """uint8 RGB images [B, 3, H, W] or [3, H, W] -> float32 with about zero mean and unit variance, same shape."""
-    mean_C = torch.tensor(PIXEL_MEAN, device=images_BCHW.device) * 255
-    std_C = torch.tensor(PIXEL_STD, device=images_BCHW.device) * 255
-    return images_BCHW.to(torch.float32, copy=True).sub_(mean_C[:, None, None]).div_(std_C[:, None, None])
+    images_BCHW = images_BCHW.to(torch.float32, copy=True)  # whatever is passed stays as it is
+    # channel by channel: a tensor of the statistics would have to be copied to the device, for which the host waits
+    for channel_BHW, mean, std in zip(images_BCHW.unbind(-3), PIXEL_MEAN, PIXEL_STD, strict=True):
+        channel_BHW.sub_(255 * mean).div_(255 * std)
+    return images_BCHW
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:

@@ -6,6 +6,7 @@ B sequences, N tokens in all, D width, H heads, E width of a head
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import MethodType
 from typing import cast
 
 import torch
@@ -114,9 +115,11 @@ class Transformer(nn.Module):
 
         One compilation serves all blocks, since they differ in their weights alone.
         """
-        for block in self.blocks:
-            for half in ("before_attention", "after_attention"):
-                setattr(block, half, torch.compile(getattr(block, half), dynamic=dynamic))
+        for half in ("before_attention", "after_attention"):
+            compiled = torch.compile(getattr(Block, half), dynamic=dynamic)
+            for block in self.blocks:
+                # a bound method, which a copy of the block binds to itself
+                setattr(block, half, MethodType(compiled, block))
 
     @torch.no_grad()
     def init_parameters(self) -> None:

@@ -100,8 +100,6 @@ def anchor_cosines(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
     P = patches_BLP.shape[2]
     mean_BL = patches_BLP.mean(dim=2)
     centred_BLP = patches_BLP - mean_BL[:, :, None]
-    # once more: what rounding left of the mean would count for much where contrast is low
-    centred_BLP -= centred_BLP.mean(dim=2, keepdim=True)
     norm_BL = torch.linalg.vector_norm(centred_BLP, dim=2)
     is_flat_BL = norm_BL < _FLAT_STD * P**0.5
     scale_BL = torch.where(is_flat_BL, 0.0, 1.0 / norm_BL.clamp_min(_FLAT_STD))

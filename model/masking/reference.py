@@ -47,7 +47,7 @@ def reference_masks(
     flat_K = (order_Bk + L * torch.arange(B, device=images.device)[:, None]).flatten()
     selection = PatchSelection(flat_K, lengths_to_cu_seqlens(torch.full((B,), k, device=images.device)))
     visible_Bk = ~is_masked_BL.gather(1, order_Bk)
-    return ReferenceMasks(selection, torch.cat((torch.ones_like(visible_Bk[:, :1]), visible_Bk), dim=1))
+    return ReferenceMasks(selection, torch.cat((visible_Bk.new_ones(B, 1), visible_Bk), dim=1))
 
 
 def reference_bias(visible_BT: Tensor, heads: int) -> Tensor:

@@ -5,6 +5,7 @@ B images, L patches of an image, K patches kept in the whole batch
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def select_with_threshold(
     max_mask_ratio: float,
     generator: Generator,
 ) -> tuple[PatchSelection, Tensor]:
-    """`select_patches`, and the threshold r as an fp32 tensor [1]; minus infinity if the bounds decide everything."""
+    """`select_patches`, and the threshold r as an fp32 tensor [1]; NaN if the bounds decide everything."""
     B, L = similarity_BL.shape
     K = round((1 - target_mask_ratio) * B * L)
     most = max(_patches_left(min_mask_ratio, L), -(-K // B))
@@ -59,7 +60,7 @@ def select_with_threshold(
 
     # The K smallest eligible keys of the whole batch; `fewest` of each image come first whatever their similarity.
     eligible_BE = sorted_BL[:, :most].clone()
-    eligible_BE[:, :fewest] = _SMALLEST_KEY
+    eligible_BE[:, :fewest].fill_(_SMALLEST_KEY)
     winners_K = eligible_BE.flatten().argsort()[:K]
     kept_B = torch.zeros(B, dtype=torch.long, device=key_BL.device)
     kept_B.scatter_add_(0, winners_K // most, torch.ones_like(winners_K))
@@ -74,7 +75,24 @@ def select_with_threshold(
     order_BL = torch.where(kept_B[:, None] == most, lottery_order_BL, order_BL)
     keep_BL = torch.zeros(B, L, dtype=torch.bool, device=key_BL.device)
     keep_BL.scatter_(1, order_BL, column_L < kept_B[:, None])
-    return PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B)), threshold
+    selection = PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B))
+    return selection, threshold.masked_fill(threshold.isneginf(), math.nan)
+
+
+@torch.no_grad()
+def select_evenly(scores_BL: Tensor, mask_ratio: float, generator: Generator) -> PatchSelection:
+    """Keep the same budget K, those with the lowest scores of each image; images differ by at most one patch.
+
+    Which images keep one more, and which of equal scores stay, is random. Scores are compared within an image only.
+    """
+    B, L = scores_BL.shape
+    K = round((1 - mask_ratio) * B * L)
+    turn_B = torch.rand(B, generator=generator, device=scores_BL.device).argsort()
+    kept_B = K // B + (turn_B < K % B).long()
+    order_BL = _random_tie_keys(scores_BL.float(), generator).argsort(dim=1)
+    keep_BL = torch.zeros(B, L, dtype=torch.bool, device=scores_BL.device)
+    keep_BL.scatter_(1, order_BL, torch.arange(L, device=scores_BL.device) < kept_B[:, None])
+    return PatchSelection(_true_indices(keep_BL.flatten(), K), lengths_to_cu_seqlens(kept_B))
 
 
 _SMALLEST_KEY = -(1 << 62)

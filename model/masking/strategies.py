@@ -17,7 +17,7 @@ from model.masking.cluster import Embed, cluster_similarity, draw_anchors
 from model.masking.config import MaskingConfig
 from model.masking.pgs import pgs_scores
 from model.masking.reference import reference_masks
-from model.masking.selection import PatchSelection, keep_all, select_with_threshold
+from model.masking.selection import PatchSelection, keep_all, select_evenly, select_with_threshold
 from model.masking.spatial import block_scores, grid_scores, random_scores
 from model.patches import PatchedImages
 
@@ -39,7 +39,7 @@ class Guidance:
 class Masks(NamedTuple):
     """What a strategy decided about one batch; statistics are tensors, so that nobody waits for them.
 
-    threshold: of similarity or score, above which patches are dropped; NaN where there is none
+    threshold: of similarity or score, above which patches are dropped; NaN where all images lose alike
     flat_share: share of patches that show one colour; NaN where the strategy does not look at pixels
     visible_BT: tokens whose pairs get a bonus in attention, bool [B, T]; of `cluster-reference` alone
     """
@@ -68,8 +68,11 @@ def choose_patches(
         return Masks(selection, torch.full_like(unknown, target), unknown, visible_BT)
 
     scores_BL, flat_share = _scores(images, config, target, generator, guidance)
-    lowest, highest = _bounds(config, target)
-    selection, threshold = select_with_threshold(scores_BL, target, lowest, highest, generator)
+    if config.strategy not in ("cluster", "pgs"):  # only these let the content decide how much of an image goes
+        return Masks(select_evenly(scores_BL, target, generator), unknown, unknown)
+    selection, threshold = select_with_threshold(
+        scores_BL, target, config.min_mask_ratio, config.max_mask_ratio, generator
+    )
     return Masks(selection, threshold.squeeze(0), unknown if flat_share is None else flat_share)
 
 
@@ -97,10 +100,3 @@ def _scores(
                 raise ValueError("masking.embedding_mix needs the model's patch embeddings")
             weight = config.embedding_mix * guidance.progress
             return cluster_similarity(images, anchors_BA, guidance.embed, weight)
-
-
-def _bounds(config: MaskingConfig, target: float) -> tuple[float, float]:
-    """The least and the most that an image may lose: what depends on its content varies, the rest does not."""
-    if config.strategy in ("cluster", "pgs"):
-        return config.min_mask_ratio, config.max_mask_ratio
-    return target, target

@@ -13,9 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from model.class_attention import AttentiveCopy
 from model.clip import CLIP
 from model.config import Activation, CLIPConfig, Pool, config_from_name
-from model.masking import MaskingConfig, PatchedImages, PatchSelection, choose_patches, keep_all, patchify
+from model.masking import (
+    STRATEGIES,
+    Guidance,
+    MaskingConfig,
+    PatchedImages,
+    PatchSelection,
+    choose_patches,
+    keep_all,
+    patchify,
+)
 from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
 
 Weights = dict[str, Tensor]
@@ -187,14 +197,52 @@ def assert_text_tower_equals_padded(clip: CLIP, lengths: list[int]) -> None:
     assert_same_gradients(clip, clip.encode_text(tokens, normalize=False), padded, weights, "text.")
 
 
-def test_dropped_patches_get_no_gradient_and_have_no_influence() -> None:
-    clip, images = make_clip(), torch.randn(4, 3, 32, 32).requires_grad_()
-    selection = choose_patches(PatchedImages(images.detach(), 8), MaskingConfig(), Generator().manual_seed(0)).selection
-    features = clip.visual(PatchedImages(images, 8).gather(selection.kept_K), selection)
-    features.square().sum().backward()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropped_patches_get_no_gradient_and_have_no_influence(strategy: str) -> None:
+    clip, images = make_clip(), torch.randn(4, 3, 32, 32, generator=Generator().manual_seed(1)).requires_grad_()
+    masks = choose_patches(
+        PatchedImages(images.detach(), 8),
+        MaskingConfig(strategy),
+        Generator().manual_seed(0),
+        Guidance(class_attention=AttentiveCopy(clip.visual, dict(clip.visual.named_parameters())).scores),
+    )
+    kept_K = masks.selection.kept_K
+
+    def features(images: Tensor) -> Tensor:
+        return clip.visual(PatchedImages(images, 8).gather(kept_K), masks.selection, masks.visible_BT)
+
+    before = features(images)
+    before.square().sum().backward()
     assert images.grad is not None
     touched = patchify(images.grad, 8).flatten(0, 1).abs().amax(1) > 0
-    assert touched.nonzero().squeeze(1).tolist() == selection.kept_K.tolist()
+    assert touched.nonzero().squeeze(1).tolist() == kept_K.sort().values.tolist()
+    with torch.no_grad():
+        images[images.grad == 0] = torch.nan
+    assert torch.equal(features(images), before)
+
+
+def test_checkpointing_changes_neither_values_nor_gradients() -> None:
+    """The blocks' second pass sees the masks of the first."""
+    images, tokens = (
+        PatchedImages(torch.randn(4, 3, 32, 32), 8),
+        PackedTokens.from_padded(captions_BT([4, 6, 3, 9]), 49),
+    )
+    selection = choose_patches(images, MaskingConfig(), Generator().manual_seed(0)).selection
+    results = []
+    for checkpointing in (False, True):
+        clip = make_clip()
+        if checkpointing:
+            clip.checkpoint_blocks()
+        calls: list[Tensor] = []
+        clip.visual.transformer.blocks[0].ln_2.register_forward_hook(lambda *_, calls=calls: calls.append(_))
+        output = clip(images.gather(selection.kept_K), selection, tokens)
+        (output.image_features @ output.text_features.T).diag().sum().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients = [p.grad for p in clip.parameters() if p.grad is not None]
+        results.append([output.image_features, output.text_features, *gradients])
+    assert len(results[0]) > 60
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
 
 
 @pytest.mark.parametrize("granularity", [1, 4, 16, 64])

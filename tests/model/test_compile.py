@@ -1,0 +1,96 @@
+"""Compiled blocks: the same values and gradients, a fixed number of graphs, none of them made anew in steady state."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Generator, Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+from model.clip import CLIP
+from model.config import config_from_name
+from model.masking import MaskingConfig, PatchedImages, choose_patches
+from model.packing import lengths_to_cu_seqlens, pack_tokens
+from model.transformer import Block
+
+B = 6
+
+
+def compilations() -> dict[str, int]:
+    """How many there are of each half of a block, for both towers."""
+    halves = (Block.before_attention, Block.after_attention)
+    return {half.__name__: len(_debug_get_cache_entry_list(half.__code__)) for half in halves}
+
+
+# Images and captions (for any number of tokens); after attention, images' class tokens alone as well.
+COMPILATIONS = {"before_attention": 2, "after_attention": 3}
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced, split into forward and backward, and run as they are: no C++ compiler, few seconds."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make_clip(layers: int, text_width: int = 48) -> CLIP:
+    torch.manual_seed(0)
+    config = config_from_name("ViT-test-8")
+    text = dataclasses.replace(
+        config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers, width=text_width, heads=4
+    )
+    return CLIP(dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text))
+
+
+def step(clip: CLIP, seed: int) -> list[Tensor]:
+    """One pass over images and captions that differ from step to step: features, then all gradients."""
+    generator = Generator().manual_seed(seed)
+    images = PatchedImages(torch.randn(B, 3, 32, 32, generator=generator), 8)
+    selection = choose_patches(images, MaskingConfig(), generator).selection
+    lengths = torch.randint(2, 20, (B,), generator=generator)
+    tokens = torch.randint(1, 49, (int(lengths.sum()),), generator=generator)
+    output = clip(images.gather(selection.kept_K), selection, pack_tokens(tokens, lengths_to_cu_seqlens(lengths), 20))
+    gradients = torch.autograd.grad(
+        (output.image_features @ output.text_features.T).diag().sum(),
+        [parameter for name, parameter in clip.named_parameters() if name != "logit_scale"],
+    )
+    return [output.image_features, output.text_features, *gradients]
+
+
+def assert_equal_in_steady_state(compiled: CLIP, plain: CLIP) -> None:
+    """Values and gradients, of steps with different masks and captions; from the third on, compiling is an error."""
+    for number in range(5):
+        with torch._dynamo.config.patch(error_on_recompile=number >= 2):
+            results = step(compiled, number)
+        for ours, expected in zip(results, step(plain, number), strict=True):
+            assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "checkpointing"), [(2, False), (5, False), (3, True)])
+def test_one_compilation_per_half_block_whatever_the_depth(
+    layers: int, checkpointing: bool, without_compiler: None
+) -> None:
+    plain, compiled = make_clip(layers), make_clip(layers)
+    compiled.compile_blocks()
+    if checkpointing:
+        compiled.checkpoint_blocks()
+    assert_equal_in_steady_state(compiled, plain)
+    assert compilations() == COMPILATIONS
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs g++ on a CPU")
+def test_the_default_compiler() -> None:
+    torch._dynamo.reset()
+    plain, compiled = make_clip(2), make_clip(2)
+    compiled.compile_blocks()
+    assert_equal_in_steady_state(compiled, plain)
+    torch._dynamo.reset()
