@@ -13,9 +13,16 @@ from typing import Any
 RESULTS_DIRECTORY = Path(__file__).parent / "results"
 
 
-def record(name: str, figures: dict[str, Any], command: str, repeats: int) -> Path:
-    """Write one result and return its path; `repeats` is how often each figure was measured."""
+def record(name: str, figures: dict[str, Any], command: str, repeats: int, part: str | None = None) -> Path:
+    """Write one result and return its path; `repeats` is how often each figure was measured.
+
+    With `part` the figures go under that key and the other parts of the result stay as they are; command, commit,
+    machine, repeats and date are those of the last part written.
+    """
     path = RESULTS_DIRECTORY / f"{name}.json"
+    if part is not None:
+        before = json.loads(path.read_text())["figures"] if path.exists() else {}
+        figures = {**before, part: figures}
     result = {
         "name": name,
         "figures": figures,

@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from data_prep.commands.content import add_dedup, add_forget, add_stats, add_words
 from data_prep.commands.corpora import add_pack, add_synthetic
-from data_prep.commands.shards import add_tokenizer, add_verify
+from data_prep.commands.shards import add_merge, add_reshard, add_tokenizer, add_verify
 from data_prep.commands.web import add_download, add_ingest
 from data_prep.errors import UserError
 
@@ -22,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Web data: ingest, download, verify. Local data: pack, verify. Then: tokenizer.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_synthetic, add_ingest, add_download, add_pack, add_verify, add_tokenizer):
+    for add in (
+        *(add_synthetic, add_ingest, add_download, add_pack, add_tokenizer),
+        *(add_verify, add_reshard, add_merge, add_stats, add_words, add_dedup, add_forget),
+    ):
         add(commands)
     options = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run

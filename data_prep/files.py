@@ -54,6 +54,12 @@ def building(directory: Path, overwrite: bool) -> Iterator[Path]:
     partial.replace(directory)
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file atomically: readers see the old content or the new, never a part."""
     with replacing(path) as temporary:
@@ -71,10 +77,20 @@ def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_json_lines` wrote; an absent file is an empty list."""
+    """Read what `write_json_lines` wrote; an absent file is an empty list. Raises UserError for a damaged one."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    values = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            value = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: mend or delete it") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path} line {number} is not a JSON object: mend or delete it")
+        if value:
+            values.append(value)
+    return values
 
 
 def sha256_of(path: Path) -> str:

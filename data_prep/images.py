@@ -42,7 +42,9 @@ def check_image(data: bytes) -> None:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(width, height)
-            simplejpeg.decode_jpeg(data, strict=True)
+            # An eighth of the size, in grey, is a third faster to make. The entropy decoder, which is what notices
+            # damage, still reads every bit of every channel; after it nothing can fail.
+            simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
         except ValueError:
             # strict also refuses stray bytes that do no harm: Pillow, which refuses missing data only, decides
             pass

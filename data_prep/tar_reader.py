@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tarfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp"})
 SAMPLE_TYPES = IMAGE_TYPES | {"txt", "json"}
 MAX_MEMBER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 256 << 10  # of one member, with its extended headers
 
 
 @dataclasses.dataclass
@@ -56,8 +59,10 @@ class TarSamples:
     def _members(self) -> Iterator[tuple[str, str, bytes | None]]:
         """Give (key, type, content) of each plain file; the content is None if it was not to be read."""
         try:
-            with tarfile.open(self._path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-                for header in _headers(tar):
+            with self._path.open("rb") as stream:
+                headers = _HeaderStream(stream)
+                tar = tarfile.TarFile(fileobj=cast(BinaryIO, headers), encoding="utf-8", errors="surrogateescape")
+                for header in _headers(tar, headers):
                     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.issparse():
                         self.unknown_members += 1
                         continue
@@ -66,16 +71,12 @@ class TarSamples:
                         self.unknown_members += 1
                     elif member_type not in self._types:
                         continue
-                    yield key, member_type, _content(tar, header) if member_type in self._types else None
-                self.truncated = not self._ends_with_mark(tar)
-        except (tarfile.TarError, EOFError, ValueError, OverflowError):
+                    yield key, member_type, _content(stream, header) if member_type in self._types else None
+                # tarfile takes a damaged header for the end, so look for the zero block oneself
+                stream.seek(tar.offset)
+                self.truncated = stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError):
             self.truncated = True
-
-    def _ends_with_mark(self, tar: tarfile.TarFile) -> bool:
-        # tarfile takes a damaged header for the end, so look for the zero block oneself
-        with self._path.open("rb") as stream:
-            stream.seek(tar.offset)
-            return stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -86,9 +87,37 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", kind.lower()
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+class _HeaderStream:
+    """What `tarfile` reads headers from: it gives no more than a header's due at once, and nothing past the end.
+
+    Otherwise a crafted extended header could have the rest of the shard read into memory.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.allowance_bytes = MAX_HEADER_BYTES
+        self._stream = stream
+        self._size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+
+    def read(self, size: int) -> bytes:
+        self.allowance_bytes -= size
+        if size < 0 or self.allowance_bytes < 0:
+            raise tarfile.ReadError("header too long")
+        return self._stream.read(size)
+
+    def seek(self, position: int) -> int:
+        if not 0 <= position <= self._size_bytes:
+            raise tarfile.ReadError("unexpected end of data")
+        return self._stream.seek(position)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _headers(tar: tarfile.TarFile, stream: _HeaderStream) -> Iterator[tarfile.TarInfo]:
     previous_offset = -1
     while (header := tar.next()) is not None:
+        stream.allowance_bytes = MAX_HEADER_BYTES
         # a crafted header can send the reader backwards, for ever
         if header.offset <= previous_offset or header.size < 0:
             raise tarfile.ReadError("member offsets do not increase")
@@ -98,11 +127,11 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield header
 
 
-def _content(tar: tarfile.TarFile, header: tarfile.TarInfo) -> bytes | None:
+def _content(stream: BinaryIO, header: tarfile.TarInfo) -> bytes | None:
     if header.size > MAX_MEMBER_BYTES:
         return None
-    stream = tar.extractfile(header)
-    content = stream.read() if stream is not None else b""
+    stream.seek(header.offset_data)
+    content = stream.read(header.size)
     if len(content) != header.size:
         raise tarfile.ReadError("unexpected end of data")
     return content

@@ -1,203 +1,192 @@
-"""Check every sample of a shard directory and write its manifest."""
+"""Check every sample of a shard directory, write its manifest, and mend what can be mended."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import multiprocessing
-import platform
-from collections import Counter
+import json
+import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 from data_prep.console import print_table, progress_bar
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines, sha256_of, write_json, write_json_lines
-from data_prep.images import ImageError, ImageTooLargeError, check_image
-from data_prep.tar_reader import IMAGE_TYPES, Sample, TarSamples
+from data_prep.files import sha256_of
+from data_prep.inspection import inspect_shard
+from data_prep.manifest import DATASET as DATASET  # the downloader takes these three from here
+from data_prep.manifest import MANIFEST as MANIFEST
+from data_prep.manifest import PROVENANCE as PROVENANCE
+from data_prep.manifest import RULES, ShardLine, read_manifest
+from data_prep.manifest import find_shards as find_shards
+from data_prep.parallel import map_in_processes
+from data_prep.publish import QUARANTINE, changing, publish, reading
+from data_prep.rewrite import Removal, rewrite_shards
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.jsonl"
-DATASET = "dataset.json"
-PROVENANCE = "provenance.jsonl"  # one line per step that made the directory, written by download and pack
+PROGRESS = ".verify"  # a folder of files of lines, one for each shard that an unfinished run has judged
 EXAMPLES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardReport:
-    """What one shard holds: `samples` usable ones, and the others as key -> reason."""
+class Verdict:
+    """What is known of one shard: its line, when the file was last written, and whether the manifest had another hash.
 
-    shard: str
-    samples: int
-    size_bytes: int
-    sha256: str
-    skipped: dict[str, str]
-    skipped_samples: int  # more than len(skipped) where a key occurs twice
-    truncated: bool
-    unknown_members: int
+    `decoded` tells whether this run decoded it, and did not take the manifest's word for it.
+    """
 
-    def manifest_line(self) -> dict[str, Any]:
-        """The shard's line of `manifest.jsonl`; absent `skip` and `truncated` mean none and no."""
-        line: dict[str, Any] = {
-            "shard": self.shard,
-            "samples": self.samples,
-            "bytes": self.size_bytes,
-            "sha256": self.sha256,
-        }
-        if self.skipped:
-            line["skip"] = sorted(self.skipped)
-        if self.truncated:
-            line["truncated"] = True
-        return line
+    line: ShardLine
+    mtime_ns: int
+    decoded: bool
+    differs: bool
 
 
-def verify(directory: Path, processes: int, max_bad_ratio: float) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    path: Path
+    before: ShardLine | None  # the shard's line of the manifest
+    again: bool
+
+
+def verify(directory: Path, processes: int, max_bad_ratio: float, *, repair: bool = False, again: bool = False) -> bool:
     """Read every shard of `directory`, decode every image, write `manifest.jsonl` and `dataset.json`.
 
-    Prints a table of the problems. Returns whether the directory is fit for training: no shard truncated, at
-    least one usable sample, and a share of unusable samples of at most `max_bad_ratio`.
+    Shards that slices or an interrupted run have judged are not read again while size and time are unchanged; those
+    of the manifest are not decoded again while size and hash are unchanged, unless `again`. `repair` rewrites shards
+    without their unusable members; a damaged original goes to quarantine/, as does a shard without a usable sample.
 
-    Raises UserError for a directory that is missing or holds no shard.
+    Prints a table of the problems. Returns whether the directory is fit for training: no shard truncated, missing
+    or other than the manifest said, at least one usable sample, and a share of unusable ones of at most
+    `max_bad_ratio`.
+
+    Raises UserError for a directory that is missing, holds no shard or has a damaged manifest.
     """
-    paths = find_shards(directory)
-    reports = _inspect_all(paths, processes)
-    write_json_lines(directory / MANIFEST, (report.manifest_line() for report in reports))
-    dataset = _summary(reports, source=read_json_lines(directory / PROVENANCE))
-    # dataset.json comes last: it describes a manifest that is already there
-    write_json(directory / DATASET, dataset)
-    _print_summary(directory, reports, dataset)
-    return _print_verdict(reports, max_bad_ratio)
+    with changing(directory) as staged:
+        paths = find_shards(directory)
+        before = _manifest_before(directory)
+        verdicts = _judge_all(directory, paths, before, processes, again, "rest.jsonl")
+        lines = [verdict.line for verdict in verdicts]
+        dataset = publish(directory, lines)
+        shutil.rmtree(directory / PROGRESS)
+        print(f"{directory}: {_totals(dataset['samples'], dataset['shards'], dataset['bytes'])}")
+        missing = sorted(before.keys() - {line.shard for line in lines})
+        differing = [verdict.line.shard for verdict in verdicts if verdict.differs]
+        _print_problems(lines, missing, differing)
+        if repair:
+            lines = _repair(directory, staged, lines, processes)
+    return _print_verdict(lines, missing, differing, max_bad_ratio)
 
 
-def find_shards(directory: Path) -> list[Path]:
-    """The directory's tars in the order of their names; raises UserError when there are none."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: name the folder that holds 00000.tar, 00001.tar, …")
-    paths = sorted(directory.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{directory} holds no *.tar: make shards with `data-prep download` or `data-prep pack`")
-    return paths
+def verify_slice(directory: Path, part: tuple[int, int], processes: int, *, again: bool = False) -> None:
+    """Judge the i-th part of n, `part` = (i, n), which is every n-th shard, and note what was found.
+
+    `verify` then takes up the notes of all slices, and judges what none of them did.
+    """
+    number, count = part
+    with reading(directory):
+        paths = find_shards(directory)[number - 1 :: count]
+        name = f"slice-{number}-of-{count}.jsonl"
+        verdicts = _judge_all(directory, paths, _manifest_before(directory), processes, again, name)
+    usable = sum(verdict.line.samples for verdict in verdicts)
+    size_bytes = sum(verdict.line.size_bytes for verdict in verdicts)
+    print(f"{directory}, slice {number}/{count}: {_totals(usable, len(verdicts), size_bytes)}")
+    print(f"when all slices are done: data-prep verify {directory}")
 
 
-def inspect_shard(path: Path) -> ShardReport:
-    """Read one shard to its end and judge each of its samples."""
-    samples = TarSamples(path)
-    good: set[str] = set()
-    skipped: dict[str, str] = {}
-    total = 0
-    for sample in samples:
-        total += 1
-        problem = _problem(sample)
-        if sample.key in good or sample.key in skipped:
-            # the manifest names samples by key, so neither of the two can be told apart from the other
-            problem = "duplicate_key"
-            good.discard(sample.key)
-        if problem is None:
-            good.add(sample.key)
-        else:
-            skipped[sample.key] = problem
-    return ShardReport(
-        shard=path.name,
-        samples=len(good),
-        size_bytes=path.stat().st_size,
-        sha256=sha256_of(path),
-        skipped=skipped,
-        skipped_samples=total - len(good),
-        truncated=samples.truncated,
-        unknown_members=samples.unknown_members,
-    )
+def _manifest_before(directory: Path) -> dict[str, ShardLine]:
+    has_manifest = (directory / MANIFEST).is_file()
+    return {line.shard: line for line in read_manifest(directory)} if has_manifest else {}
 
 
-def _problem(sample: Sample) -> str | None:
-    """Why a sample must not be trained on; None when nothing is wrong."""
-    if sample.complaints:
-        return min(sample.complaints)
-    image = next((content for kind, content in sample.members.items() if kind in IMAGE_TYPES), None)
-    if image is None:
-        return "no_image"
-    caption = sample.members.get("txt")
-    if caption is None:
-        return "no_caption"
-    try:
-        if not caption.decode("utf-8").strip():
-            return "empty_caption"
-        check_image(image)
-    except UnicodeDecodeError:
-        return "caption_not_utf8"
-    except ImageTooLargeError:
-        return "image_too_large"
-    except ImageError:
-        return "image_does_not_decode"
-    return None
-
-
-def _inspect_all(paths: Sequence[Path], processes: int) -> list[ShardReport]:
-    total_bytes = sum(path.stat().st_size for path in paths)
-    with progress_bar("verify", total_bytes, "B") as progress:
-        reports = []
-        for report in _inspect_in_any_order(paths, min(processes, len(paths))):
-            reports.append(report)
-            progress.set_postfix_str(f"{len(reports)}/{len(paths)} shards", refresh=False)
-            progress.update(report.size_bytes)
-    return sorted(reports, key=lambda report: report.shard)
-
-
-def _inspect_in_any_order(paths: Sequence[Path], processes: int) -> Iterator[ShardReport]:
-    if processes == 1:
-        yield from map(inspect_shard, paths)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(inspect_shard, path) for path in paths]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError("a verify process was killed (out of memory?): use fewer --processes") from error
-
-
-def _summary(reports: Sequence[ShardReport], source: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "samples": sum(report.samples for report in reports),
-        "shards": len(reports),
-        "bytes": sum(report.size_bytes for report in reports),
-        "skipped": dict(sorted(_skipped_by_reason(reports).items())),
-        "unknown_members": sum(report.unknown_members for report in reports),
-        "truncated_shards": [report.shard for report in reports if report.truncated],
-        "source": source,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("cluster-clip", "pillow", "simplejpeg")},
-        },
-    }
-
-
-def _skipped_by_reason(reports: Sequence[ShardReport]) -> Counter[str]:
-    counts = Counter(reason for report in reports for reason in report.skipped.values())
-    # a key that occurs n times is one entry but n samples
-    extra = sum(report.skipped_samples - len(report.skipped) for report in reports)
-    return counts + Counter({"duplicate_key": extra})
-
-
-def _print_summary(directory: Path, reports: Sequence[ShardReport], dataset: dict[str, Any]) -> None:
-    shards = f"{len(reports):,} shard{'s' if len(reports) > 1 else ''}"
-    print(f"{directory}: {dataset['samples']:,} usable samples in {shards}, {dataset['bytes'] / 1e6:,.1f} MB")
-    examples: dict[str, list[str]] = {}
-    for report in reports:
-        for key, reason in sorted(report.skipped.items()):
-            examples.setdefault(reason, []).append(f"{report.shard}:{key}")
-    rows = [
-        (reason, f"{count:,}", _first_few(examples[reason]))
-        for reason, count in sorted(dataset["skipped"].items(), key=lambda item: -item[1])
+def _judge_all(
+    directory: Path, paths: Sequence[Path], before: dict[str, ShardLine], processes: int, again: bool, notes: str
+) -> list[Verdict]:
+    """Judge the shards that no earlier run has noted, noting each one in PROGRESS/`notes` as soon as it is done."""
+    progress_folder = directory / PROGRESS
+    progress_folder.mkdir(exist_ok=True)
+    noted = {verdict.line.shard: verdict for verdict in _read_notes(progress_folder) if verdict.decoded or not again}
+    sizes = {path: path.stat() for path in paths}
+    verdicts = [
+        verdict
+        for path, stat in sizes.items()
+        if (verdict := noted.get(path.name)) is not None
+        and (stat.st_size, stat.st_mtime_ns) == (verdict.line.size_bytes, verdict.mtime_ns)
     ]
-    truncated = dataset["truncated_shards"]
-    if truncated:
-        rows.append(("truncated shard", f"{len(truncated):,}", _first_few(truncated)))
-    unknown = [report.shard for report in reports if report.unknown_members]
+    done = {verdict.line.shard for verdict in verdicts}
+    tasks = [_Task(path, before.get(path.name), again) for path in paths if path.name not in done]
+    total_bytes = sum(stat.st_size for stat in sizes.values())
+    done_bytes = sum(verdict.line.size_bytes for verdict in verdicts)
+    with (
+        progress_bar("verify", total_bytes, "B", initial=done_bytes) as progress,
+        (progress_folder / notes).open("a", encoding="utf-8") as stream,
+    ):
+        for verdict in map_in_processes(_judge, tasks, processes, limit=len(tasks)):
+            fields = dataclasses.asdict(verdict) | {"line": verdict.line.to_json()}
+            # a line of its own even after one that a killed run left unfinished
+            stream.write(f"\n{json.dumps(fields)}\n")
+            stream.flush()
+            verdicts.append(verdict)
+            progress.set_postfix_str(f"{len(verdicts)}/{len(paths)} shards", refresh=False)
+            progress.update(verdict.line.size_bytes)
+    return sorted(verdicts, key=lambda verdict: verdict.line.shard)
+
+
+def _judge(task: _Task) -> Verdict:
+    stat, before = task.path.stat(), task.before
+    is_known = before is not None and before.rules == RULES and before.size_bytes == stat.st_size and not task.again
+    if before is not None and is_known and sha256_of(task.path) == before.sha256:
+        return Verdict(before, stat.st_mtime_ns, decoded=False, differs=False)
+    line = inspect_shard(task.path)
+    differs = before is not None and (before.size_bytes, before.sha256) != (line.size_bytes, line.sha256)
+    return Verdict(line, stat.st_mtime_ns, decoded=True, differs=differs)
+
+
+def _read_notes(folder: Path) -> Iterator[Verdict]:
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as stream:
+            for text in stream:
+                try:
+                    fields = json.loads(text)
+                    line = ShardLine.from_json(fields.pop("line"))
+                    verdict = Verdict(line, **fields)
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    continue  # a blank line, or one that a killed run left unfinished
+                if line.rules == RULES:
+                    yield verdict
+
+
+def _repair(directory: Path, staged: Path, lines: Sequence[ShardLine], processes: int) -> list[ShardLine]:
+    removals = [Removal(line, keep_original=line.truncated or not line.samples) for line in lines if not line.is_clean]
+    if removals:
+        step = {"step": "repair"}
+        removed = rewrite_shards(directory, staged, removals, step, processes, count=len(removals))
+        print(f"repaired {len(removals):,} shards: {removed:,} samples left out")
+        kept = [removal.line.shard for removal in removals if removal.keep_original]
+        if kept:
+            print(f"{len(kept):,} damaged shards are kept in {directory / QUARANTINE}: {_first_few(kept)}")
+    return read_manifest(directory)
+
+
+def _totals(samples: int, shards: int, size_bytes: int) -> str:
+    return f"{samples:,} usable samples in {shards:,} shard{'s' if shards != 1 else ''}, {size_bytes / 1e6:,.1f} MB"
+
+
+def _print_problems(lines: Sequence[ShardLine], missing: Sequence[str], differing: Sequence[str]) -> None:
+    places: dict[str, list[str]] = {}
+    for line in lines:
+        for reason, keys in line.skipped.items():
+            places.setdefault(reason, []).extend(f"{line.shard}:{key}" for key in keys)
+    rows = [
+        (reason, f"{len(found):,}", _first_few(found))
+        for reason, found in sorted(places.items(), key=lambda item: -len(item[1]))
+    ]
+    for problem, shards in (
+        ("truncated shard", [line.shard for line in lines if line.truncated]),
+        ("missing shard", missing),
+        ("other than the manifest said", differing),
+    ):
+        if shards:
+            rows.append((problem, f"{len(shards):,}", _first_few(shards)))
+    unknown = [line.shard for line in lines if line.unknown_members]
     if unknown:
-        rows.append(("unknown member (ignored)", f"{dataset['unknown_members']:,}", _first_few(unknown)))
+        count = sum(line.unknown_members for line in lines)
+        rows.append(("unknown member (ignored)", f"{count:,}", _first_few(unknown)))
     if rows:
         print_table(("problem", "count", "first of them"), rows)
 
@@ -206,18 +195,24 @@ def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:EXAMPLES_SHOWN]) + (", …" if len(names) > EXAMPLES_SHOWN else "")
 
 
-def _print_verdict(reports: Sequence[ShardReport], max_bad_ratio: float) -> bool:
-    usable = sum(report.samples for report in reports)
-    bad = sum(report.skipped_samples for report in reports)
+def _print_verdict(
+    lines: Sequence[ShardLine], missing: Sequence[str], differing: Sequence[str], max_bad_ratio: float
+) -> bool:
+    usable = sum(line.samples for line in lines)
+    bad = sum(line.skipped_samples for line in lines)
+    truncated = sum(line.truncated for line in lines)
     failures = []
     if not usable:
         failures.append("no sample is usable")
     elif bad > max_bad_ratio * (usable + bad):
         share = bad / (usable + bad)
         failures.append(f"{share:.2%} of the samples are unusable, more than --max-bad-ratio {max_bad_ratio:.2%}")
-    truncated = sum(report.truncated for report in reports)
     if truncated:
-        failures.append(f"{truncated} truncated: make those shards again, or delete them and verify again")
+        failures.append(f"{truncated} truncated: make those shards again, or keep what precedes the damage (--repair)")
+    if missing:
+        failures.append(f"{len(missing)} shards of the manifest before are missing")
+    if differing:
+        failures.append(f"{len(differing)} shards are other files than the manifest before described")
     for failure in failures:
         print(f"not fit for training as it is: {failure} (the manifest is written all the same)")
     return not failures

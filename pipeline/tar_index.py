@@ -57,7 +57,7 @@ def _collect(members: Iterator[Member], up_to_damage: bool) -> list[Member]:
     found: list[Member] = []
     try:
         found.extend(members)
-    except (tarfile.TarError, EOFError, ValueError):
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError):
         if not up_to_damage:
             raise
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """An integer of at least 0, likewise."""
     return _at_least(0, text)
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, of which K, M, G and T are powers of 1,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    size_bytes = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size_bytes < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 500M or 2G, got {text}")
+    return size_bytes
 
 
 def _at_least(minimum: int, text: str) -> int:

@@ -1,11 +1,13 @@
-"""Commands: what is done with finished shards."""
+"""Commands: what is done with finished shards, whatever is in them."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from data_prep.commands.options import Commands, add_command, add_processes, positive
+from data_prep.commands.options import Commands, add_command, add_output, add_processes, byte_count, positive
+from data_prep.errors import UserError
 
 
 def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -16,12 +18,81 @@ def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--max-bad-ratio", type=float, default=0.01, metavar="R", help="share of unusable samples to accept"
     )
+    parser.add_argument("--again", action="store_true", help="decode also what the manifest says was decoded before")
+    parser.add_argument(
+        "--repair", action="store_true", help="rewrite shards without their unusable members; keep damaged originals"
+    )
+    parser.add_argument(
+        "--slice", type=_slice, metavar="I/N", help="judge every N-th shard only, for array jobs; verify collects them"
+    )
+
+
+def _slice(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text}")
+    return int(match[1]), int(match[2])
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data_prep.verify import verify
+    from data_prep.verify import verify, verify_slice
 
-    return 0 if verify(options.directory, options.processes, options.max_bad_ratio) else 1
+    if options.slice is not None:
+        if options.repair:
+            raise UserError("--repair is for the last step, after the slices: data-prep verify DIR --repair")
+        verify_slice(options.directory, options.slice, options.processes, again=options.again)
+        return 0
+    is_fit = verify(
+        options.directory, options.processes, options.max_bad_ratio, repair=options.repair, again=options.again
+    )
+    return 0 if is_fit else 1
+
+
+def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep reshard`."""
+    parser = add_command(commands, "reshard", _reshard, "shards of another size, shuffled, or a subset")
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="verified shard directories")
+    add_output(parser)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--samples-per-shard", type=positive, metavar="N", help="samples in each shard but the last")
+    size.add_argument("--bytes-per-shard", type=byte_count, metavar="SIZE", help="end a shard at this size: 500M, 1G")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle all samples, in bounded memory")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument("--memory", type=byte_count, default="1G", metavar="SIZE", help="for the shuffle")
+    parser.add_argument(
+        "--uids", type=Path, metavar="FILE", help="keep only these uids: one per line, or DataComp's npy"
+    )
+
+
+def _reshard(options: argparse.Namespace) -> int:
+    from data_prep.reshard import Layout, reshard
+
+    layout = Layout(
+        samples_per_shard=options.samples_per_shard,
+        bytes_per_shard=options.bytes_per_shard,
+        seed=options.seed if options.shuffle else None,
+        memory_bytes=options.memory,
+    )
+    reshard(options.directories, options.output, layout, options.uids)
+    return 0
+
+
+def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep merge`."""
+    parser = add_command(commands, "merge", _merge, "several shard directories -> one, numbered without gaps")
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="verified shard directories")
+    add_output(parser)
+    parser.add_argument(
+        "--keep-keys", action="store_true", help="link or copy the shards unread; keys may then repeat between shards"
+    )
+    add_processes(parser)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from data_prep.merge import merge
+
+    merge(options.directories, options.output, options.processes, keep_keys=options.keep_keys)
+    return 0
 
 
 def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -10,7 +10,10 @@ from make_images import good_sample, write_tar
 
 from data_prep.__main__ import main
 
-COMMANDS = ("synthetic", "ingest", "download", "pack", "verify", "tokenizer")
+COMMANDS = (
+    *("synthetic", "ingest", "download", "pack", "tokenizer"),
+    *("verify", "reshard", "merge", "stats", "words", "dedup", "forget"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -29,6 +32,13 @@ def test_help_needs_no_heavy_import(command: str) -> None:
     [
         (["verify", "absent"], "is not a directory"),
         (["verify", "."], "holds no *.tar"),
+        (["verify", "absent", "--slice", "1/2"], "is not a directory"),
+        (["verify", ".", "--slice", "1/2", "--repair"], "--repair is for the last step"),
+        (["stats", "absent", "--output", "x"], "is not a directory"),
+        (["words", "absent", "--output", "x.json"], "is not a directory"),
+        (["dedup", "absent", "--output", "x"], "is not a directory"),
+        (["forget", "absent", "--host", "/dev/null"], "is empty"),
+        (["merge", "absent", "--output", "x"], "is not a directory"),
         (["tokenizer", "absent", "--output", "x.model"], "is not a directory"),
         (["ingest", "absent.tsv", "--output", "x.parquet"], "no such file"),
         (["download", "absent.parquet", "--output", "x"], "no such file"),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_images import encoded, good_sample, png_bomb, write_tar
 
+from data_prep.__main__ import main
 from data_prep.errors import UserError
-from data_prep.verify import inspect_shard, verify
+from data_prep.inspection import inspect_shard
+from data_prep.tar_reader import TarSamples
+from data_prep.verify import verify
+from pipeline.manifest import read_manifest
 
 
 def manifest(directory: Path) -> list[dict[str, Any]]:
@@ -41,6 +47,7 @@ def test_manifest_of_sound_shards(tmp_path: Path, processes: int) -> None:
             "samples": shard + 1,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "rules": 1,
         }
     summary = dataset(tmp_path)
     assert (summary["format_version"], summary["samples"], summary["shards"]) == (1, 6, 3)
@@ -79,7 +86,7 @@ def test_each_fault_is_named_and_its_key_skipped(
 def test_a_key_that_returns_later_is_not_trained_on(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [*good_sample("a"), *good_sample("b"), *good_sample("a", seed=1)])
     report = inspect_shard(tmp_path / "00000.tar")
-    assert (report.samples, report.skipped, report.skipped_samples) == (1, {"a": "duplicate_key"}, 2)
+    assert (report.samples, report.skipped, report.skipped_samples) == (1, {"duplicate_key": ["a", "a"]}, 2)
     verify(tmp_path, 1, max_bad_ratio=1.0)
     assert dataset(tmp_path)["skipped"] == {"duplicate_key": 2}
 
@@ -195,4 +202,110 @@ def test_no_damage_raises_and_no_sample_is_invented(tmp_path: Path, data: st.Dat
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     report = inspect_shard(path)
     # at most one new key per damaged name
-    assert report.samples + len(report.skipped) <= 3 + 4
+    assert report.samples + len(report.skip) <= 3 + 4
+
+
+def test_only_what_changed_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard:05d}.tar", good_sample(str(shard), shard))
+    assert verify(tmp_path, 1, max_bad_ratio=0.0)
+    before = manifest(tmp_path)
+    write_tar(tmp_path / "00001.tar", good_sample("other", 9))
+    decoded: list[str] = []
+    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: decoded.append(path.name) or inspect_shard(path))
+    verify(tmp_path, 1, max_bad_ratio=0.0)
+    assert decoded == ["00001.tar"]
+    assert [line["sha256"] == old["sha256"] for line, old in zip(manifest(tmp_path), before, strict=True)] == [1, 0, 1]
+    decoded.clear()
+    verify(tmp_path, 1, max_bad_ratio=0.0, again=True)
+    assert sorted(decoded) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_a_silent_change_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bit of a caption decays: every check passes, only the hash knows."""
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard:05d}.tar", good_sample(str(shard), shard))
+    assert verify(tmp_path, 1, max_bad_ratio=0.0)
+    path = tmp_path / "00001.tar"
+    path.write_bytes(path.read_bytes().replace(b"a caption", b"a cbption"))
+    (tmp_path / "00002.tar").unlink()
+    assert not verify(tmp_path, 1, max_bad_ratio=0.0)
+    printed = capsys.readouterr().out
+    assert re.search(r"other than the manifest said +1 +00001.tar", printed)
+    assert re.search(r"missing shard +1 +00002.tar", printed)
+    assert verify(tmp_path, 1, max_bad_ratio=0.0)
+
+
+def test_rules_of_an_older_version_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "00000.tar", good_sample("a"))
+    verify(tmp_path, 1, max_bad_ratio=0.0)
+    (line,) = manifest(tmp_path)
+    decoded: list[Path] = []
+    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: decoded.append(path) or inspect_shard(path))
+    del line["rules"]
+    for runs, rules in ((1, {"rules": 0}), (2, {})):
+        (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, **rules}) + "\n")
+        assert verify(tmp_path, 1, max_bad_ratio=0.0)
+        assert len(decoded) == runs
+
+
+def test_slices_together_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "shards"
+    for shard in range(7):
+        write_tar(directory / f"{shard:05d}.tar", [*good_sample(str(shard), shard), ("bad.txt", b"x")])
+    whole = shutil.copytree(directory, tmp_path / "whole")
+    verify(whole, 1, max_bad_ratio=1.0)
+    for part in ("1/3", "3/3", "2/3"):
+        assert main(["verify", str(directory), "--slice", part, "--processes", "1"]) == 0
+    assert not (directory / "manifest.jsonl").exists()
+    with (directory / ".verify" / "slice-2-of-3.jsonl").open("a") as stream:
+        stream.write('{"line": {"sha')  # killed while it wrote
+    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
+    verify(directory, 1, max_bad_ratio=1.0)
+    assert manifest(directory) == manifest(whole)
+    assert sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "1/0", "-1/2", "a/b"])
+def test_slices_that_are_none(part: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", "x", "--slice", part])
+
+
+def test_repair_keeps_the_usable_samples_byte_by_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = write_tar(tmp_path / "00000.tar", good_sample("s", 5)).read_bytes()
+    write_tar(
+        tmp_path / "00001.tar",
+        [*good_sample("a"), ("a.pkl", b""), ("bad.jpg", b"no"), ("bad.txt", b"x"), *good_sample("ü" * 80, 1)],
+    )
+    write_tar(tmp_path / "00002.tar", [*good_sample("b", 2), *good_sample("c", 3)])
+    path = tmp_path / "00002.tar"
+    cut = path.read_bytes()[: path.read_bytes().index(b"c.txt") + 100]
+    path.write_bytes(cut)
+    unusable = write_tar(tmp_path / "00003.tar", [("bad.txt", b"x")]).read_bytes()
+    assert verify(tmp_path, 2, max_bad_ratio=0.0, repair=True)
+    kept = {name: list(TarSamples(tmp_path / name)) for name in ("00001.tar", "00002.tar")}
+    assert [(s.key, s.members) for s in kept["00001.tar"]] == [
+        (key, {name.rpartition(".")[2]: content for name, content in good_sample(key, seed)})
+        for key, seed in (("a", 0), ("ü" * 80, 1))
+    ]
+    assert [s.key for s in kept["00002.tar"]] == ["b"]
+    assert (tmp_path / "00000.tar").read_bytes() == sound
+    assert (tmp_path / "quarantine" / "00002.tar").read_bytes() == cut
+    assert (tmp_path / "quarantine" / "00003.tar").read_bytes() == unusable
+    assert [line["shard"] for line in manifest(tmp_path)] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert all("skip" not in line and "truncated" not in line for line in manifest(tmp_path))
+    assert dataset(tmp_path)["samples"] == 4
+    assert "2 damaged shards are kept" in capsys.readouterr().out
+    for shard in read_manifest(str(tmp_path)).shards:
+        shard.read_index()
+    assert verify(tmp_path, 1, max_bad_ratio=0.0, again=True)
+    assert dataset(tmp_path)["unknown_members"] == 0
+
+
+def test_a_second_original_of_a_name_finds_room_in_the_quarantine(tmp_path: Path) -> None:
+    for _ in range(2):
+        write_tar(tmp_path / "00000.tar", good_sample("a"))
+        write_tar(tmp_path / "00001.tar", [("bad.txt", b"x")])
+        verify(tmp_path, 1, max_bad_ratio=1.0, repair=True)
+    assert sorted(p.name for p in (tmp_path / "quarantine").iterdir()) == ["00001-2.tar", "00001.tar"]

@@ -13,7 +13,9 @@ from PIL import Image
 
 from data_prep.shards import ShardWriter
 from data_prep.verify import verify
+from data_prep.words import count_words
 from pipeline.manifest import read_manifest
+from pipeline.word_counts import read_word_frequencies
 
 
 def encoded(kind: str) -> bytes:
@@ -66,13 +68,26 @@ def test_the_loader_finds_the_samples_that_verify_counted(
     assert len(index.keys) == shard.samples
 
 
-@pytest.mark.parametrize("cut", ["header", "content"])
+@pytest.mark.parametrize("cut", ["header", "content", "checksum", "endless header"])
 def test_the_loader_uses_what_precedes_a_truncation(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "00000.tar"
     write_tar(path, [(key, kind, 0, tarfile.REGTYPE) for key in "abc" for kind in ("jpg", "txt")], tarfile.USTAR_FORMAT)
     with tarfile.open(path) as tar:
         third = tar.getmember("c.jpg")
-    path.write_bytes(path.read_bytes()[: third.offset + 9 if cut == "header" else third.offset_data + 9])
+    content = path.read_bytes()
+    header = bytearray(content[third.offset : third.offset + 512])
+    if cut == "endless header":
+        header[124:136], header[156:157] = b"\x80" + b"\xff" * 11, b"x"
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+    path.write_bytes(
+        {
+            "header": content[: third.offset + 9],
+            "content": content[: third.offset_data + 9],
+            "checksum": content[: third.offset + 148] + b"0000000" + content[third.offset + 155 :],
+            "endless header": content[: third.offset] + header + content[third.offset + 512 :],
+        }[cut]
+    )
     assert not verify(tmp_path, processes=1, max_bad_ratio=1.0)
     (shard,) = read_manifest(str(tmp_path)).shards
     _, index = shard.read_index()
@@ -99,3 +114,12 @@ def test_webdataset_reads_our_shards_as_the_loader_does(tmp_path: Path) -> None:
             by_loader.append((key, content[image : image + image_size], content[text : text + text_size]))
     assert by_loader == by_webdataset
     assert len(by_loader) == 3
+
+
+def test_text_masking_reads_the_word_counts(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shards", samples_per_shard=9) as writer:
+        for number, caption in enumerate(["a dog", "the dog's dog", "a CAT"]):
+            writer.write(f"{number}", {"jpg": encoded("JPEG"), "txt": caption.encode()})
+    verify(tmp_path / "shards", processes=1, max_bad_ratio=0.0)
+    count_words(tmp_path / "shards", tmp_path / "words.json", min_count=2, processes=1)
+    assert read_word_frequencies(str(tmp_path / "words.json")).frequencies == {"a": 2 / 7, "dog": 2 / 7}

@@ -1,0 +1,109 @@
+"""Commands: what the pictures and captions of finished shards are, and taking some of them away."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.commands.options import (
+    Commands,
+    add_command,
+    add_output,
+    add_processes,
+    byte_count,
+    not_negative,
+    positive,
+)
+from data_prep.errors import UserError
+
+MOST_BITS = 16  # of --max-distance
+
+
+def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep stats`."""
+    parser = add_command(commands, "stats", _stats, "caption lengths, picture sizes, words: stats.json and stats.html")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    add_output(parser)
+    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model: count tokens too")
+    add_processes(parser)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from data_prep.stats import stats
+
+    stats(options.directory, options.output, options.tokenizer, options.processes)
+    return 0
+
+
+def add_words(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep words`."""
+    parser = add_command(commands, "words", _words, "how often each word occurs in the captions")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file to write")
+    parser.add_argument("--min-count", type=positive, default=5, metavar="N", help="leave out rarer words")
+    add_processes(parser)
+
+
+def _words(options: argparse.Namespace) -> int:
+    from data_prep.words import count_words
+
+    count_words(options.directory, options.output, options.min_count, options.processes)
+    return 0
+
+
+def add_dedup(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep dedup`."""
+    parser = add_command(commands, "dedup", _dedup, "near-duplicate pictures, also of evaluation sets")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    add_output(parser)
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="SET", help="evaluation sets or other shard directories"
+    )
+    parser.add_argument(
+        "--max-distance", type=not_negative, default=4, metavar="BITS", help="of 64, in which near pictures differ"
+    )
+    parser.add_argument("--remove", action="store_true", help="rewrite the shards without what is found")
+    parser.add_argument("--pictures", type=not_negative, default=60, metavar="N", help="pairs to show in the report")
+    parser.add_argument("--memory", type=byte_count, default="2G", metavar="SIZE", help="for the comparison")
+    add_processes(parser)
+
+
+def _dedup(options: argparse.Namespace) -> int:
+    from data_prep.dedup import dedup
+
+    if options.max_distance > MOST_BITS:
+        raise UserError(f"--max-distance {options.max_distance} is more than {MOST_BITS}: unlike pictures differ in 32")
+    dedup(
+        options.directory,
+        options.against,
+        options.output,
+        max_distance=options.max_distance,
+        remove=options.remove,
+        pictures=options.pictures,
+        processes=options.processes,
+        memory_bytes=options.memory,
+    )
+    return 0
+
+
+def add_forget(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep forget`."""
+    parser = add_command(commands, "forget", _forget, "remove what a list of hashes, addresses or hosts names")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--sha256", type=Path, metavar="LIST", help="hashes of pictures, as published or as stored")
+    kind.add_argument("--url", type=Path, metavar="LIST", help="addresses; http or https is the same")
+    kind.add_argument("--host", type=Path, metavar="LIST", help="host names; those below them are meant too")
+    add_processes(parser)
+
+
+def _forget(options: argparse.Namespace) -> int:
+    from data_prep.forget import forget
+
+    if options.sha256 is not None:
+        forget(options.directory, options.sha256, "sha256", options.processes)
+    elif options.url is not None:
+        forget(options.directory, options.url, "url", options.processes)
+    else:
+        forget(options.directory, options.host, "host", options.processes)
+    return 0
