@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 
 from data_prep.commands.content import add_dedup, add_forget, add_stats, add_words
 from data_prep.commands.corpora import add_pack, add_synthetic
+from data_prep.commands.metadata import add_build, add_ingest, add_sources
 from data_prep.commands.shards import add_merge, add_reshard, add_tokenizer, add_verify
-from data_prep.commands.web import add_download, add_ingest
+from data_prep.commands.web import add_download
 from data_prep.errors import UserError
 
 # What a command imports, it imports when it runs: `--help` answers at once.
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one `data-prep` command; returns the exit code (0 done, 1 problems found, 2 cannot work)."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="data-prep",
         description=__doc__,
@@ -24,11 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
-        *(add_synthetic, add_ingest, add_download, add_pack, add_tokenizer),
+        *(add_build, add_sources, add_synthetic, add_ingest, add_download, add_pack, add_tokenizer),
         *(add_verify, add_reshard, add_merge, add_stats, add_words, add_dedup, add_forget),
     ):
         add(commands)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `data-prep` command; returns the exit code (0 done, 1 problems found, 2 cannot work)."""
+    options = make_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from data_prep.clip_merges import ClipBytePairs, installed_merges
 from data_prep.console import progress_bar
 from data_prep.errors import UserError
-from data_prep.files import replacing
+from data_prep.fertility import fertility, print_fertility
+from data_prep.files import replacing, write_json
 from data_prep.tar_reader import TarSamples
 from data_prep.verify import find_shards
 
@@ -20,34 +24,69 @@ PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 TRAINER_THREADS = 8
 BYTE_PIECES = 256
 SPECIAL_PIECES = 4
+PROBE_CAPTIONS = 10_000  # of the sample, for the report
 
 
-def train_tokenizer(
-    directory: Path, output: Path, model_type: str, vocab_size: int, max_captions: int, seed: int
-) -> int:
-    """Train a model with byte fallback and lower-casing; returns the size of its vocabulary.
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+    """What to train.
 
     `model_type` is "unigram" or "bpe". Unigram takes as pieces what several words share, so that with few distinct
     words it breaks even common ones apart; there "bpe" is better.
-    Ids: 0 padding, 1 unknown, 2 begin, 3 end. `vocab_size` is an upper limit: few captions give fewer pieces.
-    With more than `max_captions` captions, a uniform sample drawn from `seed` is used. Prints the mean length.
+    `vocab_size` is an upper limit: few captions give fewer pieces. With more than `max_captions` captions, a uniform
+    sample drawn from `seed` is used. `special_tokens` are texts that always are one piece, such as CC12M's <PERSON>.
+    """
+
+    model_type: str = "unigram"
+    vocab_size: int = 8192
+    max_captions: int = 2_000_000
+    seed: int = 0
+    special_tokens: tuple[str, ...] = ()
+
+
+def train_tokenizer(directory: Path, output: Path, settings: TokenizerSettings, clip_merges: Path | None = None) -> int:
+    """Train a model with byte fallback and lower-casing; returns the size of its vocabulary.
+
+    Ids: 0 padding, 1 unknown, 2 begin, 3 end, then the special tokens. Prints a fertility report and writes it to
+    `*.fertility.json`, beside CLIP's tokenizer where `clip_merges` or an installed open_clip has its merges.
 
     Raises UserError for a directory without captions or a vocabulary too small for the byte pieces.
     """
-    if vocab_size <= BYTE_PIECES + SPECIAL_PIECES:
-        raise UserError(f"--vocab-size must exceed {BYTE_PIECES + SPECIAL_PIECES} (the bytes and special pieces)")
-    captions = _sample(_captions(directory), max_captions, seed)
+    fixed_pieces = BYTE_PIECES + SPECIAL_PIECES + len(settings.special_tokens)
+    if settings.vocab_size <= fixed_pieces:
+        raise UserError(f"--vocab-size must exceed {fixed_pieces} (the bytes and special pieces)")
+    merges = clip_merges or installed_merges()
+    clip = ClipBytePairs(merges) if merges else None
+    captions = _sample(_captions(directory), settings.max_captions, settings.seed)
     if not captions:
         raise UserError(f"{directory} has no captions (*.txt members) to train on")
-    model = _train(captions, model_type, vocab_size)
+    model = _train(captions, settings)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _check(processor, settings.special_tokens)
     with replacing(output) as temporary:
         temporary.write_bytes(model)
-    probe = captions[:10_000]
-    mean_tokens = sum(map(len, processor.encode(probe))) / len(probe)
     size = int(processor.vocab_size())
-    print(f"{output}: {size:,} pieces from {len(captions):,} captions, {mean_tokens:.1f} tokens per caption")
+    print(f"{output}: {size:,} pieces from {len(captions):,} captions")
+    probe = captions[:: math.ceil(len(captions) / PROBE_CAPTIONS)]
+    reports = {"this": fertility(probe, processor.encode, processor.is_byte)}
+    if clip:
+        reports["CLIP's"] = fertility(probe, clip.encode, clip.is_byte)
+    print_fertility(reports)
+    write_json(
+        output.with_suffix(".fertility.json"),
+        {name: dataclasses.asdict(report) for name, report in reports.items()} | {"captions": len(probe)},
+    )
     return size
+
+
+def _check(processor: sentencepiece.SentencePieceProcessor, special_tokens: Sequence[str]) -> None:
+    """Every byte must have a piece, so that no text is unknown, and every special token exactly one."""
+    bytes_found = sum(processor.is_byte(token) for token in range(processor.vocab_size()))
+    if bytes_found != BYTE_PIECES:
+        raise UserError(f"SentencePiece made {bytes_found} of {BYTE_PIECES} byte pieces: raise --vocab-size")
+    for token in special_tokens:
+        if processor.encode(f"a {token} b", out_type=str).count(token) != 1:
+            raise UserError(f"the special token {token!r} does not stay whole: choose one without spaces")
 
 
 def _captions(directory: Path) -> Iterator[str]:
@@ -73,14 +112,14 @@ def _sample(captions: Iterator[str], size: int, seed: int) -> list[str]:
     return kept
 
 
-def _train(captions: list[str], model_type: str, vocab_size: int) -> bytes:
+def _train(captions: list[str], settings: TokenizerSettings) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
             model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
+            model_type=settings.model_type,
+            vocab_size=settings.vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9995,
@@ -89,6 +128,7 @@ def _train(captions: list[str], model_type: str, vocab_size: int) -> bytes:
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
+            user_defined_symbols=list(settings.special_tokens),
             num_threads=TRAINER_THREADS,
             minloglevel=2,
         )

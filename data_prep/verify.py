@@ -74,13 +74,13 @@ def verify(directory: Path, processes: int, max_bad_ratio: float, *, repair: boo
 
 
 def verify_slice(directory: Path, part: tuple[int, int], processes: int, *, again: bool = False) -> None:
-    """Judge the i-th part of n, `part` = (i, n), which is every n-th shard, and note what was found.
+    """Judge share i (from 0) of n, `part` = (i, n), which is every n-th shard, and note what was found.
 
     `verify` then takes up the notes of all slices, and judges what none of them did.
     """
     number, count = part
     with reading(directory):
-        paths = find_shards(directory)[number - 1 :: count]
+        paths = find_shards(directory)[number::count]
         name = f"slice-{number}-of-{count}.jsonl"
         verdicts = _judge_all(directory, paths, _manifest_before(directory), processes, again, name)
     usable = sum(verdict.line.samples for verdict in verdicts)

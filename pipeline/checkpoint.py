@@ -1,8 +1,9 @@
 """Checkpoints: written by all ranks, published by one, complete or not there at all.
 
-A checkpoint is a directory `RUN/checkpoints/step_00001000` with DeepSpeed's files (to resume) and `model.safetensors`,
-`model.json` and `tokenizer.bin` (to evaluate: nothing is unpickled). It counts once COMPLETE.json, written last, names
-every file with its size. DeepSpeed's own `latest` is not crash-safe and is not used.
+A checkpoint is a directory `RUN/checkpoints/step_00001000` with DeepSpeed's files (to resume), `model.safetensors`,
+`model.json` and `tokenizer.bin` (to evaluate: nothing is unpickled), and for `masking.strategy: attentive` its moving
+average, `attentive_copy.safetensors` (to resume). It counts once COMPLETE.json, written last, names every file with its
+size. DeepSpeed's own `latest` is not crash-safe and is not used.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.clip import CLIP
 from model.masking import MaskingConfig
 from pipeline.errors import UserError
 from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
+from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import Ranks
 from pipeline.tokenizer import Tokenizer
 
@@ -29,14 +32,16 @@ if TYPE_CHECKING:
 
 COMPLETE = "COMPLETE.json"
 WEIGHTS, MODEL_CARD, TOKENIZER = "model.safetensors", "model.json", "tokenizer.bin"
+ATTENTIVE_COPY = "attentive_copy.safetensors"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; all that resuming needs beside the weights."""
+    """How far a run has come; all that resuming needs beside the weights. `stage`: its name, if the recipe has any."""
 
     step: int
     samples_seen: int
+    stage: str | None = None
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -44,26 +49,34 @@ def checkpoints_directory(run_directory: Path) -> Path:
     return run_directory / "checkpoints"
 
 
+def checkpoint_directory(run_directory: Path, step: int) -> Path:
+    """Where a run's checkpoint after so many steps is, or would be."""
+    return checkpoints_directory(run_directory) / f"step_{step:08d}"
+
+
 def save_checkpoint(
     engine: DeepSpeedEngine,
     run_directory: Path,
     progress: Progress,
     tokenizer: Tokenizer,
-    masking: MaskingConfig,
+    masks: MaskDrawer,
     keep: int,
     ranks: Ranks,
 ) -> Path:
-    """Save on all ranks (collective), publish, then delete all but the newest `keep` checkpoints."""
-    parent = checkpoints_directory(run_directory)
-    name = f"step_{progress.step:08d}"
-    directory = parent / name
+    """Save on all ranks (collective), publish, then delete all but the newest `keep` checkpoints.
+
+    So the last checkpoint of a stage stays at least until the next stage has one.
+    """
+    directory = checkpoint_directory(run_directory, progress.step)
     if ranks.is_main and directory.exists():
         shutil.rmtree(directory)  # what a killed run left of the same step
     ranks.barrier()
-    engine.save_checkpoint(str(parent), tag=name, save_latest=False)
+    engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
     weights = full_weights(engine.module)
     if ranks.is_main:
-        _write_model_files(directory, engine.module, weights, progress, tokenizer, masking)
+        _write_model_files(directory, engine.module, weights, progress, tokenizer, masks.config)
+        if masks.copy:  # the same on all ranks
+            _save_weights(masks.state(), directory / ATTENTIVE_COPY)
     ranks.barrier()
     if ranks.is_main:
         _publish(directory, progress, ranks.world_size)
@@ -92,7 +105,7 @@ def _write_model_files(
     tokenizer: Tokenizer,
     masking: MaskingConfig,
 ) -> None:
-    save_file(weights, directory / WEIGHTS)
+    _save_weights(weights, directory / WEIGHTS)
     (directory / TOKENIZER).write_bytes(tokenizer.source)
     card = {
         "format_version": 1,
@@ -103,7 +116,13 @@ def _write_model_files(
         **asdict(progress),
     }
     (directory / MODEL_CARD).write_text(json.dumps(card, indent=2) + "\n")
-    shutil.copymode(directory / MODEL_CARD, directory / WEIGHTS)  # safetensors makes files for their owner alone
+
+
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(weights, path)
+    path.chmod(mode)  # safetensors makes files for their owner alone
 
 
 def _publish(directory: Path, progress: Progress, world_size: int) -> None:
@@ -155,15 +174,24 @@ def newest_checkpoint(run_directory: Path) -> Path | None:
     return None
 
 
-def resume(engine: DeepSpeedEngine, checkpoint: Path, ranks: Ranks) -> Progress:
-    """Load weights and optimizer into the engine (collective); raises UserError if the world size differs."""
+def read_progress(checkpoint: Path, ranks: Ranks) -> Progress:
+    """How far a run had come at a checkpoint; raises UserError if it cannot go on with these ranks."""
     record: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
     if record["world_size"] != ranks.world_size:
         raise UserError(
             f"{checkpoint} was written by {record['world_size']} ranks and now there are {ranks.world_size}: "
             f"start the same number, or choose another train.output"
         )
+    return Progress(record["step"], record["samples_seen"], record.get("stage"))
+
+
+def resume(engine: DeepSpeedEngine, checkpoint: Path, masks: MaskDrawer) -> None:
+    """Load weights and optimiser into the engine, and what masks depend on (collective)."""
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"DeepSpeed could not load {checkpoint}")
-    return Progress(record["step"], record["samples_seen"])
+    if masks.copy:
+        try:
+            masks.load_state(load_file(checkpoint / ATTENTIVE_COPY))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{checkpoint / ATTENTIVE_COPY} cannot be read: {error}") from error

@@ -73,6 +73,11 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def is_bf16(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config computes in bf16."""
+    return bool(config.get("bf16", {}).get("enabled", False))
+
+
 def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> DeepSpeedEngine:
     """Wrap the model and its AdamW; the process group must exist. Nothing is compiled at run time."""
     if ranks.device.type == "cpu":
@@ -86,6 +91,24 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=make_optimizer(clip, recipe.optimizer), config=config)
     return engine
+
+
+def release(engine: DeepSpeedEngine) -> None:
+    """Give back the memory of an engine: weights, gradients, optimiser state. It cannot be used any more."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    module, optimizer = engine.module, engine.optimizer
+    engine.destroy()
+    # ZeRO stage 3 ties parameters, optimiser and autograd nodes into cycles that Python's collector cannot see through,
+    # and keeps every model in this list: so what holds memory is taken away from them
+    parameter_offload.FWD_MODULE_STACK.clear()
+    adamw = getattr(optimizer, "optimizer", optimizer)  # stage 0 does not wrap it
+    adamw.state.clear()
+    adamw.param_groups.clear()
+    optimizer.__dict__.clear()
+    for parameter in module.parameters():
+        parameter.__dict__.clear()
+        parameter.data, parameter.grad = parameter.new_empty(0), None
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ B images, L patches of an image, D width of patch embeddings, P values of a patc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Generator, Tensor
@@ -54,6 +54,15 @@ class MaskDrawer:
         if self.copy:
             with gathered_weights(self._visual) as weights:
                 self.copy.update(weights, self.config.ema_decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """What masks depend on beside the model and their place in the run: the copy's weights, if there is one."""
+        return self.copy.visual.state_dict() if self.copy else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        if self.copy:
+            self.copy.visual.load_state_dict(state)
 
     def _embed(self) -> Callable[[Tensor], Tensor]:
         with gathered_weights(self._visual) as weights:

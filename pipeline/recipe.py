@@ -15,9 +15,11 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
+from pipeline.recipe_stages import find_stage, merge_stages
 
 RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
 
@@ -35,6 +37,7 @@ class ModelSection(_Section):
     pool: Pool | None = Field(None, description="image feature: class | average | attention; none: the model's own")
     activation: Activation | None = Field(None, description="gelu | quick_gelu; none: the model's own")
     start_from: str = Field("", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)")
+    attention: Backend = Field("auto", description=" | ".join(BACKENDS) + " (model/attention_backends.py)")
 
     @model_validator(mode="after")
     def _known_model(self) -> ModelSection:
@@ -120,6 +123,8 @@ class TrainSection(_Section):
     micro_batch_size: int = Field(256, description="pairs per forward pass of one rank", gt=0)
     seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
     deepspeed_config: str = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
+    activation_checkpointing: bool = Field(False, description="recompute blocks backward: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the transformer blocks around attention")
     log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)
     save_every_steps: int = Field(1000, description="steps between checkpoints; the last step always saves", gt=0)
     keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
@@ -134,6 +139,12 @@ class Recipe(_Section):
     text_masking: TextMaskingSection = TextMaskingSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def by_stage(self) -> list[tuple[str | None, Recipe]]:
+        """(name, recipe) of each stage in order (docs/training.md); without stages the recipe itself, nameless."""
+        merged = merge_stages(self.model_dump(), self.stages)
+        return [(name, Recipe.model_validate(fields)) for name, fields in merged] or [(None, self)]
 
     @model_validator(mode="after")
     def _captions_fit_the_context(self) -> Recipe:
@@ -180,12 +191,26 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     fields = _read_with_bases(name_or_path, seen=())
     for override in overrides:
-        _merge(fields, _parse_override(override))
+        _apply_override(fields, override)
     return parse_recipe(fields, name_or_path)
 
 
 def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
-    """Check nested plain values; raises UserError that names the source, the key and the expectation."""
+    """Check nested plain values, and what its stages make of them.
+
+    Raises UserError that names the source, the stage, the key and the expectation.
+    """
+    recipe = _validate(fields, source)
+    try:
+        stages = merge_stages(recipe.model_dump(), recipe.stages)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    for name, merged in stages:
+        _validate(merged, f"{source}: stage {name}")
+    return recipe
+
+
+def _validate(fields: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -238,16 +263,23 @@ def _merge(target: dict[str, Any], changes: dict[str, Any]) -> None:
             target[key] = value
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    key, separator, text = override.partition("=")
-    section, dot, field = key.partition(".")
-    if not separator or not dot:
-        raise UserError(f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3")
+def _apply_override(fields: dict[str, Any], override: str) -> None:
+    """Set `section.key=value`, or `stages.NAME.section.key=value` in the named stage."""
+    path, separator, text = override.partition("=")
+    *stage, section, key = path.split(".") if "." in path else ("", path, "")
+    if not separator or not key or (stage and (len(stage) != 2 or stage[0] != "stages")):
+        raise UserError(
+            f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3, "
+            "or stages.NAME.section.key=value"
+        )
     try:
         value = yaml.safe_load(text) if text else ""
+        target = find_stage(fields.get("stages"), stage[1]) if stage else fields
+    except ValueError as error:
+        raise UserError(f"{override}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}") from error
-    return {section: {field: value}}
+    _merge(target, {section: {key: value}})
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
@@ -268,14 +300,15 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 def _fields() -> Iterator[tuple[str, Any]]:
     for section_name, section in Recipe.model_fields.items():
         section_type = section.annotation
-        assert section_type is not None
+        if not (isinstance(section_type, type) and issubclass(section_type, _Section)):
+            continue  # stages, which have the options of all other sections
         for name, field in section_type.model_fields.items():
             yield f"{section_name}.{name}", field
 
 
 def describe_options() -> str:
     """Every option with its default and meaning, one line each, for `--help`."""
-    lines = []
+    lines = ["  stages: a list of diffs over these, trained in turn (docs/training.md)"]
     for name, field in _fields():
         default = "none" if field.default is None else repr(field.default) if field.default == "" else field.default
         lines.append(f"  {name}={default}".ljust(42) + f" {field.description}")

@@ -66,7 +66,7 @@ def _draw(runs: Sequence[Run], metric: str, is_share: bool, theme: Theme) -> byt
         canvas = FigureCanvasSVG(figure)
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            _draw_run(axes, run, metric, theme.lines[index % len(theme.lines)])
+            _draw_run(axes, run, metric, theme.lines[index % len(theme.lines)], theme)
         _style(axes, theme, is_share)
         if len(runs) > 1:
             axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
@@ -75,16 +75,25 @@ def _draw(runs: Sequence[Run], metric: str, is_share: bool, theme: Theme) -> byt
     return stream.getvalue()
 
 
-def _draw_run(axes: Axes, run: Run, metric: str, colour: str) -> None:
-    positions, values = run.curve(metric)
+def _draw_run(axes: Axes, run: Run, metric: str, colour: str, theme: Theme) -> None:
+    """A line per stage, with a dotted line between: batches and masks differ, and with them what a loss means."""
+    stages = [stage for stage in run.by_stage() if stage.curve(metric)[0]]
+    for index, stage in enumerate(stages):
+        if index:
+            axes.axvline(stage.curve(metric)[0][0], color=theme.text, linewidth=0.8, linestyle=":", alpha=0.6)
+        _draw_stage(axes, stage, metric, colour, label=run.name if index == 0 else "")
+
+
+def _draw_stage(axes: Axes, stage: Run, metric: str, colour: str, label: str) -> None:
+    positions, values = stage.curve(metric)
     x, mean, low, high = _bin(positions, values)
-    deviations = run.curve(f"{metric}_std")[1]
+    deviations = stage.curve(f"{metric}_std")[1]
     if len(deviations) == len(values):
         spread = _bin(positions, deviations)[1]
         low = [center - deviation for center, deviation in zip(mean, spread, strict=True)]
         high = [center + deviation for center, deviation in zip(mean, spread, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, mean, color=colour, linewidth=1.6, label=run.name, marker="o" if len(x) == 1 else None)
+    axes.plot(x, mean, color=colour, linewidth=1.6, label=label, marker="o" if len(x) == 1 else None)
 
 
 def _style(axes: Axes, theme: Theme, is_share: bool) -> None:

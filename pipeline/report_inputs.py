@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ class Run:
     name: str
     recipe: Recipe | None
     steps: tuple[dict[str, Any], ...]
+
+    def by_stage(self) -> list[Run]:
+        """The logged steps of each stage as runs of their own, of the same name; the run itself if it has no stages."""
+        groups = itertools.groupby(self.steps, key=lambda step: step.get("stage"))
+        return [replace(self, steps=tuple(steps)) for _, steps in groups] or [self]
 
     def curve(self, metric: str) -> tuple[list[float], list[float]]:
         """Samples seen (else steps) and values of a metric, at the logged steps that have both."""

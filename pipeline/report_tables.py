@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from model.config import config_from_name
 from pipeline.evaluation import composition, retrieval, zero_shot
 from pipeline.evaluation.results import Result
+from pipeline.recipe import Recipe
 from pipeline.report_inputs import Run
 from pipeline.run_logger import format_duration
 
@@ -182,15 +184,17 @@ def _percent(value: float | None) -> str:
 def _training_facts(run: Run) -> dict[str, str]:
     facts: dict[str, str] = {}
     if run.recipe:
-        masking, optimizer, train = run.recipe.masking, run.recipe.optimizer, run.recipe.train
+        stages = run.recipe.by_stage()
+        recipes = [recipe for _, recipe in stages]
         facts["model"] = run.recipe.model.name
-        facts["masking"] = masking.strategy
-        if masking.strategy != "none":
-            facts["masking"] += f", {masking.target_mask_ratio:.0%}"
-        facts["batch"] = f"{train.global_batch_size:,} pairs"
-        facts["learning rate"] = f"{optimizer.lr:g}"
-        facts["weight decay"] = f"{optimizer.weight_decay:g}"
-        facts["seed"] = str(train.seed)
+        if run.recipe.stages:
+            facts["stages"] = "; ".join(str(name) for name, _ in stages)
+            facts["images"] = _by_stage(str(_image_size(recipe)) for recipe in recipes) + " px"
+        facts["masking"] = _by_stage(_masking(recipe) for recipe in recipes)
+        facts["batch"] = _by_stage(f"{recipe.train.global_batch_size:,}" for recipe in recipes) + " pairs"
+        facts["learning rate"] = _by_stage(f"{recipe.optimizer.lr:g}" for recipe in recipes)
+        facts["weight decay"] = _by_stage(f"{recipe.optimizer.weight_decay:g}" for recipe in recipes)
+        facts["seed"] = str(run.recipe.train.seed)
     if run.steps:
         last = run.steps[-1]
         facts["steps"] = f"{last['step']:,}"
@@ -201,12 +205,28 @@ def _training_facts(run: Run) -> dict[str, str]:
         if "wall_time_s" in last:
             facts["wall time"] = format_duration(last["wall_time_s"])
         for metric, label in (("samples_per_s", "samples/s, median"), ("tokens_per_s", "tokens/s, median")):
-            if values := run.curve(metric)[1]:
-                facts[label] = f"{statistics.median(values):,.0f}"
-        if losses := run.curve("loss")[1]:
+            curves = [stage.curve(metric)[1] for stage in run.by_stage()]
+            if any(curves):
+                facts[label] = _by_stage(f"{statistics.median(values):,.0f}" for values in curves if values)
+        if losses := run.by_stage()[-1].curve("loss")[1]:
             final = losses[-max(1, len(losses) // 20) :]
             facts["loss, last 5 % of the log"] = f"{statistics.fmean(final):.3f}"
     return facts
+
+
+def _by_stage(facts: Iterable[str]) -> str:
+    """One fact if all stages share it, else one for each."""
+    each = list(facts)
+    return each[0] if len(set(each)) == 1 else "; ".join(each)
+
+
+def _masking(recipe: Recipe) -> str:
+    masking = recipe.masking
+    return masking.strategy if masking.strategy == "none" else f"{masking.strategy}, {masking.target_mask_ratio:.0%}"
+
+
+def _image_size(recipe: Recipe) -> int:
+    return recipe.model.image_size or config_from_name(recipe.model.name).vision.image_size
 
 
 def _distinct(items: Iterable[Item]) -> list[Item]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.files import write_atomically
+from pipeline.stage_plan import Stage, steps_left
 
 METRICS = "metrics.jsonl"
 
@@ -17,9 +19,9 @@ METRICS = "metrics.jsonl"
 class RunLogger:
     """Writes on the main rank; what a resumed run will write again is removed first."""
 
-    def __init__(self, run_directory: Path, first_step: int, total_steps: int) -> None:
+    def __init__(self, run_directory: Path, first_step: int, stages: Sequence[Stage]) -> None:
         self._path = run_directory / METRICS
-        self._total_steps = total_steps
+        self._stages = stages
         self._tensorboard = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
         kept = _drop_lines_after(self._path, first_step)
         self._wall_time_before_s = kept[-1].get("wall_time_s", 0.0) if kept else 0.0
@@ -35,19 +37,20 @@ class RunLogger:
         for name, value in metrics.items():
             if isinstance(value, int | float) and name not in ("step", "time"):
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
-        print(progress_line(metrics, self._total_steps), flush=True)
+        eta_s = steps_left(self._stages, metrics["step"]) * metrics["seconds_per_step"]
+        print(progress_line(metrics, self._stages[-1].end_step, eta_s), flush=True)
 
     def close(self) -> None:
         """Flush what is buffered."""
         self._tensorboard.close()
 
 
-def progress_line(metrics: dict[str, Any], total_steps: int) -> str:
+def progress_line(metrics: dict[str, Any], total_steps: int, eta_s: float) -> str:
     """What a person watching wants to know, in one line."""
-    steps_left = total_steps - metrics["step"]
-    eta = format_duration(steps_left * metrics["seconds_per_step"]) if steps_left else "done"
+    eta = format_duration(eta_s) if metrics["step"] < total_steps else "done"
+    stage = f"{metrics['stage']}  " if "stage" in metrics else ""
     return (
-        f"step {metrics['step']:>6,}/{total_steps:,}  epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  "
+        f"{stage}step {metrics['step']:>6,}/{total_steps:,}  epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  "
         f"lr {metrics['lr']:.2e}  {metrics['samples_per_s']:,.0f} samples/s  {metrics['tokens_per_s']:,.0f} tokens/s  "
         f"masked {metrics['mask_ratio']:.1%}  data wait {metrics['data_wait_share']:.1%}  ETA {eta}"
     )

@@ -14,7 +14,7 @@ from pipeline.recipe import Recipe, read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 
-# Options that change neither what is computed nor in which order; all others are fixed for a run's life.
+# Options that change neither what is computed, to the bit, nor in which order; all others are fixed for a run's life.
 _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
@@ -23,6 +23,7 @@ _MAY_CHANGE = {
     "data.workers",
     "data.max_bad_ratio",
     "train.output",
+    "train.activation_checkpointing",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
@@ -69,7 +70,7 @@ def check_unchanged(
     before = _flat(read_recipe_file(str(run_directory / RECIPE)))
     now = _flat(recipe)
     for key in sorted(before.keys() | now.keys()):
-        if key not in _MAY_CHANGE and before.get(key) != now.get(key):
+        if ".".join(key.split(".")[-2:]) not in _MAY_CHANGE and before.get(key) != now.get(key):
             raise UserError(
                 f"{run_directory} was started with {key}={before.get(key)}, now it is {now.get(key)}: change it back "
                 "to continue that run, or choose another train.output"
@@ -87,4 +88,10 @@ def check_unchanged(
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    return {f"{s}.{name}": value for s, fields in recipe.model_dump().items() for name, value in fields.items()}
+    """Every option that is used: `section.key`, or `stages.NAME.section.key` where the recipe has stages."""
+    flat: dict[str, Any] = {"stages": [name for name, _ in recipe.by_stage()]}
+    for stage, stage_recipe in recipe.by_stage():
+        prefix = "" if stage is None else f"stages.{stage}."
+        for section, fields in stage_recipe.model_dump(exclude={"stages"}).items():
+            flat |= {f"{prefix}{section}.{name}": value for name, value in fields.items()}
+    return flat

@@ -76,13 +76,15 @@ class BatchPlan:
     """Which positions each rank reads at each micro-batch: contiguous slices of the epoch, equal on all ranks.
 
     What does not fill a global batch at the end of an epoch is left out of that epoch; the shuffle makes it other
-    samples each time.
+    samples each time. `first_step` and `first_epoch`: where in the run this plan takes over from another one.
     """
 
     num_samples: int
     global_batch_size: int
     micro_batch_size: int
     world_size: int
+    first_step: int = 0
+    first_epoch: int = 0
 
     @property
     def accumulation_steps(self) -> int:
@@ -96,7 +98,7 @@ class BatchPlan:
 
     def micro_batch(self, step: int, accumulation: int, rank: int) -> tuple[int, range]:
         """(epoch, positions) of one micro-batch; `step` counts from 0 over the whole run."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epochs, step_in_epoch = divmod(step - self.first_step, self.steps_per_epoch)
         first = step_in_epoch * self.global_batch_size
         first += (accumulation * self.world_size + rank) * self.micro_batch_size
-        return epoch, range(first, first + self.micro_batch_size)
+        return self.first_epoch + epochs, range(first, first + self.micro_batch_size)

@@ -30,19 +30,26 @@ def load_start_weights(clip: CLIP, source: str, tokenizer: Tokenizer, ranks: Ran
     return sha256
 
 
-def check_start_weights(run_directory: Path, source: str, ranks: Ranks) -> str:
-    """The sha256 of the weights that a run to be continued started from, "" for none (collective).
+def check_start_weights(resumed_run: Path | None, source: str, ranks: Ranks) -> str:
+    """The sha256 of the weights at `source` that a run starts from, "" for none (collective).
 
-    Raises UserError if those at `source` are others. They are not needed any more, and may be gone.
+    resumed_run: directory of a run to be continued, which has weights of its own: those at `source` may be gone, but
+    UserError if they are others than it started from
     """
-    return _from_main(lambda: _check_unchanged(run_directory, source), ranks)
+    if resumed_run is None:
+        return _from_main(lambda: _sha256(source), ranks)
+    return _from_main(lambda: _check_unchanged(resumed_run, source), ranks)
+
+
+def _sha256(source: str) -> str:
+    return sha256_of_file(find_weights(Path(source)).path) if source else ""
 
 
 def _check_unchanged(run_directory: Path, source: str) -> str:
     before = str(read_record(run_directory).get(RECORD_KEY, ""))
     if source and not Path(source).exists():
         return before
-    now = sha256_of_file(find_weights(Path(source)).path) if source else ""
+    now = _sha256(source)
     if before != now:
         raise UserError(
             f"{run_directory} was started from {_describe(before)}, now model.start_from={source} is "

@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
 
     from pipeline.ranks import init_ranks
-    from pipeline.trainer import Trainer
+    from pipeline.training_run import TrainingRun
 
-    return Trainer(recipe, init_ranks()).run()
+    return TrainingRun(recipe, init_ranks()).run()
 
 
 if __name__ == "__main__":

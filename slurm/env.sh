@@ -5,14 +5,14 @@ PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR}
 VENV=${VENV:-$PROJECT/.venv}
 
 # What the stages read and write: a file system that all nodes see.
-URLS=${URLS:-$PROJECT/data/urls.parquet}
-SHARDS=${SHARDS:-$PROJECT/data/shards}
-TOKENIZER=${TOKENIZER:-$PROJECT/data/tokenizer.model}
+SHARDS=${SHARDS:-$PROJECT/data/cc12m/shards}
+TOKENIZER=${TOKENIZER:-$PROJECT/data/cc12m/tokenizer.model}
 RUN=${RUN:-$PROJECT/runs/$SLURM_JOB_NAME}
 EVALUATION_SETS=${EVALUATION_SETS:-}
 
-# Preparation: further options of `data-prep download`; the same ones again when a download is continued.
-DOWNLOAD_OPTIONS=${DOWNLOAD_OPTIONS:-}
+# Preparation: a build file (its `output` gets shards/ and tokenizer.model), and the one stage to run, if not all.
+CONFIG=${CONFIG:-$PROJECT/examples/cc12m.yaml}
+STAGE=${STAGE:-}
 
 # Training: a recipe and further section.key=value options.
 RECIPE=${RECIPE:-base}

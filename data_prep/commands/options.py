@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
-PROCESSES = os.cpu_count() or 1
+# those that this process may use, where the system says: a batch job often has a few of a node's many
+PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -58,6 +59,17 @@ def byte_count(text: str) -> int:
     if size_bytes < 1:
         raise argparse.ArgumentTypeError(f"must be a size such as 500M or 2G, got {text}")
     return size_bytes
+
+
+def array_slice(text: str) -> tuple[int, int]:
+    """`I/N`, share I of N with I from 0, as array jobs count."""
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 0/8, got {text!r}") from None
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text}")
+    return index, count
 
 
 def _at_least(minimum: int, text: str) -> int:

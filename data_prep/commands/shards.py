@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from data_prep.commands.options import Commands, add_command, add_output, add_processes, byte_count, positive
+from data_prep.commands.options import (
+    Commands,
+    add_command,
+    add_output,
+    add_processes,
+    array_slice,
+    byte_count,
+    positive,
+)
 from data_prep.errors import UserError
 
 
@@ -23,15 +30,11 @@ def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
         "--repair", action="store_true", help="rewrite shards without their unusable members; keep damaged originals"
     )
     parser.add_argument(
-        "--slice", type=_slice, metavar="I/N", help="judge every N-th shard only, for array jobs; verify collects them"
+        "--slice",
+        type=array_slice,
+        metavar="I/N",
+        help="judge every N-th shard from I (from 0) on; verify collects them",
     )
-
-
-def _slice(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text}")
-    return int(match[1]), int(match[2])
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -108,17 +111,24 @@ def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
         "--max-captions", type=positive, default=2_000_000, metavar="N", help="train on a sample of at most N"
     )
     parser.add_argument("--seed", type=int, default=0, help="for drawing that sample")
+    parser.add_argument(
+        "--special-tokens", nargs="+", default=[], metavar="TEXT", help="texts that stay one piece, such as <PERSON>"
+    )
+    parser.add_argument(
+        "--clip-merges", type=Path, metavar="FILE",
+        help="bpe_simple_vocab_16e6.txt.gz, to compare with CLIP's tokenizer (default: an installed open_clip's)",
+    )  # fmt: skip
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from data_prep.tokenizer import train_tokenizer
+    from data_prep.tokenizer import TokenizerSettings, train_tokenizer
 
-    train_tokenizer(
-        options.directory,
-        options.output,
-        options.model_type,
-        options.vocab_size,
-        options.max_captions,
-        options.seed,
+    settings = TokenizerSettings(
+        model_type=options.model_type,
+        vocab_size=options.vocab_size,
+        max_captions=options.max_captions,
+        seed=options.seed,
+        special_tokens=tuple(options.special_tokens),
     )
+    train_tokenizer(options.directory, options.output, settings, options.clip_merges)
     return 0

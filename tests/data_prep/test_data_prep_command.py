@@ -11,7 +11,7 @@ from make_images import good_sample, write_tar
 from data_prep.__main__ import main
 
 COMMANDS = (
-    *("synthetic", "ingest", "download", "pack", "tokenizer"),
+    *("build", "sources", "synthetic", "ingest", "download", "pack", "tokenizer"),
     *("verify", "reshard", "merge", "stats", "words", "dedup", "forget"),
 )
 
@@ -41,6 +41,8 @@ def test_help_needs_no_heavy_import(command: str) -> None:
         (["merge", "absent", "--output", "x"], "is not a directory"),
         (["tokenizer", "absent", "--output", "x.model"], "is not a directory"),
         (["ingest", "absent.tsv", "--output", "x.parquet"], "no such file"),
+        (["build", "absent.yaml"], "No such file"),
+        (["sources", "cc11m"], "did you mean 'cc12m'"),
         (["download", "absent.parquet", "--output", "x"], "no such file"),
         (["pack", "absent", "--output", "x"], "no such file"),
     ],

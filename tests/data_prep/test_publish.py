@@ -150,7 +150,7 @@ def test_a_killed_verify_decodes_only_what_is_missing(tmp_path: Path, monkeypatc
     assert snapshot(directory) == snapshot(undisturbed)
 
     (directory / "manifest.jsonl").unlink()
-    verify_slice(directory, (1, 1), 1)
+    verify_slice(directory, (0, 1), 1)
     monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
     assert verify(directory, 1, max_bad_ratio=0.0)
     assert manifest(directory) == manifest(undisturbed)

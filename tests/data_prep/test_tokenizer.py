@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from make_images import encoded, write_tar
 
+from data_prep.clip_merges import MERGES, ClipBytePairs
 from data_prep.errors import UserError
-from data_prep.tokenizer import train_tokenizer
+from data_prep.fertility import fertility
+from data_prep.tokenizer import TokenizerSettings, train_tokenizer
 
 WORDS = ("red", "blue", "green", "small", "large", "circle", "square", "star", "left", "above")
 CAPTIONS = [f"A {a} {b} Ähre {c}." for a, b, c in itertools.permutations(WORDS, 3)]
@@ -28,7 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(shards: Path, output: Path, vocab_size: int = 400, max_captions: int = 10_000, seed: int = 0) -> bytes:
-    train_tokenizer(shards, output, "unigram", vocab_size, max_captions, seed)
+    train_tokenizer(shards, output, TokenizerSettings("unigram", vocab_size, max_captions, seed))
     return output.read_bytes()
 
 
@@ -46,12 +51,12 @@ def test_ids_case_and_byte_fallback(shards: Path, tmp_path: Path) -> None:
 
 def test_few_captions_give_fewer_pieces_than_asked_for(shards: Path, tmp_path: Path) -> None:
     for model_type in ("unigram", "bpe"):
-        size = train_tokenizer(shards, tmp_path / "tokenizer.model", model_type, 8192, 10_000, 0)
+        size = train_tokenizer(shards, tmp_path / "tokenizer.model", TokenizerSettings(model_type))
         assert 260 < size < 8192
 
 
 def test_byte_pairs_keep_frequent_words_whole(shards: Path, tmp_path: Path) -> None:
-    train_tokenizer(shards, tmp_path / "tokenizer.model", "bpe", 600, 10_000, 0)
+    train_tokenizer(shards, tmp_path / "tokenizer.model", TokenizerSettings("bpe", 600))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert processor.encode("a red circle", out_type=str) == ["▁a", "▁red", "▁circle"]
 
@@ -79,4 +84,69 @@ def test_refusals_keep_the_former_model(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="SentencePiece cannot train"):
         train(shards, output, vocab_size=262)
     assert output.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "tokenizer.model"}
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "tokenizer.model", "tokenizer.fertility.json"}
+
+
+def test_special_tokens_stay_whole(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tokenizer.model"
+    train_tokenizer(shards, output, TokenizerSettings(vocab_size=400, special_tokens=("<PERSON>", "<date>")))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(output))
+    assert [processor.id_to_piece(token) for token in (4, 5)] == ["<PERSON>", "<date>"]
+    assert processor.encode("A red <PERSON>, <date>", out_type=str).count("<PERSON>") == 1
+    with pytest.raises(UserError, match="262"):
+        train_tokenizer(shards, output, TokenizerSettings(vocab_size=262, special_tokens=("<PERSON>", "<date>")))
+
+
+def words_and_bytes(captions: Sequence[str]) -> list[list[int]]:
+    """A tokenizer that anyone can count: one token per ASCII word, one per byte of the others (token >= 128)."""
+    return [
+        [token for word in caption.split() for token in ([1] if word.isascii() else list(word.encode()))]
+        for caption in captions
+    ]
+
+
+def test_fertility_by_hand() -> None:
+    captions = ["a red circle", "é 日", "w " * 75, "w " * 76, "w " * 30, "w " * 31]
+    report = fertility(captions, words_and_bytes, lambda token: token > 1)
+    tokens = 3 + (2 + 3) + 75 + 76 + 30 + 31
+    assert report.tokens_per_caption == pytest.approx(tokens / 6)
+    assert report.tokens_per_word == pytest.approx(tokens / (3 + 2 + 75 + 76 + 30 + 31))
+    assert report.byte_share == pytest.approx(5 / tokens)
+    assert report.cut_share == {77: pytest.approx(1 / 6), 32: pytest.approx(3 / 6)}
+
+
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the form and size of CLIP's, in which only the word "red" has merges; capitals never occur."""
+    capitals = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
+    signs = [chr(code) for code in range(0x100, 0x100 + 60)]  # stand for control characters
+    filler = [f"{first}{second} {third}" for first in capitals for second in capitals for third in capitals + signs]
+    pairs = [f"{first} {second}" for first in capitals for second in capitals]
+    lines = ["#version: 0.2", "r e", "re d</w>", *pairs, *filler]
+    path = tmp_path_factory.mktemp("merges") / "merges.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(lines[: 1 + MERGES]).encode()))
+    return path
+
+
+def test_clip_byte_pairs_by_hand(merges: Path) -> None:
+    clip = ClipBytePairs(merges)
+    red, letters, accent = clip.encode(["RED red", "&amp;re", "\u65e5"])
+    assert red == [513, 513]
+    assert not any(map(clip.is_byte, letters))
+    assert len(accent) == 3  # three bytes of UTF-8
+    assert all(clip.is_byte(token) for token in accent)
+
+
+def test_the_report_compares_with_clips_merges(
+    shards: Path, tmp_path: Path, merges: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "tokenizer.model"
+    with pytest.raises(UserError, match="is not CLIP's"):
+        train_tokenizer(shards, output, TokenizerSettings(vocab_size=400), clip_merges=shards / "00000.tar")
+    train_tokenizer(shards, output, TokenizerSettings(vocab_size=400), clip_merges=merges)
+    assert "CLIP's" in capsys.readouterr().out
+    report = json.loads(output.with_suffix(".fertility.json").read_text())
+    assert report["captions"] == len(CAPTIONS)
+    assert report["CLIP's"]["byte_share"] > 0.05  # the two bytes of the umlaut
+    assert report["this"]["byte_share"] == 0
+    assert report["this"]["tokens_per_word"] < report["CLIP's"]["tokens_per_word"]

@@ -255,10 +255,10 @@ def test_slices_together_are_the_whole(tmp_path: Path, monkeypatch: pytest.Monke
         write_tar(directory / f"{shard:05d}.tar", [*good_sample(str(shard), shard), ("bad.txt", b"x")])
     whole = shutil.copytree(directory, tmp_path / "whole")
     verify(whole, 1, max_bad_ratio=1.0)
-    for part in ("1/3", "3/3", "2/3"):
+    for part in ("0/3", "2/3", "1/3"):
         assert main(["verify", str(directory), "--slice", part, "--processes", "1"]) == 0
     assert not (directory / "manifest.jsonl").exists()
-    with (directory / ".verify" / "slice-2-of-3.jsonl").open("a") as stream:
+    with (directory / ".verify" / "slice-1-of-3.jsonl").open("a") as stream:
         stream.write('{"line": {"sha')  # killed while it wrote
     monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
     verify(directory, 1, max_bad_ratio=1.0)
@@ -266,7 +266,7 @@ def test_slices_together_are_the_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "1/0", "-1/2", "a/b"])
+@pytest.mark.parametrize("part", ["3/3", "4/3", "1", "0/0", "-1/2", "a/b"])
 def test_slices_that_are_none(part: str) -> None:
     with pytest.raises(SystemExit):
         main(["verify", "x", "--slice", part])

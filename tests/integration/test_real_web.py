@@ -15,7 +15,6 @@ from small_web import Page, SmallWeb
 from data_prep.download import Settings, download
 from data_prep.ingest import ingest
 from data_prep.tar_reader import TarSamples
-from data_prep.url_lists import ColumnChoice
 from data_prep.verify import verify
 
 DATA = Path(os.environ.get("CLUSTER_CLIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -70,7 +69,7 @@ def test_every_picture_of_a_troubled_web_has_its_exact_outcome(tmp_path: Path, w
     tsv.write_text("".join(lines), encoding="utf-8")
 
     urls = tmp_path / "urls.parquet"
-    tally = ingest([str(tsv)], str(urls), "auto", ColumnChoice())
+    tally = ingest([str(tsv)], str(urls))
     assert +tally.dropped == Counter({"malformed line": 1, "url not http(s)": 1})
     assert tally.written == len(rows)
 

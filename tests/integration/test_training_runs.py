@@ -75,6 +75,34 @@ def test_a_run_leaves_what_the_formats_promise(finished_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_activation_checkpointing_changes_no_bit(
+    finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]
+) -> None:
+    """Every block is computed twice, from the same masks."""
+    run = tmp_path / "recomputing"
+    options = [*tiny_options, "train.max_steps=8", "train.activation_checkpointing=true", f"train.output={run}"]
+    done = launch(TRAIN, *options, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("loss", "grad_norm", "mask_ratio_std", "mask_threshold"):
+        assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(finished_run)]
+    assert_same_weights(finished_run, run)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_to_the_same_losses(
+    finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]
+) -> None:
+    run = tmp_path / "compiled"
+    options = [*tiny_options, "train.max_steps=8", "train.compile=true", f"train.output={run}"]
+    done = launch(TRAIN, *options, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [line["loss"] for line in metrics(finished_run)]
+    assert [line["loss"] for line in metrics(run)] == pytest.approx(expected, rel=1e-4)
+    assert weights(run).keys() == weights(finished_run).keys()
+
+
+@pytest.mark.slow
 def test_resume_is_bit_exact(finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]) -> None:
     run = tmp_path / "resumed"
     shutil.copytree(finished_run, run)

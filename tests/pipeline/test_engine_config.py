@@ -11,7 +11,7 @@ from pipeline.engine import TEMPLATES_DIRECTORY, deepspeed_config, zero_stage
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.sample_order import BatchPlan
-from pipeline.trainer import plan_batches
+from pipeline.stage_plan import plan_batches
 
 PLAN = BatchPlan(num_samples=1000, global_batch_size=96, micro_batch_size=8, world_size=3)
 

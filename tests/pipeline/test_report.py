@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.evaluation.results import Result, write_results
 from pipeline.mask_drawer import seed_masks
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.rendering import data_uri
+from pipeline.report_curves import draw_curves
 from pipeline.report_inputs import read_inputs
 from pipeline.report_masks import draw_masks
 from pipeline.report_tables import dataset_tables, headline_table, training_table
@@ -194,6 +196,44 @@ def dropped_by_training(images_BCHW: torch.Tensor, masking: MaskingConfig) -> to
     kept = choose_patches(images, masking, generator).selection.kept_K.tolist()
     all_patches = range(images.num_images * images.num_patches)
     return torch.tensor([patch not in kept for patch in all_patches]).view(images.num_images, -1)
+
+
+def test_stages_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    directory = tmp_path / "staged"
+    directory.mkdir()
+    fields = {
+        "model": {"name": "ViT-tiny-8"},
+        "stages": [
+            {"name": "small", "model": {"image_size": 32}, "train": {"global_batch_size": 4096}},
+            {"name": "whole", "masking": {"strategy": "none"}, "optimizer": {"lr": 1e-5}},
+        ],
+    }
+    (directory / "recipe.yaml").write_text(parse_recipe(fields, "test").to_yaml())
+    stages = ["small"] * 3 + ["whole"] * 3
+    steps = [
+        {"step": n, "stage": stage, "samples_seen": n, "loss": loss, "samples_per_s": speed}
+        for n, (stage, loss, speed) in enumerate(
+            zip(stages, (9, 8, 7, 3, 2, 1), (900, 910, 920, 90, 80, 70), strict=True)
+        )
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    runs = read_inputs([directory]).runs
+    assert [[step["step"] for step in stage.steps] for stage in runs[0].by_stage()] == [[0, 1, 2], [3, 4, 5]]
+    table = training_table(runs)
+    assert table is not None
+    facts = {row.label: row.cells[0].text for row in table.rows}
+    assert facts["stages"] == "small; whole"
+    assert facts["images"] == "32; 64 px"
+    assert facts["masking"] == "cluster, 50%; none"
+    assert facts["batch"] == "4,096; 2,048 pairs"
+    assert facts["learning rate"] == "0.0005; 1e-05"
+    assert facts["weight decay"] == "0.2"
+    assert facts["samples/s, median"] == "910; 80"
+    assert facts["loss, last 5 % of the log"] == "1.000"
+    curves = {curve.name: curve.light_svg for curve in draw_curves(runs)}
+    single = [replace(runs[0], steps=tuple({**step, "stage": "one"} for step in runs[0].steps))]
+    assert curves["loss"].count(b"stroke-dasharray") == 1  # where the stages meet
+    assert draw_curves(single)[0].light_svg.count(b"stroke-dasharray") == 0
 
 
 def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:

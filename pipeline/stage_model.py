@@ -1,0 +1,68 @@
+"""The model that a stage trains: its size, the weights it begins with, and how it is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model.clip import CLIP
+from model.config import CLIPConfig
+from model.positions import resize_grid
+from pipeline.checkpoint import WEIGHTS
+from pipeline.errors import UserError
+from pipeline.stage_plan import Stage
+
+_POSITIONS = "visual.positional_embedding"
+
+
+def count_parameters(config: CLIPConfig) -> int:
+    """Parameters of a model, without making it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in CLIP(config).parameters())
+
+
+def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> CLIP:
+    """The stage's model with new weights, the same on every rank, or with those of the stage before.
+
+    checkpoint: the last one of the stage before; of another image size, if its positional embeddings are resized
+    """
+    torch.manual_seed(stage.recipe.train.seed)
+    clip = CLIP(stage.model)
+    if checkpoint is not None:
+        _load_weights(clip, checkpoint / WEIGHTS)
+    return clip.to(device)
+
+
+def _load_weights(clip: CLIP, file: Path) -> None:
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    weights[_POSITIONS] = resize_grid(weights[_POSITIONS], clip.config.vision.num_patches)
+    clip.load_state_dict(weights)
+
+
+def check_computable(stage: Stage, device: torch.device, is_bf16: bool, zero_stage: int) -> None:
+    """Raise UserError for a way to compute the model that this machine or configuration does not have."""
+    attention = stage.recipe.model.attention
+    if attention in ("varlen", "flex") and device.type != "cuda":
+        raise UserError(f"model.attention={attention} needs a GPU to train on: take auto or buckets")
+    if attention == "varlen" and not is_bf16:
+        raise UserError("model.attention=varlen needs bf16: take another train.deepspeed_config, or auto")
+    if stage.recipe.train.compile and zero_stage == 3:
+        raise UserError(
+            "train.compile does not work with ZeRO stage 3, which replaces parameters while the model runs: "
+            "take train.deepspeed_config of stage 1 or 2"
+        )
+
+
+def speed_up(clip: CLIP, stage: Stage) -> None:
+    """How the model is computed, not what; before DeepSpeed wraps it."""
+    clip.use_backend(stage.recipe.model.attention)
+    if stage.recipe.train.activation_checkpointing:
+        clip.checkpoint_blocks()
+    if stage.recipe.train.compile:
+        clip.compile_blocks()

@@ -1,0 +1,175 @@
+"""A training run from recipe to last checkpoint: its stages one after the other, from wherever it was left."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.bad_samples import BadSamples
+from pipeline.checkpoint import Progress, checkpoint_directory, newest_checkpoint, read_progress
+from pipeline.engine import deepspeed_config, is_bf16, zero_stage
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.manifest import read_manifest
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe
+from pipeline.run_logger import RunLogger, timestamp
+from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
+from pipeline.stage_model import check_computable, count_parameters, make_model
+from pipeline.stage_plan import Stage, describe_stages, plan_stages
+from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.text_masking import TextMasker
+from pipeline.tokenizer import load_tokenizer
+from pipeline.trainer import RunContext, StageTrainer
+
+# Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
+EXIT_INTERRUPTED = 75
+
+
+class TrainingRun:
+    """A recipe's stages, checked and planned; `run` trains what is left of them."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        if not recipe.train.output:
+            raise UserError("no run directory: give train.output=DIRECTORY")
+        start_s = time.perf_counter()
+        self._recipe = recipe
+        self._ranks = ranks
+        self._stop_requested = False
+        directory = Path(recipe.train.output)
+        manifest = read_manifest(recipe.data.train)
+        tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
+        self._context = RunContext(
+            directory=directory,
+            ranks=ranks,
+            manifest=manifest,
+            tokenizer=tokenizer,
+            bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, manifest.directory),
+            stop_requested=lambda: self._stop_requested,
+            start_s=start_s,
+        )
+        encoder = tokenizer.encoder
+        self._stages = plan_stages(
+            recipe, manifest.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id
+        )
+        self._configs = [
+            deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
+        ]
+        self._word_counts_sha256 = self._check_stages()
+        self._checkpoint = newest_checkpoint(directory)
+        if self._checkpoint is not None:
+            check_unchanged(directory, recipe, manifest.sha256, tokenizer.sha256, self._word_counts_sha256)
+        resumed = None if self._checkpoint is None else directory
+        self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
+        self._print_plan()
+
+    def _check_stages(self) -> str | None:
+        """What would stop a later stage, before the first begins; the hash of the word counts that stages use."""
+        sha256 = None
+        for stage, config in zip(self._stages, self._configs, strict=True):
+            check_computable(stage, self._ranks.device, is_bf16(config), zero_stage(config))
+            sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
+        return sha256
+
+    @property
+    def _total_steps(self) -> int:
+        return self._stages[-1].end_step
+
+    def run(self) -> int:
+        """Train to the end or until told to stop; returns the process's exit code."""
+        directory, ranks = self._context.directory, self._ranks
+        progress = Progress(0, 0, self._stages[0].name)
+        if self._checkpoint is not None:
+            progress = read_progress(self._checkpoint, ranks)
+            self._context.print(f"resuming from {self._checkpoint} at step {progress.step:,}")
+        if progress.step >= self._total_steps:
+            self._context.print(f"{directory} is finished: {progress.step:,} of {self._total_steps:,} steps")
+            return 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request_stop)
+        if ranks.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_record(directory, self._recipe, self._record(progress))
+        ranks.barrier()
+        progress = self._train(progress)
+        if progress.step < self._total_steps:
+            self._context.print(f"stopped at step {progress.step:,} as asked; the same command continues from there")
+            return EXIT_INTERRUPTED
+        if ranks.is_main:
+            write_json(directory / RECORD, self._record(progress) | {"finished": timestamp()})
+        self._context.print(f"finished: {directory}")
+        return 0
+
+    def _train(self, progress: Progress) -> Progress:
+        logger = RunLogger(self._context.directory, progress.step, self._stages) if self._ranks.is_main else None
+        for stage, config in zip(self._stages, self._configs, strict=True):
+            if progress.step >= stage.end_step:
+                continue
+            if self._ranks.any(self._stop_requested):
+                break
+            trainer = self._begin(stage, config, progress)
+            progress = trainer.train(logger)
+            trainer.close()
+            self._checkpoint = checkpoint_directory(self._context.directory, progress.step)
+        if logger:
+            logger.close()
+        return progress
+
+    def _begin(self, stage: Stage, config: dict[str, Any], progress: Progress) -> StageTrainer:
+        """A trainer where the run stands: in the middle of the stage, or at its start with the weights so far."""
+        is_under_way = progress.step > stage.first_step
+        before = None if is_under_way else self._checkpoint
+        if before is not None:
+            self._context.print(f"stage {stage.name} begins with the weights of {before}")
+        clip = make_model(stage, before, self._ranks.device)
+        if self._checkpoint is None and self._recipe.model.start_from:
+            load_start_weights(clip, self._recipe.model.start_from, self._context.tokenizer, self._ranks)
+        trainer = StageTrainer(stage, clip, config, self._context)
+        if is_under_way and self._checkpoint is not None:
+            trainer.resume(self._checkpoint, progress)
+        return trainer
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+
+    def _record(self, progress: Progress) -> dict[str, Any]:
+        context = self._context
+        started = read_record(context.directory).get("started", timestamp())
+        return {
+            "format_version": 1,
+            "started": started,
+            "model": self._recipe.model.name,
+            "parameters": count_parameters(self._stages[-1].model),
+            "world_size": self._ranks.world_size,
+            "device": str(self._ranks.device),
+            "total_steps": self._total_steps,
+            "samples_seen": progress.samples_seen,
+            "dataset_samples": context.manifest.num_samples,
+            "manifest_sha256": context.manifest.sha256,
+            "tokenizer_sha256": context.tokenizer.sha256,
+            "word_counts_sha256": self._word_counts_sha256,
+            RECORD_KEY: self._start_sha256,
+            "stages": [self._record_stage(*planned) for planned in zip(self._stages, self._configs, strict=True)],
+            "versions": versions(),
+        }
+
+    def _record_stage(self, stage: Stage, config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": stage.name,
+            "first_step": stage.first_step,
+            "end_step": stage.end_step,
+            "samples": stage.num_samples,
+            "image_size": stage.model.vision.image_size,
+            "deepspeed_config": config,
+        }
+
+    def _print_plan(self) -> None:
+        config = self._configs[0]
+        self._context.print(
+            f"{self._recipe.model.name}, ZeRO stage {zero_stage(config)}, {'bf16' if is_bf16(config) else 'fp32'} "
+            f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
+            + describe_stages(self._stages, len(self._context.manifest.shards))
+        )

@@ -1,0 +1,256 @@
+"""Runs of several stages through the command line: what each computes, and resuming anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RANK_ENVIRONMENT, ROOT
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import newest_checkpoint
+from pipeline.inference import load_for_inference
+
+TRAIN = "pipeline/train.py"
+POSITIONS = "visual.positional_embedding"
+
+# The first stage looks through a moving average of the model, the second at its patch embeddings.
+LOOKING = """
+base: tiny_staged
+model: {image_size: 32}
+masking: {strategy: attentive, ema_decay: 0.5, ratio_schedule: cosine, final_mask_ratio: 0.25}
+stages:
+  - name: look
+    train: {max_steps: 14}
+  - name: mix
+    masking: {strategy: cluster, embedding_mix: 0.5, ratio_schedule: constant, final_mask_ratio: null}
+    train: {max_steps: 14}
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def staged_options(shards: Path, tokenizer_file: Path) -> list[str]:
+    """`tiny_staged` in seconds: 12 steps of 16 small images, then 18 of 8 whole ones."""
+    return [
+        "--recipe=tiny_staged",
+        "model.name=ViT-test-8",
+        f"data.train={shards}",
+        f"data.tokenizer={tokenizer_file}",
+        "data.workers=0",
+        "optimizer.warmup_steps=2",
+        "train.log_every_steps=1",
+        "train.save_every_steps=4",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=8",
+        "stages.small.model.image_size=16",
+        "stages.small.train.max_steps=12",
+        "stages.whole.train.epochs=1.5",
+        "stages.whole.train.global_batch_size=8",
+        "stages.whole.train.micro_batch_size=4",
+        "stages.whole.optimizer.warmup_steps=1",
+    ]
+
+
+def metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    return load_file(checkpoint / "model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert losses(first) == losses(second)
+    assert_same_weights(first, second)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(options: Sequence[str], run: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *options, f"train.output={run}"],
+        cwd=ROOT,
+        env={**os.environ, **RANK_ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt(options: Sequence[str], run: Path, when: str, number: int) -> int:
+    """Start or continue a run and send it a signal when it prints a line with `when`; returns its exit code."""
+    process = start(options, run)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if when in line:
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    return process.wait(timeout=120)
+
+
+def finish(options: Sequence[str], run: Path) -> str:
+    """Start or continue a run, to its end; returns what it prints."""
+    process = start(options, run)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    return printed
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stages_on_two_ranks(stage: int, tmp_path: Path, launch: Callable, staged_options: list[str]) -> None:
+    """One command, one run: each stage with its images, masks, batch and schedule; and resumed in the second."""
+    options = [*staged_options, f"train.deepspeed_config=zero{stage}_bf16"]
+    done = launch(TRAIN, *options, f"train.output={tmp_path / 'run'}", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = done.stdout[: done.stdout.index("step ")]
+    assert "stage 1 of 2, small: steps 1 to 12" in plan
+    assert "stage 2 of 2, whole: steps 13 to 30" in plan
+
+    lines = metrics(tmp_path / "run")
+    small, whole = lines[:12], lines[12:]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert [{line["stage"] for line in stage} for stage in (small, whole)] == [{"small"}, {"whole"}]
+    assert [line["samples_seen"] for line in lines] == [16 * n for n in range(1, 13)] + [
+        192 + 8 * n for n in range(1, 19)
+    ]
+    passes = [n / 6 for n in range(1, 13)] + [2 + n / 12 for n in range(1, 19)]
+    assert [line["epoch"] for line in lines] == pytest.approx(passes)
+    assert [{line["mask_ratio"] for line in stage} for stage in (small, whole)] == [{0.5}, {0.0}]
+    assert {line["image_tokens"] for line in small} == {8 * (4 / 2 + 1)}
+    assert {line["image_tokens"] for line in whole} == {4 * (16 + 1)}
+    assert small[11]["lr"] < small[1]["lr"] == 1e-3
+    assert whole[0]["lr"] == 1e-4  # a warm-up of its own, of one step
+    assert whole[17]["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 16 / 17)) / 2)
+
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000030")
+    again = launch(TRAIN, *options, f"train.output={tmp_path / 'again'}", ranks=2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "step_00000028 at step 28" in again.stdout
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, staged_options: list[str]) -> Path:
+    """The staged run, with all of its checkpoints."""
+    run = tmp_path_factory.mktemp("staged") / "run"
+    finish([*staged_options, "train.keep_checkpoints=9"], run)
+    return run
+
+
+def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
+    """SIGKILL between stages and in both, SIGTERM in the second, with one checkpoint kept: the same bits."""
+    run, options = (
+        tmp_path / "run",
+        [*staged_options, "train.keep_checkpoints=1", "stages.whole.train.save_every_steps=20"],
+    )
+    assert interrupt(options, run, "small  step      5/30", signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(options, run, "stage whole begins", signal.SIGKILL) == -signal.SIGKILL
+    assert [line["stage"] for line in metrics(run)] == ["small"] * 12
+    first_stage = metrics(run)
+
+    # killed in the second stage before that has a checkpoint: the last one of the first is still there
+    assert interrupt(options, run, "whole  step     14/30", signal.SIGKILL) == -signal.SIGKILL
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000012"]
+    assert interrupt(options, run, "whole  step     15/30", signal.SIGTERM) == 75
+    stopped = newest_checkpoint(run)
+    assert stopped is not None
+    assert 15 <= int(stopped.name.removeprefix("step_")) < 30
+    assert json.loads((stopped / "COMPLETE.json").read_text())["stage"] == "whole"
+    printed = finish(options, run)
+    assert "small  step" not in printed
+    assert metrics(run)[:12] == first_stage, "not even logged again"
+    assert_same_run(undisturbed, run)
+    assert "is finished: 30 of 30 steps" in finish(options, run)
+
+
+def test_a_stop_between_stages_waits_for_no_step(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
+    """Asked to stop before the only line that the first stage logs, its last: the second does not begin."""
+    run, options = tmp_path / "run", [*staged_options, "stages.small.train.log_every_steps=12"]
+    assert interrupt(options, run, "step_00000004", signal.SIGTERM) == 75
+    stopped = newest_checkpoint(run)
+    assert stopped is not None
+    assert stopped.name == "step_00000012"
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000012\n"
+    finish(options, run)
+    assert losses(run)[1:] == losses(undisturbed)[12:]
+    assert_same_weights(undisturbed, run)
+
+
+def test_evaluation_and_report_take_the_last_stage(
+    undisturbed: Path, tmp_path: Path, launch: Callable, shards: Path
+) -> None:
+    model = load_for_inference(str(undisturbed), torch.device("cpu"))
+    assert (model.image_size, model.step, model.samples_seen, model.masking.strategy) == (32, 30, 336, "none")
+    first = load_for_inference(str(undisturbed / "checkpoints" / "step_00000012"), torch.device("cpu"))
+    assert (first.image_size, first.step, first.masking.strategy) == (16, 12, "cluster")
+    assert first.clip.encode_image(torch.rand(2, 3, 16, 16)).shape == (2, 32)
+
+    made = launch("pipeline/report.py", str(undisturbed), "--images", str(shards), "--output", str(tmp_path / "report"))
+    assert made.returncode == 0, made.stderr[-3000:]
+    table = (tmp_path / "report" / "report.md").read_text()
+    assert "cluster, 50%; none" in table
+    assert "16; 8 pairs" in table
+
+
+def test_a_stage_begins_where_the_last_one_ended(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
+    """The first stage is a run of its own; the second, with no learning rate to speak of, changes only the grid."""
+    alone = [option for option in staged_options if not option.startswith(("stages.", "--recipe"))]
+    (tmp_path / "alone.yaml").write_text("base: tiny_staged\nstages: []\n")
+    alone += ["--recipe", str(tmp_path / "alone.yaml"), "model.image_size=16", "train.max_steps=12"]
+    finish(alone, tmp_path / "alone")
+    assert losses(tmp_path / "alone") == losses(undisturbed)[:12]
+
+    finish([*staged_options, "stages.whole.optimizer.lr=1e-30"], tmp_path / "still")
+    before, after = weights(tmp_path / "alone"), weights(tmp_path / "still")
+    old, new = before.pop(POSITIONS), after.pop(POSITIONS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    grid = F.interpolate(old[1:].T.view(1, -1, 2, 2), (4, 4), mode="bicubic", antialias=True).view(-1, 16).T
+    torch.testing.assert_close(new, torch.cat((old[:1], grid)))
+
+
+def test_what_masks_look_at_survives_a_kill(tmp_path: Path, staged_options: list[str]) -> None:
+    """`attentive` looks through a moving average and `embedding_mix` at the weights: the same bits after SIGKILL."""
+    recipe = tmp_path / "looking.yaml"
+    recipe.write_text(LOOKING)
+    options = [option for option in staged_options if not option.startswith(("stages.", "--recipe"))]
+    options += ["--recipe", str(recipe), "train.save_every_steps=6", "optimizer.lr=1e-2"]
+    finish(options, tmp_path / "a")
+    lines = metrics(tmp_path / "a")
+    targets = [0.5 - 0.25 * (1 - math.cos(math.pi * step / 13)) / 2 for step in range(14)] + [0.5] * 14
+    kept = [round((1 - target) * 8 * 16) for target in targets]  # exactly, of a micro-batch
+    assert [line["image_tokens"] for line in lines] == [count + 8 for count in kept]
+
+    run = tmp_path / "b"
+    assert interrupt(options, run, "look  step      7/28", signal.SIGKILL) == -signal.SIGKILL
+    assert (run / "checkpoints" / "step_00000006" / "attentive_copy.safetensors").exists()
+    assert interrupt(options, run, "mix  step     21/28", signal.SIGKILL) == -signal.SIGKILL
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert not (newest / "attentive_copy.safetensors").exists()
+    finish(options, run)
+    assert_same_run(tmp_path / "a", run)
+    assert [line["mask_ratio_std"] for line in metrics(run)] == [line["mask_ratio_std"] for line in lines]
