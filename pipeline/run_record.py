@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_json
-from pipeline.recipe import Recipe, read_recipe_file
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 

@@ -24,7 +24,7 @@ from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.engine import deepspeed_config, make_engine
 from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import init_ranks
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.sample_order import BatchPlan
 from pipeline.train_step import global_contrastive_loss
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from model.clip import CLIP
 from pipeline.entry import run
 from pipeline.ranks import init_ranks
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.start_weights import load_start_weights
 from pipeline.tokenizer import load_tokenizer
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.recipe import RECIPES_DIRECTORY, Recipe, describe_options, load_recipe, read_recipe_file
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe, read_recipe_file
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml")))
