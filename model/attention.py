@@ -58,12 +58,12 @@ class SelfAttention(nn.Module):
         qkv_N3HE: Tensor = F.linear(x_ND, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         return qkv_N3HE
 
-    def project_pooled(self, x_ND: Tensor, pooled_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of the pooled tokens alone, [B, H, E], and key and value of every token, [N, 2, H, E]."""
+    def project_pooled(self, x_ND: Tensor, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the pooled vectors alone, [B, H, E], and key and value of every token, [N, 2, H, E]."""
         width = x_ND.shape[-1]
         query_weight, kv_weight = self.in_proj_weight.split((width, 2 * width))
         query_bias, kv_bias = self.in_proj_bias.split((width, 2 * width))
-        query_BHE = F.linear(x_ND[pooled_B], query_weight, query_bias).unflatten(-1, (self.heads, -1))
+        query_BHE = F.linear(pooled_BD, query_weight, query_bias).unflatten(-1, (self.heads, -1))
         return query_BHE, F.linear(x_ND, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
 
     def attend(self, qkv_N3HE: Tensor, layout: PackedLayout) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import SelfAttention
 from model.attention_backends import Backend
 from model.config import CLIPConfig, config_from_name
 from model.masking.selection import PatchSelection, keep_all
@@ -97,8 +98,9 @@ class CLIP(nn.Module):
 
     def use_backend(self, backend: Backend) -> None:
         """Force a way to compute attention; "auto" chooses by device and precision (model/attention_backends.py)."""
-        for tower in (self.visual, self.text):
-            tower.transformer.use_backend(backend)
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.backend = backend
 
     def checkpoint_blocks(self) -> None:
         """Recompute each transformer block in the backward pass: less memory for a third more time."""

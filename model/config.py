@@ -1,16 +1,22 @@
-"""Shapes of the models: open_clip's names and sizes, and small ones for a CPU."""
+"""Shapes and variants of the models: open_clip's names and sizes, and small ones for a CPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+Pool = Literal["class", "average", "attention"]
+Activation = Literal["gelu", "quick_gelu"]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision transformer: `image_size` and `patch_size` in pixels, `heads` x head width = `width`."""
+    """Vision transformer: `image_size` and `patch_size` in pixels, `heads` x head width = `width`.
+
+    pool: what the image's feature is read from: the class token, the mean over its patches, or SigLIP's attention head
+    """
 
     image_size: int
     patch_size: int
@@ -18,8 +24,12 @@ class VisionConfig:
     layers: int
     heads: int
     mlp_ratio: float = 4.0
+    pool: Pool = "class"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
+        _check_known("pool", self.pool, get_args(Pool))
+        _check_known("activation", self.activation, get_args(Activation))
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -47,20 +57,41 @@ class TextConfig:
     vocab_size: int = 49408
     eot_token_id: int = 49407
     mlp_ratio: float = 4.0
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
+        _check_known("activation", self.activation, get_args(Activation))
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
 
+def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class CLIPConfig:
-    """A two-tower model; `embed_dim` is the width of the shared space."""
+    """A two-tower model; `embed_dim` is the width of the shared space. Both towers have the same activation."""
 
     name: str
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
+
+    def __post_init__(self) -> None:
+        if self.vision.activation != self.text.activation:
+            raise ValueError(f"towers differ: {self.vision.activation} for images, {self.text.activation} for text")
+
+    @property
+    def activation(self) -> Activation:
+        """What is between the two layers of every MLP."""
+        return self.vision.activation
+
+    def with_activation(self, activation: Activation) -> CLIPConfig:
+        """The same model with another activation."""
+        vision = dataclasses.replace(self.vision, activation=activation)
+        return dataclasses.replace(self, vision=vision, text=dataclasses.replace(self.text, activation=activation))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, the content of a checkpoint's `model.json`."""
@@ -84,16 +115,21 @@ def _config(name: str, embed_dim: int, vision: tuple[int, ...], text: tuple[int,
     )
 
 
-# name, embed_dim, vision (image, patch, width, layers, heads), text (width, layers, heads).
-# The first block has the sizes of open_clip's model files of the same name; the second is for CPUs.
+# size: embed_dim, vision (width, layers, heads), text (width, layers, heads), as in open_clip, which has S and B with
+# patch 32 and 16, L and H with patch 16 and 14; S-14, B-14, L-32 and H-32 are ours, the same sizes at another patch.
+_SIZES = {
+    "S": (384, (384, 12, 6), (384, 12, 6)),
+    "B": (512, (768, 12, 12), (512, 12, 8)),
+    "L": (768, (1024, 24, 16), (768, 12, 12)),
+    "H": (1024, (1280, 32, 16), (1024, 24, 16)),
+}
 _CONFIGS = [
-    _config("ViT-S-32", 384, (224, 32, 384, 12, 6), (384, 12, 6)),
-    _config("ViT-S-16", 384, (224, 16, 384, 12, 6), (384, 12, 6)),
-    _config("ViT-B-32", 512, (224, 32, 768, 12, 12), (512, 12, 8)),
-    _config("ViT-B-16", 512, (224, 16, 768, 12, 12), (512, 12, 8)),
-    _config("ViT-L-16", 768, (224, 16, 1024, 24, 16), (768, 12, 12)),
-    _config("ViT-L-14", 768, (224, 14, 1024, 24, 16), (768, 12, 12)),
-    _config("ViT-H-14", 1024, (224, 14, 1280, 32, 16), (1024, 24, 16)),
+    _config(f"ViT-{size}-{patch_size}", embed_dim, (224, patch_size, *vision), text)
+    for size, (embed_dim, vision, text) in _SIZES.items()
+    for patch_size in (32, 16, 14)
+]
+# for CPUs
+_CONFIGS += [
     _config("ViT-tiny-16", 192, (224, 16, 192, 6, 3), (192, 4, 3)),
     _config("ViT-tiny-8", 192, (64, 8, 192, 6, 3), (192, 4, 3)),
     _config("ViT-nano-8", 128, (64, 8, 128, 4, 4), (128, 3, 4)),
@@ -101,10 +137,18 @@ _CONFIGS = [
 ]
 CONFIGS: dict[str, CLIPConfig] = {config.name: config for config in _CONFIGS}
 
+_QUICK_GELU = "-quickgelu"
+
 
 def config_from_name(name: str) -> CLIPConfig:
-    """The named model's configuration; raises ValueError with the nearest known name."""
-    if name in CONFIGS:
-        return CONFIGS[name]
-    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)
-    raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? known: {', '.join(CONFIGS)}")
+    """The named model's configuration; "-quickgelu" behind a name is the same model with that activation.
+
+    Raises ValueError with the nearest known name.
+    """
+    stem = name.removesuffix(_QUICK_GELU)
+    if stem in CONFIGS:
+        config = CONFIGS[stem]
+        return config if stem == name else dataclasses.replace(config.with_activation("quick_gelu"), name=name)
+    near = difflib.get_close_matches(stem, CONFIGS, n=1, cutoff=0.0)[0] + name[len(stem) :]
+    known = ", ".join(CONFIGS)
+    raise ValueError(f"unknown model {name!r}: did you mean {near!r}? known: {known}, each also with {_QUICK_GELU}")

@@ -16,13 +16,18 @@ _FORWARD_AND_BACKWARD = 3
 def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths: Sequence[int]) -> int:
     """Operations of forward and backward for one batch, from the patches kept of each image and its caption's tokens.
 
-    Matrix products alone: of the towers (the last block on the pooled token) and of the loss. The paddings of buckets,
-    norms, activations, the choice of patches and the optimiser are not counted.
+    Matrix products alone: of the towers (the last block on the pooled token, if it is one) and of the loss. The
+    paddings of buckets, norms, activations, the choice of patches and the optimiser are not counted.
     """
     vision, text = config.vision, config.text
     B, K = len(patches_kept), sum(patches_kept)
-    image = _tower(vision.width, vision.layers, vision.mlp_ratio, [kept + 1 for kept in patches_kept])
-    words = _tower(text.width, text.layers, text.mlp_ratio, caption_lengths)
+    lengths = [kept + 1 for kept in patches_kept]
+    whole_blocks = vision.layers - (vision.pool == "class")
+    image = whole_blocks * _block(vision.width, vision.mlp_ratio, lengths)
+    if vision.pool != "average":  # SigLIP's attention head has the products of such a block
+        image += _pooled_block(vision.width, vision.mlp_ratio, lengths)
+    words = (text.layers - 1) * _block(text.width, text.mlp_ratio, caption_lengths)
+    words += _pooled_block(text.width, text.mlp_ratio, caption_lengths)
     projections = 2 * B * config.embed_dim * (vision.width + text.width)
     logits = 2 * 2 * B * B * config.embed_dim
     patch_embedding = 2 * K * 3 * vision.patch_size**2 * vision.width
@@ -30,16 +35,13 @@ def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths:
     return _FORWARD_AND_BACKWARD * (image + words + projections + logits) + 2 * patch_embedding
 
 
-def _tower(width: int, layers: int, mlp_ratio: float, lengths: Sequence[int]) -> int:
-    """Forward operations of a transformer whose last block is computed for one token of each sequence.
+def _block(width: int, mlp_ratio: float, lengths: Sequence[int]) -> int:
+    """Forward operations of a block; causal attention counts whole, as dense kernels compute it."""
+    per_token = 2 * 4 * width**2 + 2 * 2 * width * int(mlp_ratio * width)
+    return sum(lengths) * per_token + 4 * width * sum(length**2 for length in lengths)
 
-    Causal attention counts whole, as dense kernels compute it.
-    """
-    N, B = sum(lengths), len(lengths)
-    mlp = 2 * 2 * width * int(mlp_ratio * width)
-    qkv, output = 2 * 3 * width**2, 2 * width**2
-    pairs = sum(length**2 for length in lengths)
-    blocks = (layers - 1) * (N * (qkv + output + mlp) + 4 * pairs * width)
-    key_value = N * (qkv * 2 // 3)
-    pooled = B * (qkv // 3 + output + mlp) + 4 * N * width
-    return blocks + key_value + pooled
+
+def _pooled_block(width: int, mlp_ratio: float, lengths: Sequence[int]) -> int:
+    """The same of a block that is computed for one query of each sequence."""
+    key_value_and_attention = sum(lengths) * (2 * 2 * width**2 + 4 * width)
+    return key_value_and_attention + len(lengths) * (2 * 2 * width**2 + 2 * 2 * width * int(mlp_ratio * width))

@@ -31,9 +31,9 @@ def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `to_open_clip`: the state dict of an open_clip model, ready for `CLIP.load_state_dict`.
 
-    Weights do not say which activation they were trained with: models whose open_clip configuration has `quick_gelu`
-    load without complaint and give other features, since ours is GELU. Raises ValueError for weights that open_clip's
-    ViT models do not have (ResNet and timm towers, SigLIP's `logit_bias`, custom text towers).
+    Weights do not say which activation and pooling they were trained with: the model they are loaded into has to be
+    told. Raises ValueError for weights that open_clip's ViT models do not have (ResNet and timm towers, SigLIP's
+    `logit_bias`, custom text towers).
     """
     renamed = {}
     for name, value in weights.items():

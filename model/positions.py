@@ -6,10 +6,28 @@ L patches of an image, G patches along its side, T positions, D width
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_IMAGE, _TEXT = "visual.positional_embedding", "text.positional_embedding"
+
+
+def fit_positions(weights: Mapping[str, Tensor], num_patches: int, context_length: int) -> dict[str, Tensor]:
+    """Weights of `model.clip.CLIP` with positions for this many patches of an image and tokens of a caption.
+
+    Captions have the first of the positions there are: their features stay the same. ValueError if there are fewer
+    than `context_length`: what the others would have become cannot be known.
+    """
+    fitted = dict(weights)
+    fitted[_IMAGE] = resize_grid(weights[_IMAGE], num_patches)
+    available = weights[_TEXT].shape[0]
+    if available < context_length:
+        raise ValueError(f"captions have {available} positions, fewer than the {context_length} of the model")
+    fitted[_TEXT] = weights[_TEXT][:context_length]
+    return fitted
 
 
 def resize_grid(positions_TD: Tensor, num_patches: int) -> Tensor:

@@ -22,7 +22,9 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = Transformer(config.width, config.layers, config.heads, config.mlp_ratio, causal=True)
+        self.transformer = Transformer(
+            config.width, config.layers, config.heads, config.mlp_ratio, causal=True, activation=config.activation
+        )
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
         self._init_parameters()

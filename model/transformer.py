@@ -10,12 +10,33 @@ from types import MethodType
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import SelfAttention
-from model.attention_backends import Backend
+from model.config import Activation
 from model.packing import PackedLayout
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's models."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Any shape."""
+        # as SiLU, which is one kernel and keeps one tensor for the backward pass
+        return F.silu(1.702 * x_ND) / 1.702
+
+
+def make_mlp(width: int, mlp_ratio: float, activation: Activation) -> nn.Sequential:
+    """Two linear layers around an activation, [N, D] -> [N, D]."""
+    hidden = int(width * mlp_ratio)
+    layers = [
+        ("c_fc", nn.Linear(width, hidden)),
+        ("gelu", QuickGELU() if activation == "quick_gelu" else nn.GELU()),
+        ("c_proj", nn.Linear(hidden, width)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Block(nn.Module):
@@ -24,18 +45,12 @@ class Block(nn.Module):
     The two halves have static shapes and are what `Transformer.compile_blocks` compiles.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool, activation: Activation) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
         self.ln_1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
-        layers = [
-            ("c_fc", nn.Linear(width, hidden)),
-            ("gelu", nn.GELU()),
-            ("c_proj", nn.Linear(hidden, width)),
-        ]
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = make_mlp(width, mlp_ratio, activation)
 
     def before_attention(self, x_ND: Tensor) -> Tensor:
         """Queries, keys and values of all tokens, [N, D] -> [N, 3, H, E]."""
@@ -55,7 +70,8 @@ class Block(nn.Module):
 
         Under a causal mask the pooled token must be the last one, which sees its whole sequence.
         """
-        query_BHE, kv_N2HE = self.attn.project_pooled(self.ln_1(x_ND), pooled_B)
+        normed_ND = self.ln_1(x_ND)
+        query_BHE, kv_N2HE = self.attn.project_pooled(normed_ND, normed_ND[pooled_B])
         attended_BD = self.attn.attend_pooled(query_BHE, kv_N2HE, layout)
         return self.after_attention(x_ND[pooled_B], attended_BD)
 
@@ -63,12 +79,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks. `checkpoint_blocks`: recompute each block in the backward pass instead of storing it."""
 
-    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float, causal: bool) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, mlp_ratio: float, causal: bool, activation: Activation
+    ) -> None:
         super().__init__()
         self.width = width
         self.heads = heads
         self.checkpoint_blocks = False
-        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, causal) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, causal, activation) for _ in range(layers))
 
     @property
     def blocks(self) -> list[Block]:
@@ -91,11 +109,6 @@ class Transformer(nn.Module):
             else:
                 x_ND = block(x_ND, layout)
         return x_ND
-
-    def use_backend(self, backend: Backend) -> None:
-        """Force a way to compute attention (model/attention_backends.py)."""
-        for block in self.blocks:
-            block.attn.backend = backend
 
     def compile_blocks(self, dynamic: bool) -> None:
         """Compile what surrounds attention; `dynamic` where the number of tokens differs between steps (captions).

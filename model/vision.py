@@ -16,6 +16,7 @@ from model.config import VisionConfig
 from model.masking.reference import reference_bias
 from model.masking.selection import PatchSelection
 from model.packing import PackedLayout
+from model.pooling import AttentionPool, mean_of_patches
 from model.transformer import Transformer
 
 
@@ -25,19 +26,24 @@ def embed_patches(patches_BLP: Tensor, weight_DP: Tensor, position_LD: Tensor) -
 
 
 class VisionTransformer(nn.Module):
-    """ViT whose feature is the class token; patches are gathered before they are embedded."""
+    """ViT on patches that are gathered before they are embedded; `VisionConfig.pool` says where its feature is read."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
         self.embed_dim = embed_dim
         width = config.width
+        self.pool = config.pool
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.num_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio, causal=False)
+        self.transformer = Transformer(
+            width, config.layers, config.heads, config.mlp_ratio, causal=False, activation=config.activation
+        )
         self.ln_post = nn.LayerNorm(width)
+        if config.pool == "attention":
+            self.attn_pool = AttentionPool(width, config.heads, config.mlp_ratio, config.activation)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
         self._init_parameters()
 
@@ -58,8 +64,14 @@ class VisionTransformer(nn.Module):
         visible_BT: tokens whose pairs get a bonus in attention (`cluster-reference` alone).
         """
         x_ND, layout = self.tokens(patches_KP, selection, visible_BT)
-        pooled_BD = self.transformer.forward_pooled(self.ln_pre(x_ND), layout.first_token_B, layout)
-        return cast(Tensor, self.ln_post(pooled_BD)) @ self.proj
+        return self._pooled(self.ln_pre(x_ND), layout) @ self.proj
+
+    def _pooled(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
+        """Through the blocks and the last norm to one vector per image, [N, D] -> [B, D]."""
+        if self.pool == "class":
+            return cast(Tensor, self.ln_post(self.transformer.forward_pooled(x_ND, layout.first_token_B, layout)))
+        x_ND = self.ln_post(self.transformer(x_ND, layout))
+        return mean_of_patches(x_ND, layout) if self.pool == "average" else self.attn_pool(x_ND, layout)
 
     def tokens(
         self, patches_KP: Tensor, selection: PatchSelection, visible_BT: Tensor | None = None

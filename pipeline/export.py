@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.export_formats import FORMATS, ExportFormat
 from pipeline.files import flush_to_disk
 from pipeline.inference import InferenceModel, load_for_inference
-from pipeline.parity import Difference, Examples, examples_from, random_examples, reload_difference
+from pipeline.parity import Difference, Examples, examples_from, random_examples, reload_difference, with_captions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     model = load_for_inference(arguments.checkpoint, torch.device("cpu"))
     examples = examples_from(arguments.images, model) if arguments.images else random_examples(model)
+    if arguments.captions:
+        examples = with_captions(examples, arguments.captions, model)
     export_format = FORMATS[arguments.format]
     difference = export(model, export_format, arguments.output, examples)
     print(
@@ -99,7 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         metavar="DIR",
-        help="evaluation set or shard directory to compare features on (default: random images and captions)",
+        help="evaluation set, shards, tar or folder of images to compare features on (default: random ones)",
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="captions to compare features on, one per line (default: those of --images)",
     )
     return parser
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from model.config import CLIPConfig
+from model.config import CLIPConfig, Pool
 from model.open_clip_weights import from_open_clip, to_open_clip
 from model.patches import PIXEL_MEAN, PIXEL_STD
 from model.transformers_weights import from_transformers, to_transformers
@@ -22,6 +22,7 @@ Weights = Mapping[str, Tensor]
 # transformers knows CLIP's two special tokens under these names only
 _START_TOKEN, _END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 _CLIP_VOCAB_SIZE = 49_408
+_OPEN_CLIP_POOLS: dict[Pool, str] = {"class": "tok", "average": "avg"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,17 @@ def _byte_pairs(model: InferenceModel) -> ClipBytePairs:
     return encoder
 
 
+def _refuse_pool(model: InferenceModel, library: str, known: Collection[Pool]) -> None:
+    pool = model.clip.config.vision.pool
+    if pool not in known:
+        raise UserError(
+            f"{model.checkpoint} was trained with model.pool={pool}, and {library}'s CLIP has {' or '.join(known)} "
+            "pooling only: it cannot be exported to that library"
+        )
+
+
 def _open_clip_files(model: InferenceModel) -> dict[str, str]:
+    _refuse_pool(model, "open_clip", _OPEN_CLIP_POOLS)
     encoder = _byte_pairs(model)
     if encoder.vocab_size != _CLIP_VOCAB_SIZE:
         raise UserError(
@@ -68,10 +79,11 @@ def _open_clip_files(model: InferenceModel) -> dict[str, str]:
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """The model as open_clip's model files describe it."""
+    """The model as open_clip's model files describe it; KeyError for attention pooling, which it does not have."""
     vision, text = config.vision, config.text
     return {
         "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
         "vision_cfg": {
             "image_size": vision.image_size,
             "layers": vision.layers,
@@ -79,6 +91,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
             "head_width": vision.width // vision.heads,
             "patch_size": vision.patch_size,
             "mlp_ratio": vision.mlp_ratio,
+            "pool_type": _OPEN_CLIP_POOLS[vision.pool],
         },
         "text_cfg": {
             "context_length": text.context_length,
@@ -92,6 +105,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _transformers_files(model: InferenceModel) -> dict[str, str]:
+    _refuse_pool(model, "transformers", ["class"])
     encoder = _byte_pairs(model)
     tokens = [*encoder.tokens[:-2], _START_TOKEN, _END_TOKEN]
     tokenizer = {
@@ -117,7 +131,7 @@ def _transformers_config(model: InferenceModel) -> dict[str, Any]:
     config = model.clip.config
     vision, text = config.vision, config.text
     # named in every part: a default would be quick_gelu, and 2 as end token selects another way of pooling
-    shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
+    shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

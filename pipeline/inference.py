@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from model.clip import CLIP
 from model.config import CLIPConfig
@@ -40,8 +42,8 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     `tokenizer`, if given, must be the one the model was trained with. Raises UserError for everything that does not
     fit: no checkpoint, an incomplete one, weights of another model, another tokenizer.
     """
-    directory = _find_checkpoint(Path(path))
-    card = _read_card(directory)
+    directory = find_checkpoint(Path(path))
+    card = read_card(directory)
     try:
         config = CLIPConfig.from_dict(card["model"])
         masking = MaskingConfig(**card["masking"])
@@ -73,7 +75,8 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     )
 
 
-def _find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a run directory, or the given one; raises UserError if there is none."""
     if not path.exists():
         raise UserError(f"no run or checkpoint at {path}")
     if (path / MODEL_CARD).exists() or path.name.startswith("step_"):
@@ -87,7 +90,8 @@ def _find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def _read_card(directory: Path) -> dict[str, Any]:
+def read_card(directory: Path) -> dict[str, Any]:
+    """A checkpoint's `model.json`."""
     try:
         card: dict[str, Any] = json.loads((directory / MODEL_CARD).read_text())
     except (OSError, ValueError) as error:
@@ -100,12 +104,20 @@ def _load_weights(clip: CLIP, directory: Path) -> None:
         weights = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    mismatch = first_mismatch(clip, weights)
+    if mismatch:
+        raise UserError(
+            f"{directory / WEIGHTS} is not a {clip.config.name}: {mismatch}; {MODEL_CARD} and weights belong to "
+            "different models"
+        )
+    clip.load_state_dict(weights)
+
+
+def first_mismatch(clip: CLIP, weights: Mapping[str, Tensor]) -> str | None:
+    """The first parameter whose shape is not the model's, or that one of them lacks; None if all fit."""
     expected = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in expected.keys() | found.keys():
+    for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{directory / WEIGHTS} is not a {clip.config.name}: {name} is {found.get(name, 'absent')}, the "
-                f"model's is {expected.get(name, 'absent')}; {MODEL_CARD} and weights belong to different models"
-            )
-    clip.load_state_dict(weights)
+            return f"{name} is {found.get(name, 'absent')}, the model's is {expected.get(name, 'absent')}"
+    return None

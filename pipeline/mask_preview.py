@@ -25,7 +25,7 @@ from pipeline.files import write_atomically
 from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.preview_setting import make_setting, parse_strategies
 from pipeline.preview_sheet import SHOWS, Sheet, make_sheet
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.rendering import render
 from pipeline.sheet_painter import paint
 

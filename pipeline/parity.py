@@ -1,12 +1,13 @@
 """Do weights that were written and read back give the same features?
 
-B images and captions, T padded caption length, S image size
+B images, n captions, T padded caption length, S image size
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,19 +15,30 @@ from torch import Tensor
 
 from model.clip import CLIP
 from model.patches import normalize_pixels
+from pipeline.errors import UserError
 from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 
 TOLERANCE = 1e-5
+MAX_CAPTIONS = 256
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Normalised pixels [B, 3, S, S] and token ids [B, T], and in words what they are."""
+    """Normalised pixels [B, 3, S, S] and token ids [n, T], and where they are from."""
 
     images_BCHW: Tensor
     tokens_BT: Tensor
-    description: str
+    images_from: str
+    captions_from: str
+
+    @property
+    def description(self) -> str:
+        """What is compared, in words."""
+        return (
+            f"{len(self.images_BCHW)} images of {self.images_from}, {len(self.tokens_BT)} captions of "
+            f"{self.captions_from}"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def random_examples(model: InferenceModel, count: int = 4) -> Examples:
     for row in range(count):
         words = torch.randint(0, encoder.start_token_id, (min(row + 1, longest),), generator=generator)
         tokens_BT[row, 1 : 1 + len(words)] = words
-    return Examples(normalize_pixels(images_BCHW), tokens_BT, f"{count} random images and captions")
+    return Examples(normalize_pixels(images_BCHW), tokens_BT, "random noise", "random tokens")
 
 
 def examples_from(directory: Path, model: InferenceModel) -> Examples:
@@ -64,9 +76,22 @@ def examples_from(directory: Path, model: InferenceModel) -> Examples:
     samples = read_images(directory)
     images = [load_image(sample.image, model.image_size) for sample in samples]
     tokens_BT = model.tokenizer.encode_batch([sample.caption for sample in samples])
-    return Examples(
-        normalize_pixels(torch.stack(images)), tokens_BT, f"{len(samples)} images and captions of {directory}"
-    )
+    return Examples(normalize_pixels(torch.stack(images)), tokens_BT, str(directory), str(directory))
+
+
+def with_captions(examples: Examples, path: Path, model: InferenceModel) -> Examples:
+    """The same images, and the captions of a text file, one per line: the first MAX_CAPTIONS that are not empty.
+
+    Raises UserError if there are none.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            captions = list(islice((line.strip() for line in file if line.strip()), MAX_CAPTIONS))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"captions cannot be read from {path}: {error}") from error
+    if not captions:
+        raise UserError(f"{path} is empty: expected captions, one per line")
+    return replace(examples, tokens_BT=model.tokenizer.encode_batch(captions), captions_from=str(path))
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,18 @@ class Ranks:
         tensor = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on this rank's device with those of the main rank."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def broadcast_sha256(self, sha256: str) -> str:
+        """The main rank's hex digest, or empty string."""
+        digest = torch.tensor(list(bytes.fromhex(sha256).ljust(32, b"\0")), dtype=torch.uint8, device=self.device)
+        self.broadcast([digest])
+        return bytes(digest.tolist()).hex() if digest.any() else ""
 
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_json
-from pipeline.recipe import Recipe, read_recipe_file
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 
@@ -18,6 +19,7 @@ RECIPE, RECORD = "recipe.yaml", "run.json"
 _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
+    "model.start_from",  # likewise (start_weights.py)
     "text_masking.word_counts",  # likewise
     "data.workers",
     "data.max_bad_ratio",

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.entry import add_launcher_argument, run
-from pipeline.recipe import RECIPES_DIRECTORY, describe_options, load_recipe
+from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from pipeline.run_logger import RunLogger, timestamp
 from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.stage_model import check_computable, count_parameters, make_model
 from pipeline.stage_plan import Stage, describe_stages, plan_stages
+from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 from pipeline.text_masking import TextMasker
 from pipeline.tokenizer import load_tokenizer
 from pipeline.trainer import RunContext, StageTrainer
@@ -61,6 +62,8 @@ class TrainingRun:
         self._checkpoint = newest_checkpoint(directory)
         if self._checkpoint is not None:
             check_unchanged(directory, recipe, manifest.sha256, tokenizer.sha256, self._word_counts_sha256)
+        resumed = None if self._checkpoint is None else directory
+        self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
         self._print_plan()
 
     def _check_stages(self) -> str | None:
@@ -122,6 +125,8 @@ class TrainingRun:
         if before is not None:
             self._context.print(f"stage {stage.name} begins with the weights of {before}")
         clip = make_model(stage, before, self._ranks.device)
+        if self._checkpoint is None and self._recipe.model.start_from:
+            load_start_weights(clip, self._recipe.model.start_from, self._context.tokenizer, self._ranks)
         trainer = StageTrainer(stage, clip, config, self._context)
         if is_under_way and self._checkpoint is not None:
             trainer.resume(self._checkpoint, progress)
@@ -146,6 +151,7 @@ class TrainingRun:
             "manifest_sha256": context.manifest.sha256,
             "tokenizer_sha256": context.tokenizer.sha256,
             "word_counts_sha256": self._word_counts_sha256,
+            RECORD_KEY: self._start_sha256,
             "stages": [self._record_stage(*planned) for planned in zip(self._stages, self._configs, strict=True)],
             "versions": versions(),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -23,7 +24,7 @@ from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.engine import deepspeed_config, make_engine
 from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import init_ranks
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.sample_order import BatchPlan
 from pipeline.train_step import global_contrastive_loss
 
@@ -43,10 +44,11 @@ def main() -> None:
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
 
     torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8"))
+    config = config_from_name("ViT-test-8")
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=batch["pool"])))
     recipe = load_recipe("demo", ["optimizer.max_grad_norm=0"])
-    config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
-    engine = make_engine(clip, recipe, config, ranks)
+    engine_config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
+    engine = make_engine(clip, recipe, engine_config, ranks)
 
     counts = batch["kept"].view(G, L)[mine].sum(1)
     kept = batch["kept"].view(G, L)[mine].flatten().nonzero().squeeze(1)

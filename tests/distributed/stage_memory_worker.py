@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoint import Progress
 from pipeline.ranks import init_ranks
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.trainer import StageTrainer
 from pipeline.training_run import TrainingRun
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ G, L, P, T = 12, 16, 192, 9
 MASKING = {"cluster": {}, "mix": {"embedding_mix": 1.0}, "attentive": {"strategy": "attentive"}}
 
 
-def make_batch() -> dict[str, torch.Tensor]:
+def make_batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(1, 1000, (G, T), generator=generator)
     lengths = torch.randint(2, T + 1, (G,), generator=generator)
@@ -37,9 +39,15 @@ def make_batch() -> dict[str, torch.Tensor]:
     return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
 
 
-def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+def make_clip(pool: str) -> CLIP:
+    """The worker's model."""
     torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8"))
+    config = config_from_name("ViT-test-8")
+    return CLIP(replace(config, vision=replace(config.vision, pool=pool)))
+
+
+def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    clip = make_clip(batch["pool"])
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
     output = clip(
@@ -52,11 +60,14 @@ def single_process_gradients(batch: dict[str, torch.Tensor]) -> tuple[float, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "pool"),
+    [(2, 0, "class"), (2, 1, "class"), (2, 2, "average"), (2, 3, "attention"), (3, 1, "class")],
+)
 def test_ranks_have_the_gradients_of_the_concatenated_batch(
-    ranks: int, stage: int, tmp_path: Path, launch: Callable
+    ranks: int, stage: int, pool: str, tmp_path: Path, launch: Callable
 ) -> None:
-    batch = make_batch()
+    batch = make_batch() | {"pool": pool}
     torch.save(batch, tmp_path / "batch.pt")
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
@@ -78,13 +89,8 @@ def test_ranks_have_the_gradients_of_the_concatenated_batch(
         # exactly the budget on every rank, each rank its own masks, and the same as without DeepSpeed
         assert {mask[name].numel() for mask in masks} == {round(0.5 * (G // ranks) * L)}
         assert not torch.equal(kept, masks[1][name])
-        assert torch.equal(kept, single_process_mask(batch["images"][: G // ranks], MaskingConfig(**MASKING[name]))), (
-            name
+        alone = MaskDrawer(
+            MaskingConfig(**MASKING[name]), make_clip(pool).visual, 8, 0, Ranks(0, 0, 1, torch.device("cpu"))
         )
-
-
-def single_process_mask(images: torch.Tensor, config: MaskingConfig) -> torch.Tensor:
-    torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8"))
-    masks = MaskDrawer(config, clip.visual, 8, 0, Ranks(0, 0, 1, torch.device("cpu")))
-    return masks.draw(images, step=5, micro_batch=0, progress=0.5)[1].selection.kept_K
+        _, expected_masks = alone.draw(batch["images"][: G // ranks], step=5, micro_batch=0, progress=0.5)
+        assert torch.equal(kept, expected_masks.selection.kept_K), name

@@ -6,6 +6,7 @@ B sequences, N tokens in all, H heads, E width of a head
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Generator, Tensor
 from model.attention import packed_attention
 from model.attention_backends import Backend
 from model.clip import CLIP
-from model.config import config_from_name
+from model.config import Pool, config_from_name
 from model.masking import MaskingConfig, PatchedImages, choose_patches
 from model.packing import PackedLayout, lengths_to_cu_seqlens, pack_tokens
 
@@ -65,11 +66,12 @@ def test_backends_equal_float64_buckets(device: str, dtype: torch.dtype, lengths
         assert relative_error(grad, exact_grad) < 2 * bound, backend
 
 
-def make_clip(device: str) -> CLIP:
+def make_clip(device: str, pool: Pool) -> CLIP:
     torch.manual_seed(0)
     config = config_from_name("ViT-test-8")
     text = dataclasses.replace(config.text, vocab_size=50, eot_token_id=49, context_length=20)
-    return CLIP(dataclasses.replace(config, text=text)).to(device)
+    vision = dataclasses.replace(config.vision, pool=pool)
+    return CLIP(dataclasses.replace(config, vision=vision, text=text)).to(device)
 
 
 def towers(clip: CLIP, device: str, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
@@ -92,8 +94,9 @@ def towers(clip: CLIP, device: str, dtype: torch.dtype, backend: Backend) -> lis
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_whole_towers_are_the_same_with_every_backend(device: str, dtype: torch.dtype) -> None:
-    clip = make_clip(device)
+@pytest.mark.parametrize("pool", get_args(Pool))
+def test_whole_towers_are_the_same_with_every_backend(device: str, dtype: torch.dtype, pool: Pool) -> None:
+    clip = make_clip(device, pool)
     expected = towers(clip, "cpu" if device == "cpu" else device, dtype, "buckets")
     for backend in BACKENDS[device]:
         features = towers(clip, device, dtype, backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,11 +22,46 @@ def test_parameters_are_as_many_as_open_clips(name: str, millions: float) -> Non
     assert round(sum(parameter.numel() for parameter in clip.parameters()) / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "ViT-B-16-quickgelu"])
 def test_configurations_survive_a_round_trip(name: str) -> None:
     assert CLIPConfig.from_dict(config_from_name(name).to_dict()) == config_from_name(name)
+
+
+def test_every_size_comes_with_every_patch() -> None:
+    for size, width in {"S": 384, "B": 768, "L": 1024, "H": 1280}.items():
+        for patch_size in (14, 16, 32):
+            vision = config_from_name(f"ViT-{size}-{patch_size}").vision
+            assert (vision.width, vision.patch_size, vision.num_patches) == (
+                width,
+                patch_size,
+                (224 // patch_size) ** 2,
+            )
+
+
+def test_quickgelu_is_the_same_model_with_another_activation() -> None:
+    plain, quick = config_from_name("ViT-L-14"), config_from_name("ViT-L-14-quickgelu")
+    assert (plain.activation, quick.activation) == ("gelu", "quick_gelu")
+    assert replace(quick.with_activation("gelu"), name="ViT-L-14") == plain
+
+
+def test_a_model_of_before_there_were_variants_still_loads() -> None:
+    fields = config_from_name("ViT-B-32").to_dict()
+    del fields["vision"]["activation"], fields["text"]["activation"], fields["vision"]["pool"]
+    assert CLIPConfig.from_dict(fields) == config_from_name("ViT-B-32")
+
+
+def test_unknown_variants_are_refused() -> None:
+    config = config_from_name("ViT-test-8")
+    with pytest.raises(ValueError, match="unknown pool 'max'; known: class, average, attention"):
+        replace(config.vision, pool="max")
+    with pytest.raises(ValueError, match="unknown activation 'relu'; known: gelu, quick_gelu"):
+        config.with_activation("relu")
+    with pytest.raises(ValueError, match="towers differ: quick_gelu for images, gelu for text"):
+        replace(config, vision=replace(config.vision, activation="quick_gelu"))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'ViT-B-16'"):
         CLIP.from_name("VIT-B/16")
+    with pytest.raises(ValueError, match="did you mean 'ViT-B-16-quickgelu'"):
+        CLIP.from_name("VIT-B/16-quickgelu")

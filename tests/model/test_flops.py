@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.clip import CLIP
+from model.config import Pool, config_from_name
 from model.flops import step_flops
 from model.loss import contrastive_loss
 from model.masking import PatchSelection
 from model.packing import lengths_to_cu_seqlens, pack_tokens
 
 
-@pytest.mark.parametrize("name", ["ViT-test-8", "ViT-nano-8"])
-def test_formula_equals_the_counter(name: str) -> None:
-    clip = CLIP.from_name(name)
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [("ViT-test-8", "class"), ("ViT-nano-8", "class"), ("ViT-nano-8", "average"), ("ViT-nano-8", "attention")],
+)
+def test_formula_equals_the_counter(name: str, pool: Pool) -> None:
+    config = config_from_name(name)
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=pool)))
     # lengths that fill their buckets, so that nothing is padded
     kept, lengths = [15, 15, 15, 15], [4, 8, 8, 12]
     L, P = clip.config.vision.num_patches, 3 * clip.config.vision.patch_size**2

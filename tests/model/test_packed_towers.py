@@ -6,6 +6,7 @@ B sequences, T padded tokens, D width, H heads, L patches
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Generator, Tensor
 
 from model.class_attention import AttentiveCopy
 from model.clip import CLIP
-from model.config import CLIPConfig, config_from_name
+from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.masking import (
     STRATEGIES,
     Guidance,
@@ -30,15 +31,16 @@ from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
 Weights = dict[str, Tensor]
 
 
-def small_config(layers: int = 3) -> CLIPConfig:
+def small_config(pool: Pool = "class", activation: Activation = "gelu", layers: int = 3) -> CLIPConfig:
     config = config_from_name("ViT-test-8")
     text = dataclasses.replace(config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers)
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text)
+    vision = dataclasses.replace(config.vision, layers=layers, pool=pool)
+    return dataclasses.replace(config, vision=vision, text=text).with_activation(activation)
 
 
-def make_clip(seed: int = 0) -> CLIP:
-    torch.manual_seed(seed)
-    clip = CLIP(small_config())
+def make_clip(pool: Pool = "class", activation: Activation = "gelu") -> CLIP:
+    torch.manual_seed(0)
+    clip = CLIP(small_config(pool, activation))
     with torch.no_grad():  # biases and norms away from their neutral values, so that a forgotten one shows
         for parameter in clip.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -49,7 +51,15 @@ def norm(x: Tensor, w: Weights, name: str) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def padded_transformer(x_BTD: Tensor, w: Weights, prefix: str, layers: int, heads: int, blocked_BTT: Tensor) -> Tensor:
+def padded_mlp(x: Tensor, w: Weights, p: str, activation: str) -> Tensor:
+    hidden = x @ w[f"{p}.c_fc.weight"].T + w[f"{p}.c_fc.bias"]
+    active = hidden / (1 + torch.exp(-1.702 * hidden)) if activation == "quick_gelu" else F.gelu(hidden)
+    return active @ w[f"{p}.c_proj.weight"].T + w[f"{p}.c_proj.bias"]
+
+
+def padded_transformer(
+    x_BTD: Tensor, w: Weights, prefix: str, layers: int, heads: int, activation: str, blocked_BTT: Tensor
+) -> Tensor:
     """Dense blocks; blocked[b, i, j] hides token j from token i."""
     B, T, D = x_BTD.shape
     for layer in range(layers):
@@ -60,9 +70,38 @@ def padded_transformer(x_BTD: Tensor, w: Weights, prefix: str, layers: int, head
         attention = scores.masked_fill(blocked_BTT[:, None], float("-inf")).softmax(-1)
         out = (attention @ v).transpose(1, 2).reshape(B, T, D)
         x_BTD = x_BTD + out @ w[f"{p}.attn.out_proj.weight"].T + w[f"{p}.attn.out_proj.bias"]
-        hidden = norm(x_BTD, w, f"{p}.ln_2") @ w[f"{p}.mlp.c_fc.weight"].T + w[f"{p}.mlp.c_fc.bias"]
-        x_BTD = x_BTD + F.gelu(hidden) @ w[f"{p}.mlp.c_proj.weight"].T + w[f"{p}.mlp.c_proj.bias"]
+        x_BTD = x_BTD + padded_mlp(norm(x_BTD, w, f"{p}.ln_2"), w, f"{p}.mlp", activation)
     return x_BTD
+
+
+def padded_pool(x_BTD: Tensor, w: Weights, config: CLIPConfig, kept_BL: Tensor) -> Tensor:
+    """One vector per image from normed tokens, class token first, one image at a time."""
+    vision, pooled = config.vision, []
+    if vision.pool == "class":
+        return x_BTD[:, 0]
+    for x_TD, kept_L in zip(x_BTD, kept_BL, strict=True):
+        seen_kD = x_TD[1:][kept_L]
+        if vision.pool == "average":
+            pooled.append(seen_kD.mean(0))
+            continue
+        p, seen_TD = "visual.attn_pool", torch.cat((x_TD[:1], seen_kD))
+        out_1D, _ = F.multi_head_attention_forward(
+            query=w[f"{p}.probe"][None],
+            key=seen_TD,
+            value=seen_TD,
+            embed_dim_to_check=vision.width,
+            num_heads=vision.heads,
+            in_proj_weight=w[f"{p}.attn.in_proj_weight"],
+            in_proj_bias=w[f"{p}.attn.in_proj_bias"],
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=w[f"{p}.attn.out_proj.weight"],
+            out_proj_bias=w[f"{p}.attn.out_proj.bias"],
+        )
+        pooled.append((out_1D + padded_mlp(norm(out_1D, w, f"{p}.ln"), w, f"{p}.mlp", config.activation))[0])
+    return torch.stack(pooled)
 
 
 def padded_image_features(w: Weights, images: Tensor, kept_BL: Tensor, config: CLIPConfig) -> Tensor:
@@ -73,15 +112,16 @@ def padded_image_features(w: Weights, images: Tensor, kept_BL: Tensor, config: C
     B, L, _ = patches.shape
     x = torch.cat((w["visual.class_embedding"].expand(B, 1, -1), patches), 1) + w["visual.positional_embedding"]
     blocked = ~torch.cat((torch.ones(B, 1, dtype=torch.bool), kept_BL), 1)[:, None, :].expand(B, L + 1, L + 1)
-    x = padded_transformer(norm(x, w, "visual.ln_pre"), w, "visual.transformer", v.layers, v.heads, blocked)
-    return norm(x[:, 0], w, "visual.ln_post") @ w["visual.proj"]
+    x = norm(x, w, "visual.ln_pre")
+    x = padded_transformer(x, w, "visual.transformer", v.layers, v.heads, config.activation, blocked)
+    return padded_pool(norm(x, w, "visual.ln_post"), w, config, kept_BL) @ w["visual.proj"]
 
 
 def padded_text_features(w: Weights, tokens_BT: Tensor, config: CLIPConfig) -> Tensor:
     B, T = tokens_BT.shape
     x = w["text.token_embedding.weight"][tokens_BT] + w["text.positional_embedding"][:T]
     blocked = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, T, T)
-    x = padded_transformer(x, w, "text.transformer", config.text.layers, config.text.heads, blocked)
+    x = padded_transformer(x, w, "text.transformer", config.text.layers, config.text.heads, config.activation, blocked)
     end_B = (tokens_BT == config.text.eot_token_id).int().argmax(1)
     return norm(x[torch.arange(B), end_B], w, "text.ln_final") @ w["text.text_projection"]
 
@@ -116,9 +156,14 @@ def leaf_weights(clip: CLIP) -> Weights:
     return {name: value.detach().clone().requires_grad_() for name, value in clip.named_parameters()}
 
 
+@pytest.mark.parametrize("pool", get_args(Pool))
 @pytest.mark.parametrize("strategy", ["none", "random", "cluster", "uneven"])
-def test_image_tower_equals_padded(strategy: str) -> None:
-    clip, images = make_clip(), torch.randn(5, 3, 32, 32, generator=Generator().manual_seed(1))
+def test_image_tower_equals_padded(strategy: str, pool: Pool) -> None:
+    assert_image_tower_equals_padded(make_clip(pool), strategy)
+
+
+def assert_image_tower_equals_padded(clip: CLIP, strategy: str) -> None:
+    images = torch.randn(5, 3, 32, 32, generator=Generator().manual_seed(1))
     if strategy == "uneven":  # lengths far apart, so that buckets are padded; one image keeps a single patch
         kept = torch.tensor([0, *range(16, 32), 35, 37, 40, 48, 49, 50, *range(70, 80)])
         counts = torch.stack([((kept >= 16 * b) & (kept < 16 * b + 16)).sum() for b in range(5)])
@@ -136,7 +181,17 @@ def test_image_tower_equals_padded(strategy: str) -> None:
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 20, 9, 13, 3, 4, 8], [7]])
 def test_text_tower_equals_padded(lengths: list[int]) -> None:
-    clip, tokens = make_clip(), captions_BT(lengths)
+    assert_text_tower_equals_padded(make_clip(), lengths)
+
+
+@pytest.mark.parametrize("pool", ["class", "attention"])
+def test_quick_gelu_in_every_mlp(pool: Pool) -> None:
+    assert_image_tower_equals_padded(make_clip(pool, "quick_gelu"), "uneven")
+    assert_text_tower_equals_padded(make_clip(pool, "quick_gelu"), [2, 20, 9])
+
+
+def assert_text_tower_equals_padded(clip: CLIP, lengths: list[int]) -> None:
+    tokens = captions_BT(lengths)
     weights = leaf_weights(clip)
     padded = padded_text_features(weights, tokens, clip.config)
     assert_same_gradients(clip, clip.encode_text(tokens, normalize=False), padded, weights, "text.")

@@ -1,4 +1,7 @@
-"""Runs in the other environment (tests/peers/setup.sh), as a subprocess: peer.py COMMAND ARGUMENT…
+"""Runs in the other environment (tests/peers/setup.sh), as a subprocess; peers/client.py talks to it.
+
+A line on stdin is a JSON list, a command and its arguments; the answer is one JSON line, {"result"} or {"error"}: the
+libraries take longer to import than most commands.
 
 Files of tensors hold `images` (normalised pixels) and `tokens` on the way in, unit-length `image_features` and
 `text_features`, and `logit_scale`, on the way out. Nothing of the project is imported here.
@@ -9,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -24,11 +30,11 @@ torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 
 
-def merges() -> None:
-    """Print the path of CLIP's byte-pair merges."""
+def merges() -> str:
+    """The path of CLIP's byte-pair merges."""
     from open_clip.tokenizer import default_bpe
 
-    print(default_bpe())
+    return str(default_bpe())
 
 
 def open_clip_configs(names: str, output: str) -> None:
@@ -52,27 +58,42 @@ def open_clip_tokens(captions: str, output: str, model: str) -> None:
 
 
 def open_clip_features(name: str, folder: str, examples: str, output: str) -> None:
-    """Features of an exported folder, loaded by the model's name and as a local directory; `name` may be empty."""
+    """Features of an exported folder: its weights loaded by the model's name, or, without a name, the whole folder."""
     import open_clip
 
     weights = str(Path(folder) / "open_clip_model.safetensors")
-    local = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-    features = _open_clip_features(local, load_file(examples))
     if name:
-        named = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
-        features |= {f"named_{key}": value for key, value in _open_clip_features(named, load_file(examples)).items()}
-    save_file(features, output)
+        model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+    else:
+        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+    save_file(_open_clip_features(model, load_file(examples)), output)
 
 
-def open_clip_random(name: str, weights: str, examples: str, output: str) -> None:
-    """Save the weights of a model with nothing at its default, and its features."""
+def open_clip_random(name: str, folder: str, examples: str, output: str) -> None:
+    """Save into a folder the weights of a model with nothing at its default, and its features as a file.
+
+    Without a name the folder already holds the model's configuration, open_clip_config.json.
+    """
     import open_clip
 
     torch.manual_seed(1)
-    model = open_clip.create_model(name)
+    if name:
+        model = open_clip.create_model(name)
+    else:
+        model = open_clip.CLIP(**json.loads((Path(folder) / "open_clip_config.json").read_text())["model_cfg"])
     _disturb(model.parameters())
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, Path(folder) / "open_clip_model.safetensors")
     save_file(_open_clip_features(model, load_file(examples)), output)
+
+
+def open_clip_resized(positions: str, grid_size: str, output: str) -> None:
+    """Positions of an image tower on another grid, as open_clip resizes them when it loads weights."""
+    from open_clip.model import resize_pos_embed
+
+    weights = load_file(positions)
+    resize_pos_embed(weights, SimpleNamespace(visual=SimpleNamespace(grid_size=int(grid_size))))
+    save_file(weights, output)
 
 
 def open_clip_pixels(folder: str, image: str, output: str) -> None:
@@ -91,11 +112,18 @@ def transformers_features(folder: str, examples: str, output: str) -> None:
     model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     wrong = {kind: names for kind, names in report.items() if names}
     assert not wrong, wrong
-    tensors = load_file(examples)
-    result = model.eval()(pixel_values=tensors["images"], input_ids=tensors["tokens"])
-    features = {"image_features": result.image_embeds, "text_features": result.text_embeds}
-    features = {name: normalize(value, dim=-1) for name, value in features.items()}
-    save_file(features | {"logit_scale": model.logit_scale.data}, output)
+    save_file(_transformers_features(model, load_file(examples)), output)
+
+
+def transformers_random(folder: str, examples: str, output: str) -> None:
+    """Save into a folder that holds the configuration a model with nothing at its default, and its features."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(1)
+    model = CLIPModel(CLIPConfig.from_pretrained(folder))
+    _disturb(model.parameters())
+    model.save_pretrained(folder)
+    save_file(_transformers_features(model, load_file(examples)), output)
 
 
 def transformers_inputs(folder: str, captions: str, image: str, output: str) -> None:
@@ -116,6 +144,13 @@ def _open_clip_features(model: torch.nn.Module, tensors: dict[str, torch.Tensor]
     return features | {"logit_scale": model.logit_scale.data.clone()}
 
 
+def _transformers_features(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    result = model.eval()(pixel_values=tensors["images"], input_ids=tensors["tokens"])
+    features = {"image_features": result.image_embeds, "text_features": result.text_embeds}
+    features = {name: normalize(value, dim=-1) for name, value in features.items()}
+    return features | {"logit_scale": model.logit_scale.data.clone()}
+
+
 def _disturb(parameters: Iterable[torch.Tensor]) -> None:
     for parameter in parameters:
         parameter += 0.02 * torch.randn_like(parameter)
@@ -129,11 +164,26 @@ COMMANDS = {
         open_clip_tokens,
         open_clip_features,
         open_clip_random,
+        open_clip_resized,
         open_clip_pixels,
         transformers_features,
+        transformers_random,
         transformers_inputs,
     )
 }
 
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Run one command per line until there are no more."""
+    for line in requests:
+        command, *arguments = json.loads(line)
+        try:
+            answer = {"result": COMMANDS[command](*arguments)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever the libraries print is no answer
+    serve(sys.stdin, answers)

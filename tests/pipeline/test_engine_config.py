@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.engine import TEMPLATES_DIRECTORY, deepspeed_config, zero_stage
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.sample_order import BatchPlan
 from pipeline.stage_plan import plan_batches
 

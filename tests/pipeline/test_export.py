@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice, product
 from pathlib import Path
 
 import pytest
-import torch
+from saved_runs import save_run, synthetic_merges
 
-from model.clip import CLIP
-from model.config import config_from_name
-from model.masking import MaskingConfig
-from pipeline.checkpoint import Progress, _publish, _write_model_files
 from pipeline.errors import UserError
 from pipeline.export import main
 from pipeline.export_formats import FORMATS
-from pipeline.tokenizer import Tokenizer, _byte_symbols, load_tokenizer
-
-
-def synthetic_merges(path: Path, count: int = 48_894) -> Path:
-    """A merges file of the size of CLIP's, with merges of no meaning."""
-    pairs = islice(product(_byte_symbols(), repeat=2), count)
-    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *map(" ".join, pairs)]).encode()))
-    return path
-
-
-def save_run(run: Path, tokenizer: Tokenizer, diverged: bool = False) -> Path:
-    """A run with one checkpoint of a tiny model."""
-    directory = run / "checkpoints" / "step_00000007"
-    directory.mkdir(parents=True)
-    config = config_from_name("ViT-test-8")
-    encoder = tokenizer.encoder
-    text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id)
-    clip = CLIP(replace(config, text=text))
-    weights = dict(clip.state_dict())
-    if diverged:
-        weights["visual.ln_post.bias"] = torch.full((32,), torch.nan)
-    _write_model_files(directory, clip, weights, Progress(7, 112), tokenizer, MaskingConfig())
-    _publish(directory, Progress(7, 112), world_size=1)
-    return run
+from pipeline.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -55,7 +25,7 @@ def test_a_run_becomes_a_folder(
     arguments = [str(run), "--format", name, "--output", str(output), "--images", str(shards)]
     done = launch("pipeline/export.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"8 images and captions of {shards}" in done.stdout
+    assert f"8 images of {shards}, 8 captions of {shards}" in done.stdout
     assert "differ by at most 0.0e+00 (images), 0.0e+00 (texts)" in done.stdout
     assert {path.suffix for path in output.iterdir()} <= {".json", ".txt", ".safetensors"}
     assert list(output.parent.iterdir()) == [output]
@@ -78,6 +48,33 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, tokenizer_file: Path
     assert main([str(small), "--format", "transformers", "--output", output]) == 0
     vocabulary = json.loads((tmp_path / "output" / "vocab.json").read_text(encoding="utf-8"))
     assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (522, 523)
+
+
+def test_pooling_that_a_library_does_not_have_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77)
+    average = save_run(tmp_path / "average", tokenizer, pool="average")
+    attention = save_run(tmp_path / "attention", tokenizer, pool="attention")
+    refused = [(average, "transformers"), (attention, "transformers"), (attention, "open_clip")]
+    for run, library in refused:
+        with pytest.raises(UserError, match=f"model.pool={run.name}, and {library}'s CLIP has class") as caught:
+            main([str(run), "--format", library, "--output", str(tmp_path / "output")])
+        assert "\n" not in str(caught.value)
+    assert main([str(average), "--format", "open_clip", "--output", str(tmp_path / "output")]) == 0
+
+
+def test_captions_of_a_file_are_compared(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_run(tmp_path / "run", load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77))
+    captions, output = tmp_path / "captions.txt", str(tmp_path / "output")
+    captions.write_text("a dog\n\ntwo cats\n", encoding="utf-8")
+    options = [str(run), "--format", "open_clip", "--output", output, "--captions", str(captions)]
+    assert main([*options, "--images", str(shards)]) == 0
+    assert f"compared on 8 images of {shards}, 2 captions of {captions}: " in capsys.readouterr().out
+    captions.write_text("\n")
+    with pytest.raises(UserError, match="is empty: expected captions, one per line"):
+        main(options)
+    captions.unlink()
+    with pytest.raises(UserError, match=r"captions cannot be read from .*captions\.txt"):
+        main(options)
 
 
 def test_a_diverged_model_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pipeline.mask_drawer import seed_masks
 from pipeline.mask_pictures import heat_map, outline, tint_clusters
 from pipeline.preview_setting import make_setting
 from pipeline.preview_sheet import Sheet, make_sheet
-from pipeline.recipe import load_recipe
+from pipeline.recipe_files import load_recipe
 from pipeline.sheet_painter import paint
 
 SIZE, PATCH = 64, 8

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.recipe import RECIPES_DIRECTORY, Recipe, describe_options, load_recipe, read_recipe_file
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe, read_recipe_file
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml")))
@@ -38,6 +39,8 @@ def test_base_then_diff_then_command_line(tmp_path: Path) -> None:
         ("optimizer.lr=-1", "greater than 0"),
         ("train.global_batch_size=1.5", "train.global_batch_size: Input should be a valid integer"),
         ("model.name=ViT-B16", "did you mean 'ViT-B-16'?"),
+        ("model.name=ViT-B-64-quickgelu", "did you mean 'ViT-B-16-quickgelu'?"),
+        ("model.pool=max", "model.pool: Input should be 'class', 'average' or 'attention' (got 'max')"),
         ("masking.strategy=clusters", "unknown masking strategy 'clusters'"),
         ("masking.target_mask_ratio=1.5", "target_mask_ratio must be in [0, 1)"),
         ("lr=1", "overrides look like section.key=value"),
@@ -50,6 +53,11 @@ def test_a_wrong_override_is_one_clear_line(override: str, expected: str) -> Non
         load_recipe("demo", [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_activation_that_the_name_contradicts_is_refused() -> None:
+    with pytest.raises(UserError, match="ViT-B-16-quickgelu has quick_gelu: for gelu leave out the end of the name"):
+        load_recipe("demo", ["model.name=ViT-B-16-quickgelu", "model.activation=gelu"])
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
@@ -82,5 +90,12 @@ def test_model_takes_image_size_and_vocabulary_from_recipe_and_tokenizer() -> No
     config = recipe.clip_config(vocab_size=1234, eot_token_id=3)
     assert (config.vision.image_size, config.vision.num_patches) == (144, 81)
     assert (config.text.vocab_size, config.text.eot_token_id, config.text.context_length) == (1234, 3, 40)
+    assert (config.vision.pool, config.activation) == ("class", "gelu")
+    variants = ["model.name=ViT-tiny-16", "model.pool=attention", "model.activation=quick_gelu"]
+    config = load_recipe("demo", variants).clip_config(10, 3)
+    assert (config.vision.pool, config.activation) == ("attention", "quick_gelu")
+    assert load_recipe("demo", ["model.name=ViT-B-16-quickgelu"]).clip_config(10, 3).activation == "quick_gelu"
+    with pytest.raises(UserError, match="attentive looks through the class token"):
+        load_recipe("demo", [*variants, "masking.strategy=attentive"]).clip_config(10, 3)
     with pytest.raises(UserError, match="multiple of patch_size"):
         load_recipe("demo", ["model.image_size=65"]).clip_config(10, 3)

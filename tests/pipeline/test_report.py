@@ -20,7 +20,8 @@ from pipeline import report
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Result, write_results
 from pipeline.mask_drawer import seed_masks
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import parse_recipe
 from pipeline.rendering import data_uri
 from pipeline.report_curves import draw_curves
 from pipeline.report_inputs import read_inputs

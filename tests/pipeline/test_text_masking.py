@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from pipeline.data_loader import MicroBatches, TrainingSet, make_loader
 from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
-from pipeline.recipe import TextMaskingSection, load_recipe
+from pipeline.recipe import TextMaskingSection
+from pipeline.recipe_files import load_recipe
 from pipeline.sample_order import BatchPlan, SampleOrder
 from pipeline.text_masking import (
     TextMasker,

@@ -1,0 +1,39 @@
+"""Runs with one checkpoint of a tiny model, and a merges file of the size of CLIP's."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from itertools import islice, product
+from pathlib import Path
+
+import torch
+
+from model.clip import CLIP
+from model.config import Pool, config_from_name
+from model.masking import MaskingConfig
+from pipeline.checkpoint import Progress, _publish, _write_model_files
+from pipeline.tokenizer import Tokenizer, _byte_symbols
+
+
+def synthetic_merges(path: Path, count: int = 48_894) -> Path:
+    """A merges file of the size of CLIP's, with merges of no meaning."""
+    pairs = islice(product(_byte_symbols(), repeat=2), count)
+    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *map(" ".join, pairs)]).encode()))
+    return path
+
+
+def save_run(run: Path, tokenizer: Tokenizer, diverged: bool = False, pool: Pool = "class") -> Path:
+    """A run with one checkpoint of a tiny model."""
+    directory = run / "checkpoints" / "step_00000007"
+    directory.mkdir(parents=True)
+    config = config_from_name("ViT-test-8")
+    encoder = tokenizer.encoder
+    text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id)
+    clip = CLIP(replace(config, text=text, vision=replace(config.vision, pool=pool)))
+    weights = dict(clip.state_dict())
+    if diverged:
+        weights["visual.ln_post.bias"] = torch.full((32,), torch.nan)
+    _write_model_files(directory, clip, weights, Progress(7, 112), tokenizer, MaskingConfig())
+    _publish(directory, Progress(7, 112), world_size=1)
+    return run
