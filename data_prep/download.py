@@ -72,12 +72,11 @@ def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counte
     for name in classes:
         if name not in MEANING or name == OK:
             raise UserError(f"--class {name}: no such class{nearest(name, [n for n in MEANING if n != OK])}")
-    passes = read_passes(directory)
-    if not passes:
+    if not read_passes(directory):
         raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
     settings = _as_before(directory, settings)
     with working_in(directory) as log:
-        last = passes[-1]
+        last = read_passes(directory)[-1]
         if not last.missing(directory):
             chosen = _choose(directory, classes, settings)
             if chosen is not None:
