@@ -4,8 +4,8 @@
 
 Both download the same urls from a server on this machine: the originals over and over, one in fifty missing, spread
 over 64 loopback addresses as hosts. Rounds alternate. `images_per_s` is of the whole command, its start included;
-`steady` is of the time in which shards were being filled. `--enlarge 2` serves the originals, which are 500 pixels long,
-at twice their size, as many pictures on the web are; its figures are called `download_large`.
+`steady` is of the time in which shards were being filled. `--enlarge 2` serves the originals, which are 500 pixels
+long, at twice their size, as many pictures on the web are; its figures are called `download_large`.
 """
 
 from __future__ import annotations
