@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from record import record
 
+from pipeline.data.text_masking import TextMasker, WordMasker
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.word_counts import read_word_frequencies
 from pipeline.recipe import TextMaskingSection
-from pipeline.text_masking import TextMasker, WordMasker
-from pipeline.tokenizer import load_tokenizer
-from pipeline.word_counts import read_word_frequencies
 
 STRATEGIES = ("none", "truncate", "random", "block", "frequency")
 THRESHOLDS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)

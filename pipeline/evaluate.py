@@ -29,7 +29,7 @@ from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.results import RESULTS_FILE, Result, Scores, format_table, write_results
 from pipeline.inference import load_for_inference
 from pipeline.ranks import init_ranks
-from pipeline.run_record import versions
+from pipeline.training.run_record import versions
 
 TASKS = {"zeroshot": zero_shot.TASK, "retrieval": retrieval.TASK, "composition": composition.TASK}
 

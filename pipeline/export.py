@@ -19,10 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.entry import run
 from pipeline.errors import UserError
-from pipeline.export_formats import FORMATS, ExportFormat
+from pipeline.exporting.export_formats import FORMATS, ExportFormat
+from pipeline.exporting.parity import (
+    Difference,
+    Examples,
+    examples_from,
+    random_examples,
+    reload_difference,
+    with_captions,
+)
 from pipeline.files import flush_to_disk
 from pipeline.inference import InferenceModel, load_for_inference
-from pipeline.parity import Difference, Examples, examples_from, random_examples, reload_difference, with_captions
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,9 +16,9 @@ from torch import Tensor
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.masking import MaskingConfig
-from pipeline.checkpoint import MODEL_CARD, TOKENIZER, WEIGHTS, newest_checkpoint, what_is_missing
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.errors import UserError
-from pipeline.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
+from pipeline.training.checkpoint import MODEL_CARD, TOKENIZER, WEIGHTS, newest_checkpoint, what_is_missing
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from model.masking import STRATEGIES
+from pipeline.data.image_sources import CaptionedImage, load_image, read_images
 from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.image_sources import CaptionedImage, load_image, read_images
-from pipeline.preview_setting import make_setting, parse_strategies
-from pipeline.preview_sheet import SHOWS, Sheet, make_sheet
 from pipeline.recipe_files import load_recipe
-from pipeline.rendering import render
-from pipeline.sheet_painter import paint
+from pipeline.reporting.preview_setting import make_setting, parse_strategies
+from pipeline.reporting.preview_sheet import SHOWS, Sheet, make_sheet
+from pipeline.reporting.rendering import render
+from pipeline.reporting.sheet_painter import paint
 
 _DEFAULT_RECIPE = "base"
 _DEFAULT_STRATEGIES = "random,cluster,pgs"

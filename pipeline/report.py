@@ -13,15 +13,15 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import report_tables as tables
 from pipeline.entry import run
 from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
-from pipeline.rendering import render
-from pipeline.report_curves import draw_curves
-from pipeline.report_inputs import read_inputs
-from pipeline.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
-from pipeline.run_logger import timestamp
+from pipeline.reporting import report_tables as tables
+from pipeline.reporting.rendering import render
+from pipeline.reporting.report_curves import draw_curves
+from pipeline.reporting.report_inputs import read_inputs
+from pipeline.reporting.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
+from pipeline.training.run_logger import timestamp
 
 
 def main(argv: Sequence[str]) -> int:

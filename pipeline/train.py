@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
 
     from pipeline.ranks import init_ranks
-    from pipeline.training_run import TrainingRun
+    from pipeline.training.training_run import TrainingRun
 
     return TrainingRun(recipe, init_ranks()).run()
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
+from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.errors import UserError
 from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.data.tar_index import IMAGE_TYPES, Member, read_members, split_name
 from pipeline.errors import UserError
-from pipeline.tar_index import IMAGE_TYPES, Member, read_members, split_name
 
 TEXT_TYPES = frozenset({"txt", "cls"})
 

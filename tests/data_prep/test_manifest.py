@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pipeline.manifest
+import pipeline.data.manifest
 from data_prep.errors import UserError
 from data_prep.files import read_json_lines
 from data_prep.manifest import ShardLine, read_manifest
@@ -32,7 +32,7 @@ def read_both(directory: Path, content: bytes) -> list[ShardLine] | None:
     """Our lines, or None; neither reader may raise anything but its own error."""
     (directory / "manifest.jsonl").write_bytes(content)
     with contextlib.suppress(PipelineError):
-        pipeline.manifest.read_manifest(str(directory))
+        pipeline.data.manifest.read_manifest(str(directory))
     with contextlib.suppress(UserError):
         return read_manifest(directory)
     return None

@@ -21,8 +21,8 @@ from data_prep.merge import merge
 from data_prep.publish import changing, reading
 from data_prep.reshard import Layout, reshard
 from data_prep.verify import verify, verify_slice
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError as PipelineError
-from pipeline.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,7 +24,7 @@ from data_prep.shuffle import BucketShuffle
 from data_prep.tar_reader import TarSamples
 from data_prep.uid_list import read_uids
 from data_prep.verify import verify
-from pipeline.manifest import read_manifest
+from pipeline.data.manifest import read_manifest
 
 
 def uid(number: int) -> str:

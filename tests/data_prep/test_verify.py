@@ -20,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.inspection import inspect_shard
 from data_prep.tar_reader import TarSamples
 from data_prep.verify import verify
-from pipeline.manifest import read_manifest
+from pipeline.data.manifest import read_manifest
 
 
 def manifest(directory: Path) -> list[dict[str, Any]]:

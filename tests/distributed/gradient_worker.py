@@ -21,12 +21,12 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
-from pipeline.engine import deepspeed_config, make_engine
-from pipeline.mask_drawer import MaskDrawer
+from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.sample_order import BatchPlan
-from pipeline.train_step import global_contrastive_loss
+from pipeline.training.engine import deepspeed_config, make_engine
+from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.train_step import global_contrastive_loss
 
 
 def main() -> None:

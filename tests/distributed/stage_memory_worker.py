@@ -13,11 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from pipeline.checkpoint import Progress
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.trainer import StageTrainer
-from pipeline.training_run import TrainingRun
+from pipeline.training.checkpoint import Progress
+from pipeline.training.trainer import StageTrainer
+from pipeline.training.training_run import TrainingRun
 
 
 def state_of(trainer: StageTrainer) -> list[weakref.ref]:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from model.clip import CLIP
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.entry import run
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.start_weights import load_start_weights
-from pipeline.tokenizer import load_tokenizer
+from pipeline.training.start_weights import load_start_weights
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,8 +17,8 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
-from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import Ranks
+from pipeline.training.mask_drawer import MaskDrawer
 
 G, L, P, T = 12, 16, 192, 9
 

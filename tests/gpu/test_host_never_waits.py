@@ -19,8 +19,8 @@ from model.clip import CLIP, CLIPOutput
 from model.config import config_from_name
 from model.masking import STRATEGIES, MaskingConfig
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
-from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import Ranks
+from pipeline.training.mask_drawer import MaskDrawer
 
 # `cluster-reference` asks how many patches are kept, as the released code does
 NEVER_WAIT = sorted(set(STRATEGIES) - {"cluster-reference"})

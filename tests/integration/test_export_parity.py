@@ -31,11 +31,11 @@ from torch import Tensor
 from model.config import config_from_name
 from model.patches import normalize_pixels
 from model.positions import resize_grid
+from pipeline.data.image_transform import decode_image, resize_center_crop
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.export import export
-from pipeline.export_formats import FORMATS, open_clip_config
-from pipeline.image_transform import decode_image, resize_center_crop
-from pipeline.parity import random_examples
-from pipeline.tokenizer import Tokenizer, load_tokenizer
+from pipeline.exporting.export_formats import FORMATS, open_clip_config
+from pipeline.exporting.parity import random_examples
 
 TOLERANCE = 1e-5
 

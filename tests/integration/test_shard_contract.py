@@ -14,8 +14,8 @@ from PIL import Image
 from data_prep.shards import ShardWriter
 from data_prep.verify import verify
 from data_prep.words import count_words
-from pipeline.manifest import read_manifest
-from pipeline.word_counts import read_word_frequencies
+from pipeline.data.manifest import read_manifest
+from pipeline.data.word_counts import read_word_frequencies
 
 
 def encoded(kind: str) -> bytes:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from conftest import RANK_ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import newest_checkpoint
 from pipeline.inference import load_for_inference
+from pipeline.training.checkpoint import newest_checkpoint
 
 TRAIN = "pipeline/train.py"
 POSITIONS = "visual.positional_embedding"

@@ -17,8 +17,8 @@ import torch
 from conftest import RANK_ENVIRONMENT, ROOT, write_shards
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import newest_checkpoint
 from pipeline.inference import load_for_inference
+from pipeline.training.checkpoint import newest_checkpoint
 
 TRAIN = "pipeline/train.py"
 

@@ -21,14 +21,14 @@ from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
+from pipeline.data.image_transform import decode_image, resize_center_crop
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.export import export
-from pipeline.export_formats import FORMATS
-from pipeline.image_transform import decode_image, resize_center_crop
+from pipeline.exporting.export_formats import FORMATS
+from pipeline.exporting.parity import random_examples
 from pipeline.inference import InferenceModel
-from pipeline.parity import random_examples
 from pipeline.ranks import Ranks
-from pipeline.start_weights import load_start_weights
-from pipeline.tokenizer import Tokenizer
+from pipeline.training.start_weights import load_start_weights
 
 Features = dict[str, Tensor]
 

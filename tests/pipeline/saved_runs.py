@@ -12,8 +12,8 @@ import torch
 from model.clip import CLIP
 from model.config import Pool, config_from_name
 from model.masking import MaskingConfig
-from pipeline.checkpoint import Progress, _publish, _write_model_files
-from pipeline.tokenizer import Tokenizer, _byte_symbols
+from pipeline.data.tokenizer import Tokenizer, _byte_symbols
+from pipeline.training.checkpoint import Progress, _publish, _write_model_files
 
 
 def synthetic_merges(path: Path, count: int = 48_894) -> Path:

@@ -10,12 +10,12 @@ import torch
 
 from model.clip import CLIP
 from model.masking import MaskingConfig
-from pipeline.checkpoint import Progress, _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference import load_for_inference
 from pipeline.recipe_files import load_recipe
-from pipeline.run_record import check_unchanged, write_record
-from pipeline.tokenizer import load_tokenizer
+from pipeline.training.checkpoint import Progress, _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.training.run_record import check_unchanged, write_record
 
 CPU = torch.device("cpu")
 

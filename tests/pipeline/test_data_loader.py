@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import jpeg_bytes, write_shards, write_tar
 
-from pipeline.data_loader import MicroBatches, TrainingSet, collate, make_loader
+from pipeline.data.data_loader import MicroBatches, TrainingSet, collate, make_loader
+from pipeline.data.manifest import read_manifest
+from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.tar_index import index_samples, read_members
+from pipeline.data.text_masking import TextMasker
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.manifest import read_manifest
 from pipeline.recipe import TextMaskingSection
-from pipeline.sample_order import BatchPlan, SampleOrder
-from pipeline.tar_index import index_samples, read_members
-from pipeline.text_masking import TextMasker
-from pipeline.tokenizer import load_tokenizer
 
 
 def dataset(directory: Path | str, tokenizer_file: Path, seed: int = 0) -> TrainingSet:

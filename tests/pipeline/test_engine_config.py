@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine import TEMPLATES_DIRECTORY, deepspeed_config, zero_stage
+from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
 from pipeline.recipe_files import load_recipe
-from pipeline.sample_order import BatchPlan
-from pipeline.stage_plan import plan_batches
+from pipeline.training.engine import TEMPLATES_DIRECTORY, deepspeed_config, zero_stage
+from pipeline.training.stage_plan import plan_batches
 
 PLAN = BatchPlan(num_samples=1000, global_batch_size=96, micro_batch_size=8, world_size=3)
 

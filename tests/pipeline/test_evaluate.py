@@ -18,6 +18,7 @@ from model.config import config_from_name
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline import evaluate as program
+from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
     ClassificationSample,
@@ -30,7 +31,6 @@ from pipeline.evaluation.datasets import (
 from pipeline.evaluation.features import FeatureEncoder, distinct, rank_share
 from pipeline.evaluation.results import Result, format_table, read_results, write_results
 from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.image_transform import decode_image, resize_center_crop
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from saved_runs import save_run, synthetic_merges
 
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export import main
-from pipeline.export_formats import FORMATS
-from pipeline.tokenizer import load_tokenizer
+from pipeline.exporting.export_formats import FORMATS
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

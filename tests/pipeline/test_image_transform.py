@@ -13,7 +13,7 @@ import torch
 from conftest import jpeg_bytes
 from PIL import Image
 
-from pipeline.image_transform import ImageError, decode_image, random_resized_crop, resize_center_crop
+from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop, resize_center_crop
 
 
 def encoded(mode: str, file_format: str) -> bytes:

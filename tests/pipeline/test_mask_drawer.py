@@ -18,10 +18,10 @@ from model.loss import contrastive_loss
 from model.masking import STRATEGIES, Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
 from model.packing import PackedTokens, pack_tokens
 from model.vision import embed_patches
-from pipeline.data_loader import Batch
-from pipeline.mask_drawer import MaskDrawer, seed_masks
+from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.train_step import REPORT_NAMES, _report
+from pipeline.training.mask_drawer import MaskDrawer, seed_masks
+from pipeline.training.train_step import REPORT_NAMES, _report
 
 B, L = 6, 16
 LENGTHS = [5, 3, 8, 4, 7, 5]

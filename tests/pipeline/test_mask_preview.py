@@ -22,17 +22,18 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
 from model.patches import normalize_pixels
-from pipeline import mask_preview, preview_setting
+from pipeline import mask_preview
+from pipeline.data.image_sources import load_image, read_images
 from pipeline.errors import UserError
-from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
-from pipeline.mask_anatomy import Anatomy, dissect
-from pipeline.mask_drawer import seed_masks
-from pipeline.mask_pictures import heat_map, outline, tint_clusters
-from pipeline.preview_setting import make_setting
-from pipeline.preview_sheet import Sheet, make_sheet
 from pipeline.recipe_files import load_recipe
-from pipeline.sheet_painter import paint
+from pipeline.reporting import preview_setting
+from pipeline.reporting.mask_anatomy import Anatomy, dissect
+from pipeline.reporting.mask_pictures import heat_map, outline, tint_clusters
+from pipeline.reporting.preview_setting import make_setting
+from pipeline.reporting.preview_sheet import Sheet, make_sheet
+from pipeline.reporting.sheet_painter import paint
+from pipeline.training.mask_drawer import seed_masks
 
 SIZE, PATCH = 64, 8
 TINY = ["--image-size", str(SIZE), "--patch-size", str(PATCH)]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from model.clip import CLIP
-from pipeline.optimizer import learning_rate, make_optimizer, parameter_groups
 from pipeline.recipe import OptimizerSection
+from pipeline.training.optimizer import learning_rate, make_optimizer, parameter_groups
 
 
 def test_warm_up_then_cosine() -> None:

@@ -19,14 +19,14 @@ from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Result, write_results
-from pipeline.mask_drawer import seed_masks
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import parse_recipe
-from pipeline.rendering import data_uri
-from pipeline.report_curves import draw_curves
-from pipeline.report_inputs import read_inputs
-from pipeline.report_masks import draw_masks
-from pipeline.report_tables import dataset_tables, headline_table, training_table
+from pipeline.reporting.rendering import data_uri
+from pipeline.reporting.report_curves import draw_curves
+from pipeline.reporting.report_inputs import read_inputs
+from pipeline.reporting.report_masks import draw_masks
+from pipeline.reporting.report_tables import dataset_tables, headline_table, training_table
+from pipeline.training.mask_drawer import seed_masks
 
 CHANCE = {"acc1": 0.1}
 

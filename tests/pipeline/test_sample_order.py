@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sample_order import BatchPlan, SampleOrder
+from pipeline.data.sample_order import BatchPlan, SampleOrder
 
 
 @given(

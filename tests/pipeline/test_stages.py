@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from model.clip import CLIP
 from pipeline.errors import UserError
 from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
-from pipeline.run_record import check_unchanged, write_record
-from pipeline.stage_model import check_computable, count_parameters, make_model, speed_up
-from pipeline.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
+from pipeline.training.run_record import check_unchanged, write_record
+from pipeline.training.stage_model import check_computable, count_parameters, make_model, speed_up
+from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
 
 CPU = torch.device("cpu")
 

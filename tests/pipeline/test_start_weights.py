@@ -17,13 +17,13 @@ from saved_runs import save_run, synthetic_merges
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.open_clip_weights import to_open_clip
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export import main as export_main
 from pipeline.inference import InferenceModel, load_for_inference
 from pipeline.ranks import Ranks
-from pipeline.run_record import RECORD
-from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
-from pipeline.tokenizer import Tokenizer, load_tokenizer
+from pipeline.training.run_record import RECORD
+from pipeline.training.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -20,13 +20,10 @@ from conftest import ROOT, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data_loader import MicroBatches, TrainingSet, make_loader
-from pipeline.errors import UserError
-from pipeline.manifest import read_manifest
-from pipeline.recipe import TextMaskingSection
-from pipeline.recipe_files import load_recipe
-from pipeline.sample_order import BatchPlan, SampleOrder
-from pipeline.text_masking import (
+from pipeline.data.data_loader import MicroBatches, TrainingSet, make_loader
+from pipeline.data.manifest import read_manifest
+from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.text_masking import (
     TextMasker,
     WordMasker,
     choose_words,
@@ -34,8 +31,11 @@ from pipeline.text_masking import (
     random_block,
     random_tokens,
 )
-from pipeline.tokenizer import Tokenizer, load_tokenizer
-from pipeline.word_counts import read_word_frequencies
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.word_counts import read_word_frequencies
+from pipeline.errors import UserError
+from pipeline.recipe import TextMaskingSection
+from pipeline.recipe_files import load_recipe
 
 COUNTS = {"a": 400, "of": 200, "picture": 50, "number": 50, "cat": 5, "dog": 5}
 STRATEGIES = ("none", "truncate", "random", "block", "frequency")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.clip import CLIP
 from model.patches import normalize_pixels
+from pipeline.data.image_sources import load_image, read_images
 from pipeline.errors import UserError
-from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
 from pipeline.errors import UserError
-from pipeline.preview_sheet import Sheet
+from pipeline.reporting.preview_sheet import Sheet
 
 _PAPER, _INK, _SOFT_INK = "#ffffff", "#1c2129", "#5b6472"
 # A side that JPEG can hold, and a size that memory can.

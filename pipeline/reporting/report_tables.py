@@ -12,8 +12,8 @@ from model.config import config_from_name
 from pipeline.evaluation import composition, retrieval, zero_shot
 from pipeline.evaluation.results import Result
 from pipeline.recipe import Recipe
-from pipeline.report_inputs import Run
-from pipeline.run_logger import format_duration
+from pipeline.reporting.report_inputs import Run
+from pipeline.training.run_logger import format_duration
 
 Item = TypeVar("Item", bound=Hashable)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from model.clip import CLIPOutput
 from model.loss import contrastive_loss
 from model.masking import Masks
-from pipeline.data_loader import Batch
-from pipeline.feature_gather import gather_features
-from pipeline.mask_drawer import MaskDrawer
+from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
+from pipeline.training.feature_gather import gather_features
+from pipeline.training.mask_drawer import MaskDrawer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -19,9 +19,9 @@ from torch import Tensor
 from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip
 from model.transformers_weights import from_transformers
-from pipeline.checkpoint import MODEL_CARD, WEIGHTS
 from pipeline.errors import UserError
 from pipeline.inference import find_checkpoint, read_card
+from pipeline.training.checkpoint import MODEL_CARD, WEIGHTS
 
 _OPEN_CLIP_CONFIG, _TRANSFORMERS_CONFIG = "open_clip_config.json", "config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from model.clip import CLIP
+from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
-from pipeline.optimizer import make_optimizer
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.sample_order import BatchPlan
+from pipeline.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[1] / "ds_configs"
+TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[2] / "ds_configs"
 
 # What a template must leave to the recipe, so that a number is said in one place only.
 _RECIPE_KEYS = (

@@ -13,9 +13,9 @@ from model.config import CLIPConfig, Pool
 from model.open_clip_weights import from_open_clip, to_open_clip
 from model.patches import PIXEL_MEAN, PIXEL_STD
 from model.transformers_weights import from_transformers, to_transformers
+from pipeline.data.tokenizer import ClipBytePairs
 from pipeline.errors import UserError
 from pipeline.inference import InferenceModel
-from pipeline.tokenizer import ClipBytePairs
 
 Weights = Mapping[str, Tensor]
 

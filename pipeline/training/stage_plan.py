@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from model.config import CLIPConfig
 from model.flops import step_flops
 from model.masking import MaskingConfig
+from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.sample_order import BatchPlan
 
 # The length of captions is known once they are read; where stages are compared, all have this many tokens.
 _CAPTION_TOKENS = 16

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from pipeline.report_inputs import Run
+from pipeline.reporting.report_inputs import Run
 
 _MAX_POINTS = 300
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.9

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from model.class_attention import AttentiveCopy
 from model.masking import Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
 from model.vision import VisionTransformer, embed_patches
-from pipeline.engine import gathered_weights
 from pipeline.ranks import Ranks
+from pipeline.training.engine import gathered_weights
 
 
 class MaskDrawer:

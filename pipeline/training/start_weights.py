@@ -7,13 +7,13 @@ from pathlib import Path
 
 from model.clip import CLIP
 from model.positions import fit_positions
+from pipeline.data.tokenizer import ClipBytePairs, Tokenizer
 from pipeline.errors import UserError
 from pipeline.files import sha256_of_file
 from pipeline.inference import first_mismatch, read_card
 from pipeline.ranks import Ranks
-from pipeline.run_record import read_record
-from pipeline.tokenizer import ClipBytePairs, Tokenizer
-from pipeline.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
+from pipeline.training.run_record import read_record
+from pipeline.training.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
 
 RECORD_KEY = "start_weights_sha256"
 

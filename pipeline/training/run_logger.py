@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.files import write_atomically
-from pipeline.stage_plan import Stage, steps_left
+from pipeline.training.stage_plan import Stage, steps_left
 
 METRICS = "metrics.jsonl"
 

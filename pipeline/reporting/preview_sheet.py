@@ -14,10 +14,18 @@ from PIL.Image import Image
 from torch import Tensor
 
 from model.masking import PatchedImages
-from pipeline.image_sources import CaptionedImage
-from pipeline.mask_anatomy import Anatomy, Clusters, dissect
-from pipeline.mask_pictures import enlarge, grey_dropped, heat_map, jpeg_bytes, outline, tint_clusters, to_pillow
-from pipeline.preview_setting import PreviewSetting
+from pipeline.data.image_sources import CaptionedImage
+from pipeline.reporting.mask_anatomy import Anatomy, Clusters, dissect
+from pipeline.reporting.mask_pictures import (
+    enlarge,
+    grey_dropped,
+    heat_map,
+    jpeg_bytes,
+    outline,
+    tint_clusters,
+    to_pillow,
+)
+from pipeline.reporting.preview_setting import PreviewSetting
 
 UNKNOWN = "–"
 # Beside the originals: what is kept; also the clusters behind it; also the anchors and similarities behind those.

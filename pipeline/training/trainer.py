@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 from model.clip import CLIP
-from pipeline.bad_samples import BadSamples
-from pipeline.checkpoint import Progress, resume, save_checkpoint
-from pipeline.data_loader import Batch, MicroBatches, TrainingSet, make_loader
-from pipeline.engine import make_engine, release
+from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample_order import SampleOrder
+from pipeline.data.text_masking import TextMasker
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest
-from pipeline.mask_drawer import MaskDrawer
-from pipeline.metrics_window import MetricsWindow
-from pipeline.optimizer import learning_rate
 from pipeline.ranks import Ranks
-from pipeline.run_logger import RunLogger, timestamp
-from pipeline.sample_order import SampleOrder
-from pipeline.stage_model import speed_up
-from pipeline.stage_plan import Stage
-from pipeline.text_masking import TextMasker
-from pipeline.tokenizer import Tokenizer
-from pipeline.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
+from pipeline.training.bad_samples import BadSamples
+from pipeline.training.checkpoint import Progress, resume, save_checkpoint
+from pipeline.training.engine import make_engine, release
+from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.metrics_window import MetricsWindow
+from pipeline.training.optimizer import learning_rate
+from pipeline.training.run_logger import RunLogger, timestamp
+from pipeline.training.stage_model import speed_up
+from pipeline.training.stage_plan import Stage
+from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
 
 @dataclass(frozen=True)

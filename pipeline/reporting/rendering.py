@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 def render(template: str, content: dict[str, Any]) -> str:

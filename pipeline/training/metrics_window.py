@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.data_loader import Batch
+from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.train_step import REPORT_NAMES
+from pipeline.training.train_step import REPORT_NAMES
 
 
 class MetricsWindow:

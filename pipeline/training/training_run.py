@@ -8,22 +8,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.bad_samples import BadSamples
-from pipeline.checkpoint import Progress, checkpoint_directory, newest_checkpoint, read_progress
-from pipeline.engine import deepspeed_config, is_bf16, zero_stage
+from pipeline.data.manifest import read_manifest
+from pipeline.data.text_masking import TextMasker
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.manifest import read_manifest
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.run_logger import RunLogger, timestamp
-from pipeline.run_record import RECORD, check_unchanged, read_record, versions, write_record
-from pipeline.stage_model import check_computable, count_parameters, make_model
-from pipeline.stage_plan import Stage, describe_stages, plan_stages
-from pipeline.start_weights import RECORD_KEY, check_start_weights, load_start_weights
-from pipeline.text_masking import TextMasker
-from pipeline.tokenizer import load_tokenizer
-from pipeline.trainer import RunContext, StageTrainer
+from pipeline.training.bad_samples import BadSamples
+from pipeline.training.checkpoint import Progress, checkpoint_directory, newest_checkpoint, read_progress
+from pipeline.training.engine import deepspeed_config, is_bf16, zero_stage
+from pipeline.training.run_logger import RunLogger, timestamp
+from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
+from pipeline.training.stage_model import check_computable, count_parameters, make_model
+from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
+from pipeline.training.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.training.trainer import RunContext, StageTrainer
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75

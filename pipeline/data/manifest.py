@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 from fsspec.core import url_to_fs
 
+from pipeline.data.tar_index import SampleIndex, index_samples
 from pipeline.errors import UserError
-from pipeline.tar_index import SampleIndex, index_samples
 
 MANIFEST = "manifest.jsonl"
 

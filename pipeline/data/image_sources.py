@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
+from pipeline.data.manifest import MANIFEST, read_manifest
+from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet, open_evaluation_set
 from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.image_transform import ImageError, decode_image, resize_center_crop
-from pipeline.manifest import MANIFEST, read_manifest
-from pipeline.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
 
 _MAX_CAPTION_BYTES = 2**16
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches, draw_anchors
 from model.masking.cluster import anchor_cosines, embedding_cosines
 from model.masking.pgs import balance, draw_candidates, edge_strength
-from pipeline.mask_drawer import seed_masks
+from pipeline.training.mask_drawer import seed_masks
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
-from pipeline.checkpoint import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.stage_plan import Stage
+from pipeline.training.checkpoint import WEIGHTS
+from pipeline.training.stage_plan import Stage
 
 _POSITIONS = "visual.positional_embedding"
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
+from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.tar_index import SampleIndex
+from pipeline.data.text_masking import TextMasker
 from pipeline.errors import UserError
-from pipeline.image_transform import ImageError, decode_image, random_resized_crop
-from pipeline.manifest import Manifest
-from pipeline.sample_order import BatchPlan, SampleOrder
-from pipeline.tar_index import SampleIndex
-from pipeline.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64

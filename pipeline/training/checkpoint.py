@@ -21,11 +21,11 @@ from torch import Tensor
 
 from model.clip import CLIP
 from model.masking import MaskingConfig
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
 from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
-from pipeline.mask_drawer import MaskDrawer
 from pipeline.ranks import Ranks
-from pipeline.tokenizer import Tokenizer
+from pipeline.training.mask_drawer import MaskDrawer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

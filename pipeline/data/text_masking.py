@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from random import Random
 
+from pipeline.data.tokenizer import TextEncoder, Tokenizer
+from pipeline.data.word_counts import read_word_frequencies
 from pipeline.recipe import TextMaskingSection
-from pipeline.tokenizer import TextEncoder, Tokenizer
-from pipeline.word_counts import read_word_frequencies
 
 # What `data-prep words` counts, in lower case.
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")

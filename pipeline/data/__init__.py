@@ -1,0 +1,1 @@
+"""Reading training data: manifest -> order -> samples -> batches of pixels and tokens."""

@@ -1,0 +1,1 @@
+"""What other libraries want, and whether they get the same features."""

@@ -1,0 +1,1 @@
+"""One run: stages -> engine -> step -> metrics -> checkpoint."""
