@@ -99,13 +99,13 @@ def _run_child(child: str, folder: Path, rows: int) -> dict[str, float]:
 
 
 def _ingest(folder: Path, rows: int) -> dict[str, float]:
-    from data_prep.ingest import ingest
+    from data_prep.lists.ingest import ingest
 
     return _measured(lambda: ingest([str(folder / "list.tsv")], str(folder / "urls.parquet")))
 
 
 def _duplicates(folder: Path, rows: int) -> dict[str, float]:
-    from data_prep.duplicates import DuplicateMask, sorted_records
+    from data_prep.lists.duplicates import DuplicateMask, sorted_records
 
     rows_per_part = 600_000
     sizes = [min(rows_per_part, rows - start) for start in range(0, rows, rows_per_part)]

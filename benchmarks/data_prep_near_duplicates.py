@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
 from benchmarks.record import record
-from data_prep.perceptual_hash import distances, hash_pictures, shrink
+from data_prep.near.perceptual_hash import distances, hash_pictures, shrink
 
 MAX_DISTANCE = 4
 LARGEST_LISTED = 12

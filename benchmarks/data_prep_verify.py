@@ -29,11 +29,11 @@ from PIL import Image, ImageOps
 
 from benchmarks.record import record
 from data_prep.images import _check_with_pillow
-from data_prep.manifest import read_manifest
-from data_prep.publish import changing
-from data_prep.rewrite import Removal, rewrite_shards
-from data_prep.shards import ShardWriter
-from data_prep.verify import verify
+from data_prep.shards.manifest import read_manifest
+from data_prep.shards.publish import changing
+from data_prep.shards.rewrite import Removal, rewrite_shards
+from data_prep.shards.verify import verify
+from data_prep.shards.writer import ShardWriter
 
 SAMPLES_PER_SHARD = 1000
 
@@ -77,7 +77,7 @@ def measure(directory: Path, samples: int, rounds: int) -> dict[str, float]:
     """Medians over rounds in which the arms follow each other."""
 
     def with_pillow() -> None:
-        with mock.patch("data_prep.inspection.check_image", _check_with_pillow):
+        with mock.patch("data_prep.shards.inspection.check_image", _check_with_pillow):
             verify(directory, 1, max_bad_ratio=0.0, again=True)
 
     arms: dict[str, Callable[[], object]] = {

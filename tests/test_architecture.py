@@ -43,7 +43,7 @@ def test_imports_go_one_way(package: str) -> None:
 def test_the_import_check_notices() -> None:
     assert violations("model", "import numpy") == {"numpy"}
     assert violations("data_prep", "def f():\n    from torch import nn") == {"torch"}
-    assert violations("pipeline", "from data_prep.verify import verify") == {"data_prep"}
+    assert violations("pipeline", "from data_prep.shards.verify import verify") == {"data_prep"}
 
 
 def test_no_module_of_pipeline_shadows_another() -> None:

@@ -29,7 +29,7 @@ def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from data_prep.stats import stats
+    from data_prep.shards.stats import stats
 
     stats(options.directory, options.output, options.tokenizer, options.processes)
     return 0
@@ -45,7 +45,7 @@ def add_words(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _words(options: argparse.Namespace) -> int:
-    from data_prep.words import count_words
+    from data_prep.shards.words import count_words
 
     count_words(options.directory, options.output, options.min_count, options.processes)
     return 0
@@ -69,7 +69,7 @@ def add_dedup(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _dedup(options: argparse.Namespace) -> int:
-    from data_prep.dedup import dedup
+    from data_prep.near.dedup import dedup
 
     if options.max_distance > MOST_BITS:
         raise UserError(f"--max-distance {options.max_distance} is more than {MOST_BITS}: unlike pictures differ in 32")
@@ -98,7 +98,7 @@ def add_forget(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _forget(options: argparse.Namespace) -> int:
-    from data_prep.forget import forget
+    from data_prep.shards.forget import forget
 
     if options.sha256 is not None:
         forget(options.directory, options.sha256, "sha256", options.processes)

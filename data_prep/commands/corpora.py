@@ -22,7 +22,7 @@ def add_synthetic(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _synthetic(options: argparse.Namespace) -> int:
-    from data_prep.synthetic import generate
+    from data_prep.synthetic.corpus import generate
 
     generate(
         output=options.output,
@@ -63,8 +63,8 @@ def add_pack(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from data_prep import pack
-    from data_prep.local_sources import Columns
+    from data_prep.packing import pack
+    from data_prep.packing.local_sources import Columns
 
     labels = (options.label_column, options.classnames, options.templates)
     labelled = all(labels)

@@ -8,9 +8,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.catalogue import GENERIC, INGESTIBLE
 from data_prep.commands.options import Commands, add_command, add_processes, array_slice, not_negative, positive
 from data_prep.errors import UserError
+from data_prep.lists.catalogue import GENERIC, INGESTIBLE
 
 UNIQUE = ("url", "caption", "pair", "none")
 
@@ -22,7 +22,7 @@ def add_sources(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _sources(options: argparse.Namespace) -> int:
-    from data_prep.catalogue import describe, print_catalogue
+    from data_prep.lists.catalogue import describe, print_catalogue
 
     if options.names:
         print("\n\n".join(describe(name) for name in options.names))
@@ -81,12 +81,12 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    from data_prep.block_lists import read_block_lists
-    from data_prep.ingest import ingest
-    from data_prep.ingest_parts import Options, Slice
-    from data_prep.list_files import ListFormat
-    from data_prep.row_filters import Filters
-    from data_prep.url_lists import ColumnChoice
+    from data_prep.lists.block_lists import read_block_lists
+    from data_prep.lists.ingest import ingest
+    from data_prep.lists.ingest_parts import Options, Slice
+    from data_prep.lists.list_files import ListFormat
+    from data_prep.lists.row_filters import Filters
+    from data_prep.lists.url_lists import ColumnChoice
 
     if "none" in options.unique and len(options.unique) > 1:
         raise UserError("--unique none goes with no other key")

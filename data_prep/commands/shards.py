@@ -38,7 +38,7 @@ def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data_prep.verify import verify, verify_slice
+    from data_prep.shards.verify import verify, verify_slice
 
     if options.slice is not None:
         if options.repair:
@@ -68,7 +68,7 @@ def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from data_prep.reshard import Layout, reshard
+    from data_prep.shards.reshard import Layout, reshard
 
     layout = Layout(
         samples_per_shard=options.samples_per_shard,
@@ -92,7 +92,7 @@ def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from data_prep.merge import merge
+    from data_prep.shards.merge import merge
 
     merge(options.directories, options.output, options.processes, keep_keys=options.keep_keys)
     return 0
@@ -121,7 +121,7 @@ def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from data_prep.tokenizer import TokenizerSettings, train_tokenizer
+    from data_prep.tokens.training import TokenizerSettings, train_tokenizer
 
     settings = TokenizerSettings(
         model_type=options.model_type,

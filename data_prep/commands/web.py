@@ -20,7 +20,7 @@ from data_prep.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from data_prep.settings import Settings
+    from data_prep.web.settings import Settings
 
 
 def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -86,7 +86,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def _network(options: argparse.Namespace) -> Settings:
-    from data_prep.settings import Settings
+    from data_prep.web.settings import Settings
 
     return Settings(
         distributor=options.distributor,
@@ -106,7 +106,7 @@ def _network(options: argparse.Namespace) -> Settings:
 
 
 def _download(options: argparse.Namespace) -> int:
-    from data_prep.download import download
+    from data_prep.web.download import download
 
     settings = dataclasses.replace(
         _network(options),
@@ -121,14 +121,14 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _retry(options: argparse.Namespace) -> int:
-    from data_prep.download import retry
+    from data_prep.web.download import retry
 
     retry(options.directory, options.classes, _network(options))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from data_prep.download_report import write_report
+    from data_prep.web.download_report import write_report
 
     write_report(options.directory, options.output or options.directory / "download.html")
     return 0

@@ -1,1 +1,1 @@
-"""Requests to strangers: which addresses, how often, how long, how much, and with whose permission."""
+"""Downloads: polite, bounded and restartable."""

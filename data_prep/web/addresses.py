@@ -7,7 +7,7 @@ import ipaddress
 
 from yarl import URL
 
-from data_prep.outcomes import REFUSED, FetchError
+from data_prep.web.outcomes import REFUSED, FetchError
 
 PORTS = {"http": 80, "https": 443}
 MAX_URL_CHARACTERS = 4096

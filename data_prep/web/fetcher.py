@@ -19,7 +19,10 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from data_prep.outcomes import (
+from data_prep.web.addresses import AddressPolicy, RefusedAddressError
+from data_prep.web.host_limits import HostLimits
+from data_prep.web.names import Names
+from data_prep.web.outcomes import (
     CLIENT_ERROR,
     CONNECT,
     DECODE,
@@ -32,11 +35,8 @@ from data_prep.outcomes import (
     TOO_LARGE,
     FetchError,
 )
-from data_prep.settings import Settings
-from data_prep.web.addresses import AddressPolicy, RefusedAddressError
-from data_prep.web.host_limits import HostLimits
-from data_prep.web.names import Names
 from data_prep.web.robots import PRODUCT, RobotsFiles, check_header
+from data_prep.web.settings import Settings
 
 MAX_REDIRECTS = 5
 ROBOTS_MAX_BYTES = 512 * 1024  # RFC 9309 asks for 500 KiB at least; what is beyond is not read

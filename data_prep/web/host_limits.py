@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator
 
-from data_prep.outcomes import CONNECT, THROTTLED, TIMEOUT, FetchError
+from data_prep.web.outcomes import CONNECT, THROTTLED, TIMEOUT, FetchError
 
 GIVE_UP_AFTER = 10  # failures in a row
 MAX_PAUSE_S = 60.0  # a host that asks for more is given up at once

@@ -11,8 +11,8 @@ import aiodns
 import pycares
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from data_prep.outcomes import DNS, REFUSED, FetchError
 from data_prep.web.addresses import AddressPolicy, is_literal
+from data_prep.web.outcomes import DNS, REFUSED, FetchError
 
 TEMPORARY_FAILURE_S = 20.0  # how long a name that could not be asked about is not asked about again
 LOOKUPS_AT_ONCE = 100

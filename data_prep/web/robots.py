@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from protego import Protego
 from yarl import URL
 
-from data_prep.outcomes import OPT_OUT, FetchError
+from data_prep.web.outcomes import OPT_OUT, FetchError
 
 PRODUCT = "cluster-clip-data-prep"
 AGENTS = (PRODUCT, "img2dataset")  # sites that name that program mean this kind of robot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from data_prep.scenes import Scene, Thing
+from data_prep.synthetic.scenes import Scene, Thing
 
 NOUNS = {
     "circle": "circle", "disc": "circle", "square": "square", "triangle": "triangle", "star": "star",

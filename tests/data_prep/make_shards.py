@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.files import sha256_of
-from data_prep.tar_reader import TarSamples
-from data_prep.verify import verify
+from data_prep.shards.tar_reader import TarSamples
+from data_prep.shards.verify import verify
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree"}
 

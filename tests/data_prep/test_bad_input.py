@@ -18,7 +18,7 @@ from make_images import good_sample, png_bomb, write_tar
 from make_shards import assert_consistent, contents, make_shards, manifest, snapshot
 
 from data_prep.__main__ import main
-from data_prep.verify import verify
+from data_prep.shards.verify import verify
 
 
 class Bomb:

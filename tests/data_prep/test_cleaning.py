@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.cleaning import canonical_url, canonical_urls, clean_captions
+from data_prep.lists.cleaning import canonical_url, canonical_urls, clean_captions
 
 BIDI = "\N{RIGHT-TO-LEFT OVERRIDE}\N{POP DIRECTIONAL FORMATTING}\N{RIGHT-TO-LEFT ISOLATE}\N{POP DIRECTIONAL ISOLATE}"
 INVISIBLE = set(BIDI + "\0\x07\x1b\x7f\N{SOFT HYPHEN}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}\N{TAG SPACE}")

@@ -14,10 +14,10 @@ from make_shards import assert_consistent, captions, make_shards, manifest, pict
 from PIL import Image, ImageEnhance
 
 from data_prep.__main__ import main
-from data_prep.evaluation_sets import write_classification_set, write_retrieval_set
-from data_prep.near_duplicates import nearest_kept
-from data_prep.perceptual_hash import BITS, SIDE, distances, hash_pictures, shrink
-from data_prep.verify import verify
+from data_prep.near.near_duplicates import nearest_kept
+from data_prep.near.perceptual_hash import BITS, SIDE, distances, hash_pictures, shrink
+from data_prep.shards.verify import verify
+from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
 
 MEMORY_BYTES = 1_000_000
 
@@ -185,7 +185,7 @@ def test_near_duplicates_and_evaluation_pictures_are_found_and_removed(
 def test_hashes_are_computed_once(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["dedup", str(corpus), "--output", str(tmp_path / "report"), "--processes", "1"]
     assert main(arguments) == 0
-    monkeypatch.setattr("data_prep.picture_hashes.shrink", lambda data: pytest.fail("hashed again"))
+    monkeypatch.setattr("data_prep.near.picture_hashes.shrink", lambda data: pytest.fail("hashed again"))
     assert main([*arguments, "--max-distance", "0"]) == 0
     lines = (tmp_path / "report" / "duplicates.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["000000006"]

@@ -21,8 +21,8 @@ from download_helpers import ledger, samples, write_urls
 from make_images import encoded
 from small_web import Page, SmallWeb
 
-from data_prep.download import Settings, download, retry
 from data_prep.errors import UserError
+from data_prep.web.download import Settings, download, retry
 
 SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
 KILLS = int(os.environ.get("CLUSTER_CLIP_KILLS", "4"))
@@ -172,7 +172,7 @@ def test_killed_at_random_points_it_ends_with_the_same_set(tmp_path: Path, web: 
 def test_two_downloads_keep_out_of_each_others_way(
     tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.child.PREDECESSOR_S", 0.1)
+    monkeypatch.setattr("data_prep.web.child.PREDECESSOR_S", 0.1)
     web.pages = {"/slow.jpg": Page(encoded(0), delay_s=5)}
     urls = write_urls(tmp_path / "urls.parquet", [web.url("/slow.jpg")])
     settings = dataclasses.replace(SETTINGS, samples_per_shard=4, image_size=256)

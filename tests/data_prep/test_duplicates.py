@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import duplicates
-from data_prep.duplicates import BUCKETS, DuplicateMask, digests, sorted_records
+from data_prep.lists import duplicates
+from data_prep.lists.duplicates import BUCKETS, DuplicateMask, digests, sorted_records
 
 KEYS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6), max_size=4)
 

@@ -4,14 +4,17 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from make_images import good_sample, write_tar
 from make_shards import assert_consistent, captions, make_shards, manifest, picture, sample
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
-from data_prep.forget import read_list
-from data_prep.verify import verify
+from data_prep.shards.forget import read_list
+from data_prep.shards.verify import verify
+from data_prep.web.ledger import write_ledger
 
 
 def forget(directory: Path, kind: str, text: str) -> int:
@@ -129,3 +132,48 @@ def test_a_list_of_something_else_is_refused(tmp_path: Path, kind: str, text: st
     (tmp_path / "list").write_text(text)
     with pytest.raises(UserError, match="list"):
         read_list(tmp_path / "list", kind)  # type: ignore[arg-type]
+
+
+def write_download(directory: Path) -> None:
+    """Shards with the ledger that a download leaves beside them: one url per sample, and one that failed."""
+    (lines,) = [manifest(directory)]
+    listed = pa.schema({"uid": pa.string(), "url": pa.string(), "caption": pa.string()})
+    rows = [
+        {
+            "uid": str(n),
+            "url": f"https://host{n}.example.org/{n}.jpg",
+            "caption": f"a cat {n}",
+            "key": f"{n:09d}",
+            "shard": lines[0]["shard"],
+            "class": "ok" if n < lines[0]["samples"] else "dns",
+            "error_message": None if n < lines[0]["samples"] else "host name not found",
+            "sha256": hashlib.sha256(str(n).encode()).hexdigest(),
+        }
+        for n in range(lines[0]["samples"] + 2)
+    ]
+    write_ledger(directory / "00000.parquet", listed, rows)
+    (directory / "download.html").write_text("https://host1.example.org/1.jpg")
+
+
+@pytest.mark.parametrize("kind", ["host", "url", "sha256"])
+def test_the_ledger_forgets_too_and_nothing_is_tried_again(tmp_path: Path, kind: str) -> None:
+    directory = make_shards(tmp_path / "shards", [3])
+    write_download(directory)
+    before = pq.read_table(directory / "00000.parquet")
+    named = (1, 3)  # one that is in a shard, one that failed
+    entry = {"host": "host{}.example.org", "url": "https://host{0}.example.org/{0}.jpg"}.get(kind)
+    entries = [entry.format(n) if entry else hashlib.sha256(str(n).encode()).hexdigest() for n in named]
+    assert forget(directory, kind, "\n".join(entries)) == 0
+    after = pq.read_table(directory / "00000.parquet")
+    assert after.schema == before.schema
+    assert after["class"] == before["class"]
+    assert [n for n, url in enumerate(after["url"].to_pylist()) if not url] == list(named)
+    for row, was in zip(after.to_pylist(), before.to_pylist(), strict=True):
+        assert (
+            row == was
+            if row["url"]
+            else (row["caption"], row["sha256"], row["error_message"]) == ("", None, "forgotten")
+        )
+    text = b"".join(path.read_bytes() for path in directory.iterdir() if path.is_file())
+    assert b"host1.example.org" not in text
+    assert not (directory / "download.html").exists()

@@ -20,12 +20,12 @@ from PIL import Image
 from small_dns import SERVER_FAILURE, SmallDns
 from small_web import Page, SmallWeb, self_signed
 
-from data_prep.download import Settings, download, retry
 from data_prep.errors import UserError
-from data_prep.ledger import Pass, count_outcomes
-from data_prep.shard_worker import ShardWorker
-from data_prep.verify import verify
-from data_prep.web_image import WebImage, to_jpeg
+from data_prep.shards.verify import verify
+from data_prep.web.download import Settings, download, retry
+from data_prep.web.ledger import Pass, count_outcomes
+from data_prep.web.shard_worker import ShardWorker
+from data_prep.web.web_image import WebImage, to_jpeg
 
 SETTINGS = Settings(
     image_size=32, samples_per_shard=100, processes=1, threads=64, timeout_s=1.5, deadline_s=3.0, max_bytes=2_000_000,
@@ -271,7 +271,7 @@ def test_a_picture_that_breaks_the_decoder_costs_no_more_than_itself(
             raise MemoryError("too much")
         return to_jpeg(data, 32, "no")
 
-    monkeypatch.setattr("data_prep.shard_worker.to_jpeg", fragile)
+    monkeypatch.setattr("data_prep.web.shard_worker.to_jpeg", fragile)
     web.pages = {"/evil.jpg": Page(encoded(5)), "/good.jpg": Page(PHOTO)}
     urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
     one = Pass(attempt=1, urls=urls, rows=2, classes=(), first_shard=0, samples_per_shard=2)

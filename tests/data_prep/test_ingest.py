@@ -20,18 +20,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import ingest_parts, list_files
 from data_prep.__main__ import main
-from data_prep.block_lists import BlockList, read_block_lists
-from data_prep.canonical import SCHEMA, Rejects, canonicalise
-from data_prep.catalogue import INGESTIBLE, SOURCES
-from data_prep.cleaning import canonical_url
 from data_prep.errors import UserError
-from data_prep.ingest import Tally, ingest
-from data_prep.ingest_parts import Options, Slice
-from data_prep.list_files import ListFormat
-from data_prep.row_filters import Filters
-from data_prep.url_lists import ColumnChoice
+from data_prep.lists import ingest_parts, list_files
+from data_prep.lists.block_lists import BlockList, read_block_lists
+from data_prep.lists.canonical import SCHEMA, Rejects, canonicalise
+from data_prep.lists.catalogue import INGESTIBLE, SOURCES
+from data_prep.lists.cleaning import canonical_url
+from data_prep.lists.ingest import Tally, ingest
+from data_prep.lists.ingest_parts import Options, Slice
+from data_prep.lists.list_files import ListFormat
+from data_prep.lists.row_filters import Filters
+from data_prep.lists.url_lists import ColumnChoice
 
 ROWS = [
     ("http://a.example/1.jpg", 'a "quoted" cat, sitting'),

@@ -15,9 +15,9 @@ from make_images import encoded
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
-from data_prep.evaluation_sets import write_classification_set, write_retrieval_set
-from data_prep.tar_reader import TarSamples
-from data_prep.verify import verify
+from data_prep.shards.tar_reader import TarSamples
+from data_prep.shards.verify import verify
+from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
 
 PICTURES = [encoded(0), encoded(1, kind="PNG"), encoded(2, kind="WEBP")]
 CAPTIONS = [["one", "uno"], ["two"], ["three", "drei\nzeilen"]]

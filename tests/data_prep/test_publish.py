@@ -14,13 +14,13 @@ import pytest
 from make_images import write_tar
 from make_shards import assert_consistent, contents, killed_at, make_shards, manifest, sample, snapshot
 
-from data_prep.dedup import dedup
 from data_prep.errors import UserError
-from data_prep.forget import forget
-from data_prep.merge import merge
-from data_prep.publish import changing, reading
-from data_prep.reshard import Layout, reshard
-from data_prep.verify import verify, verify_slice
+from data_prep.near.dedup import dedup
+from data_prep.shards.forget import forget
+from data_prep.shards.merge import merge
+from data_prep.shards.publish import changing, reading
+from data_prep.shards.reshard import Layout, reshard
+from data_prep.shards.verify import verify, verify_slice
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError as PipelineError
 
@@ -73,8 +73,10 @@ def test_killed_anywhere_and_started_again_it_ends_as_if_undisturbed(
     command: Callable[[Path, Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("data_prep.rewrite.BATCH_BYTES", 1)  # publish after every shard
-    monkeypatch.setattr("data_prep.publish._sync", lambda path: None)  # slow, and of use against power cuts alone
+    monkeypatch.setattr("data_prep.shards.rewrite.BATCH_BYTES", 1)  # publish after every shard
+    monkeypatch.setattr(
+        "data_prep.shards.publish._sync", lambda path: None
+    )  # slow, and of use against power cuts alone
     original = make(tmp_path / "original")
     undisturbed = tmp_path / "undisturbed" / "shards"
     shutil.copytree(original, undisturbed)
@@ -151,7 +153,7 @@ def test_a_killed_verify_decodes_only_what_is_missing(tmp_path: Path, monkeypatc
 
     (directory / "manifest.jsonl").unlink()
     verify_slice(directory, (0, 1), 1)
-    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
+    monkeypatch.setattr("data_prep.shards.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
     assert verify(directory, 1, max_bad_ratio=0.0)
     assert manifest(directory) == manifest(undisturbed)
 

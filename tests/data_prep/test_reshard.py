@@ -18,12 +18,12 @@ from make_shards import assert_consistent, captions, contents, make_shards, mani
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
-from data_prep.merge import merge
-from data_prep.reshard import Layout, reshard
-from data_prep.shuffle import BucketShuffle
-from data_prep.tar_reader import TarSamples
-from data_prep.uid_list import read_uids
-from data_prep.verify import verify
+from data_prep.shards.merge import merge
+from data_prep.shards.reshard import Layout, reshard
+from data_prep.shards.shuffle import BucketShuffle
+from data_prep.shards.tar_reader import TarSamples
+from data_prep.shards.uid_list import read_uids
+from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_manifest
 
 
@@ -111,7 +111,7 @@ def test_the_shuffle_needs_no_more_memory_for_more_data(tmp_path: Path) -> None:
     ]
     (source / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom data_prep.reshard import Layout, reshard\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom data_prep.shards.reshard import Layout, reshard\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "layout = Layout(samples_per_shard=100, seed=0, memory_bytes=6_000_000)\n"
         "reshard([Path(sys.argv[1])], Path(sys.argv[2]), layout)\n"

@@ -17,9 +17,9 @@ from make_shards import make_shards
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.stats import PERCENTILES, _describe
-from data_prep.verify import verify
-from data_prep.words import WordCounts, words_of
+from data_prep.shards.stats import PERCENTILES, _describe
+from data_prep.shards.verify import verify
+from data_prep.shards.words import WordCounts, words_of
 
 CAPTIONS = ["A cat, a CAT!", "the cat's _tail_ ’n’ l'été", "a1 b-2", "猫 と 猫", "x" * 30_000]
 SIZES = [(20, 30), (40, 10), (64, 64), (8, 8), (33, 17)]

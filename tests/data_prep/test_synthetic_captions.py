@@ -12,9 +12,16 @@ from random import Random
 import pytest
 from caption_parser import RELATIONS, is_true, parse
 
-from data_prep.grammar import caption
-from data_prep.hard_negatives import KINDS, sample_contrast
-from data_prep.scenes import BACKGROUND_CLASHES, COMBINATIONS, Combination, Scene, held_out_combinations, sample_scene
+from data_prep.synthetic.grammar import caption
+from data_prep.synthetic.hard_negatives import KINDS, sample_contrast
+from data_prep.synthetic.scenes import (
+    BACKGROUND_CLASHES,
+    COMBINATIONS,
+    Combination,
+    Scene,
+    held_out_combinations,
+    sample_scene,
+)
 
 SAMPLES = 4000
 CONTRASTS = 1500

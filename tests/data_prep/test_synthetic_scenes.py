@@ -10,9 +10,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from data_prep.drawing import RGB, draw, draw_jpeg
-from data_prep.outlines import OUTLINES
-from data_prep.scenes import (
+from data_prep.synthetic.drawing import RGB, draw, draw_jpeg
+from data_prep.synthetic.outlines import OUTLINES
+from data_prep.synthetic.scenes import (
     BACKGROUND_CLASHES,
     COLOURS,
     COMBINATIONS,

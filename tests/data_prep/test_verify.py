@@ -17,10 +17,12 @@ from make_images import encoded, good_sample, png_bomb, write_tar
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
-from data_prep.inspection import inspect_shard
-from data_prep.tar_reader import TarSamples
-from data_prep.verify import verify
+from data_prep.shards.inspection import inspect_shard
+from data_prep.shards.tar_reader import TarSamples
+from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_manifest
+
+VERDICT = "data_prep.shards.verify.inspect_shard"
 
 
 def manifest(directory: Path) -> list[dict[str, Any]]:
@@ -212,7 +214,9 @@ def test_only_what_changed_is_decoded_again(tmp_path: Path, monkeypatch: pytest.
     before = manifest(tmp_path)
     write_tar(tmp_path / "00001.tar", good_sample("other", 9))
     decoded: list[str] = []
-    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: decoded.append(path.name) or inspect_shard(path))
+    monkeypatch.setattr(
+        "data_prep.shards.verify.inspect_shard", lambda path: decoded.append(path.name) or inspect_shard(path)
+    )
     verify(tmp_path, 1, max_bad_ratio=0.0)
     assert decoded == ["00001.tar"]
     assert [line["sha256"] == old["sha256"] for line, old in zip(manifest(tmp_path), before, strict=True)] == [1, 0, 1]
@@ -241,7 +245,9 @@ def test_rules_of_an_older_version_do_not_count(tmp_path: Path, monkeypatch: pyt
     verify(tmp_path, 1, max_bad_ratio=0.0)
     (line,) = manifest(tmp_path)
     decoded: list[Path] = []
-    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: decoded.append(path) or inspect_shard(path))
+    monkeypatch.setattr(
+        "data_prep.shards.verify.inspect_shard", lambda path: decoded.append(path) or inspect_shard(path)
+    )
     del line["rules"]
     for runs, rules in ((1, {"rules": 0}), (2, {})):
         (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, **rules}) + "\n")
@@ -260,7 +266,7 @@ def test_slices_together_are_the_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (directory / "manifest.jsonl").exists()
     with (directory / ".verify" / "slice-1-of-3.jsonl").open("a") as stream:
         stream.write('{"line": {"sha')  # killed while it wrote
-    monkeypatch.setattr("data_prep.verify.inspect_shard", lambda path: pytest.fail(f"{path} was decoded twice"))
+    monkeypatch.setattr(VERDICT, lambda path: pytest.fail(f"{path} was decoded twice"))
     verify(directory, 1, max_bad_ratio=1.0)
     assert manifest(directory) == manifest(whole)
     assert sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in whole.iterdir())

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from make_images import encoded, png_bomb
 from PIL import Image, ImageOps
 
-from data_prep.jpeg_segments import orientation, without_metadata
-from data_prep.outcomes import FetchError
-from data_prep.web_image import RESIZE_MODES, blur_boxes, shrink, to_jpeg
+from data_prep.web.jpeg_segments import orientation, without_metadata
+from data_prep.web.outcomes import FetchError
+from data_prep.web.web_image import RESIZE_MODES, blur_boxes, shrink, to_jpeg
 
 
 def smooth(width: int, height: int) -> Image.Image:

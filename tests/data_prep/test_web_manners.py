@@ -12,14 +12,14 @@ from make_images import encoded
 from small_dns import SERVER_FAILURE, SmallDns
 from small_web import Page, SmallWeb
 
-from data_prep.outcomes import FetchError
-from data_prep.settings import Settings
 from data_prep.web import fetcher, host_limits, names
 from data_prep.web.addresses import AddressPolicy
 from data_prep.web.fetcher import Fetcher, user_agent
 from data_prep.web.host_limits import HostLimits
 from data_prep.web.names import Names
+from data_prep.web.outcomes import FetchError
 from data_prep.web.robots import check_header
+from data_prep.web.settings import Settings
 
 SETTINGS = Settings(timeout_s=1.0, deadline_s=2.0, allow_local=True)
 

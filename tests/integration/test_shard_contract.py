@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.shards import ShardWriter
-from data_prep.verify import verify
-from data_prep.words import count_words
+from data_prep.shards.verify import verify
+from data_prep.shards.words import count_words
+from data_prep.shards.writer import ShardWriter
 from pipeline.data.manifest import read_manifest
 from pipeline.data.word_counts import read_word_frequencies
 

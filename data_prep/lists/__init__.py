@@ -1,0 +1,1 @@
+"""Url lists: known sets, readers, cleaning, filters, exact de-duplication."""

@@ -1,0 +1,71 @@
+"""The page of `data-prep dedup`: what was found, with the pictures of some pairs side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_prep.near.picture_hashes import PictureFile
+from data_prep.pages import data_uri, write_html
+
+THUMBNAIL_PIXELS = 160
+
+Located = tuple[PictureFile, str]  # where a picture is: its file and its key there
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two pictures that are near to each other; the sample is what would be removed."""
+
+    sample: Located
+    near: Located
+    distance: int
+    in_evaluation: bool
+
+
+def write_page(path: Path, name: str, summary: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
+    """Write the page with the pictures of `pairs`."""
+    thumbnails = _read_thumbnails({place for pair in pairs for place in (pair.sample, pair.near)})
+    shown = [
+        {
+            "distance": pair.distance,
+            "in_evaluation": pair.in_evaluation,
+            "sides": [(_label(place), thumbnails.get(place, "")) for place in (pair.sample, pair.near)],
+        }
+        for pair in pairs
+    ]
+    write_html(path, "dedup.html.j2", {"name": name, "summary": summary, "pairs": shown})
+
+
+def _label(place: Located) -> str:
+    file, key = place
+    return f"{'/'.join(file.directory.resolve().parts[-2:])}/{file.name} {key}"
+
+
+def _read_thumbnails(places: set[Located]) -> dict[Located, str]:
+    wanted: dict[PictureFile, set[str]] = {}
+    for file, key in places:
+        wanted.setdefault(file, set()).add(key)
+    found = {}
+    for file, keys in wanted.items():
+        remaining = set(keys)
+        for key, data in file.pictures():
+            if key in remaining:
+                found[(file, key)] = _thumbnail(data)
+                remaining.remove(key)
+            if not remaining:
+                break
+    return found
+
+
+def _thumbnail(data: bytes) -> str:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        stream = io.BytesIO()
+        image.convert("RGB").save(stream, "JPEG", quality=80)
+    return data_uri(stream.getvalue(), "image/jpeg")

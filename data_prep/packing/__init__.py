@@ -1,0 +1,1 @@
+"""Local images and captions into shards."""

@@ -1,0 +1,1 @@
+"""Shard directories: reading, judging, rewriting, counting."""

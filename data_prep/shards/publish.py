@@ -1,0 +1,146 @@
+"""Changing a shard directory in one step: whoever is killed on the way leaves the old state or the new one.
+
+New files are staged in DIRECTORY/.staged. Then a journal says what becomes of them: from that moment the change is
+decided, and what the process can no longer do, the next command on the directory does first. Renames alone carry it
+out, each of which may be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.files import read_json_lines, write_json_lines, write_text
+from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE, ShardLine, check_directory, write_manifest
+
+STAGED = ".staged"
+JOURNAL = "journal.json"
+QUARANTINE = "quarantine"
+
+
+@contextlib.contextmanager
+def changing(directory: Path) -> Iterator[Path]:
+    """Give the empty folder in which to stage new files; what an interrupted command had decided is done first.
+
+    Raises UserError when another command is changing the directory.
+    """
+    check_directory(directory)
+    with _locked(directory, fcntl.LOCK_EX):
+        _finish(directory)
+        staged = directory / STAGED
+        staged.mkdir()
+        try:
+            yield staged
+        finally:
+            _finish(directory)
+
+
+@contextlib.contextmanager
+def reading(*directories: Path) -> Iterator[None]:
+    """Keep directories as they are while they are read; what an interrupted command had decided is done first.
+
+    Raises UserError when another command is changing one of them.
+    """
+    with contextlib.ExitStack() as locks:
+        for directory in directories:
+            if (directory / STAGED / JOURNAL).exists():
+                with changing(directory):
+                    pass
+            check_directory(directory)
+            locks.enter_context(_locked(directory, fcntl.LOCK_SH))
+        yield
+
+
+def publish(
+    directory: Path,
+    lines: Sequence[ShardLine],
+    *,
+    shards: Collection[str] = (),
+    quarantine: Collection[str] = (),
+    records: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Make `lines` the manifest and the staged `shards` part of the directory; returns what dataset.json says.
+
+    The present files of the shards in `quarantine` are kept in the folder of that name. `records` are lines to add
+    to JSON-lines files of the directory. Call it within `changing`.
+    """
+    staged = directory / STAGED
+    records = records or {}
+    for name, added in records.items():
+        write_json_lines(staged / name, [*read_json_lines(directory / name), *added])
+    source = read_json_lines((staged if PROVENANCE in records else directory) / PROVENANCE)
+    dataset = write_manifest(staged, lines, source)
+    published = [*shards, *records, MANIFEST, DATASET]
+    for name in published:
+        _sync(staged / name)
+    journal = {"publish": published, "quarantine": {name: _free_name(directory, name) for name in quarantine}}
+    write_text(staged / JOURNAL, json.dumps(journal))
+    _sync(staged / JOURNAL)
+    _sync(staged)
+    _carry_out(directory)
+    return dataset
+
+
+def _finish(directory: Path) -> None:
+    staged = directory / STAGED
+    if (staged / JOURNAL).exists():
+        _carry_out(directory)
+    shutil.rmtree(staged, ignore_errors=True)
+    if staged.exists():
+        raise UserError(f"cannot remove {staged}: check the permissions of {directory}")
+
+
+def _carry_out(directory: Path) -> None:
+    """Do what the journal says. Each step leaves a trace by which a repetition knows that it was done."""
+    staged = directory / STAGED
+    journal = json.loads((staged / JOURNAL).read_text(encoding="utf-8"))
+    for name, kept_as in journal["quarantine"].items():
+        if not (directory / kept_as).exists():
+            (directory / QUARANTINE).mkdir(exist_ok=True)
+            (directory / name).rename(directory / kept_as)
+    for name in journal["publish"]:
+        if (staged / name).exists():
+            (staged / name).replace(directory / name)
+    _sync(directory)
+    (staged / JOURNAL).unlink()
+
+
+def _free_name(directory: Path, shard: str) -> str:
+    """Where in the quarantine a shard goes; an earlier one of its name stays."""
+    number, name = 1, f"{QUARANTINE}/{shard}"
+    while (directory / name).exists():
+        number += 1
+        name = f"{QUARANTINE}/{Path(shard).stem}-{number}.tar"
+    return name
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, kind: int) -> Iterator[None]:
+    """Hold the directory against other commands; the lock ends with the process, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another data-prep command works on {directory}: wait until it has ended") from error
+    except OSError:
+        pass  # a filesystem that has no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

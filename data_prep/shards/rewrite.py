@@ -1,0 +1,113 @@
+"""Leaving samples out of shards: the one way in which a command removes anything from a shard directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import progress_bar
+from data_prep.files import sha256_of
+from data_prep.parallel import map_in_processes
+from data_prep.shards.manifest import PROVENANCE, ShardLine, read_manifest, usable_samples
+from data_prep.shards.publish import publish
+from data_prep.shards.writer import TarWriter
+
+BATCH_BYTES = 4 << 30  # disk that may be needed besides the shards: so much is staged before it is published
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """What to leave out of one shard, and what to write down about it.
+
+    `records` are lines for the command's record file. If `keep_original`, the shard as it was goes to the quarantine,
+    and has no successor when nothing usable is left of it.
+    """
+
+    line: ShardLine
+    keys: frozenset[str] = frozenset()
+    records: Sequence[Mapping[str, Any]] = ()
+    keep_original: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rewritten:
+    """A staged shard and what it was made from."""
+
+    removal: Removal
+    line: ShardLine
+
+    @property
+    def samples_removed(self) -> int:
+        before = self.removal.line
+        return before.samples + before.skipped_samples - self.line.samples
+
+    @property
+    def has_successor(self) -> bool:
+        return self.line.samples > 0 or not self.removal.keep_original
+
+
+def rewrite_shards(
+    directory: Path,
+    staged: Path,
+    removals: Iterable[Removal],
+    step: Mapping[str, Any],
+    processes: int,
+    count: int,
+    records_name: str | None = None,
+) -> int:
+    """Leave samples out of `count` shards and publish what remains, batch by batch; returns how many were left out.
+
+    A rewritten shard holds nothing but usable samples. `staged` comes from `changing(directory)`. Each batch adds a
+    line with the fields of `step` to provenance.jsonl, and the removals' records to the file `records_name`.
+
+    Raises UserError when a shard is not the one that the manifest describes.
+    """
+    lines = {line.shard: line for line in read_manifest(directory)}
+    removed = 0
+    stage = functools.partial(_stage, directory, staged)
+    for batch in _batches(map_in_processes(stage, removals, processes, limit=count), count):
+        for shard in batch:
+            lines.pop(shard.line.shard)
+            if shard.has_successor:
+                lines[shard.line.shard] = shard.line
+        left_out = sum(shard.samples_removed for shard in batch)
+        records = {PROVENANCE: [{**step, "shards": len(batch), "samples_removed": left_out}]}
+        if records_name is not None:
+            records[records_name] = [dict(record) for shard in batch for record in shard.removal.records]
+        publish(
+            directory,
+            list(lines.values()),
+            shards=[shard.line.shard for shard in batch if shard.has_successor],
+            quarantine=[shard.line.shard for shard in batch if shard.removal.keep_original],
+            records=records,
+        )
+        removed += left_out
+    return removed
+
+
+def _batches(shards: Iterator[_Rewritten], count: int) -> Iterator[list[_Rewritten]]:
+    batch: list[_Rewritten] = []
+    with progress_bar("rewrite", count, "shard") as progress:
+        for shard in shards:
+            progress.update()
+            batch.append(shard)
+            if sum(shard.line.size_bytes for shard in batch) >= BATCH_BYTES:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _stage(directory: Path, staged: Path, removal: Removal) -> _Rewritten:
+    """Write the shard anew without what is to be left out."""
+    target, written = staged / removal.line.shard, 0
+    with TarWriter(target) as tar:
+        for sample in usable_samples(directory, removal.line):
+            if sample.key not in removal.keys:
+                tar.write(sample.key, sample.members)
+                written += 1
+    line = ShardLine(removal.line.shard, written, target.stat().st_size, sha256_of(target), rules=removal.line.rules)
+    return _Rewritten(removal, line)

@@ -1,0 +1,1 @@
+"""The synthetic corpus: captions, scenes and pictures from a seed."""

@@ -1,0 +1,1 @@
+"""SentencePiece tokenizers, and what they make of captions."""

@@ -1,0 +1,138 @@
+"""Train a SentencePiece tokenizer on the captions of a shard directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from data_prep.console import progress_bar
+from data_prep.errors import UserError
+from data_prep.files import replacing, write_json
+from data_prep.shards.manifest import find_shards
+from data_prep.shards.tar_reader import TarSamples
+from data_prep.tokens.clip_merges import ClipBytePairs, installed_merges
+from data_prep.tokens.fertility import fertility, print_fertility
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+# SentencePiece sums its statistics thread by thread: a fixed number gives the same model on every machine
+TRAINER_THREADS = 8
+BYTE_PIECES = 256
+SPECIAL_PIECES = 4
+PROBE_CAPTIONS = 10_000  # of the sample, for the report
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+    """What to train.
+
+    `model_type` is "unigram" or "bpe". Unigram takes as pieces what several words share, so that with few distinct
+    words it breaks even common ones apart; there "bpe" is better.
+    `vocab_size` is an upper limit: few captions give fewer pieces. With more than `max_captions` captions, a uniform
+    sample drawn from `seed` is used. `special_tokens` are texts that always are one piece, such as CC12M's <PERSON>.
+    """
+
+    model_type: str = "unigram"
+    vocab_size: int = 8192
+    max_captions: int = 2_000_000
+    seed: int = 0
+    special_tokens: tuple[str, ...] = ()
+
+
+def train_tokenizer(directory: Path, output: Path, settings: TokenizerSettings, clip_merges: Path | None = None) -> int:
+    """Train a model with byte fallback and lower-casing; returns the size of its vocabulary.
+
+    Ids: 0 padding, 1 unknown, 2 begin, 3 end, then the special tokens. Prints a fertility report and writes it to
+    `*.fertility.json`, beside CLIP's tokenizer where `clip_merges` or an installed open_clip has its merges.
+
+    Raises UserError for a directory without captions or a vocabulary too small for the byte pieces.
+    """
+    fixed_pieces = BYTE_PIECES + SPECIAL_PIECES + len(settings.special_tokens)
+    if settings.vocab_size <= fixed_pieces:
+        raise UserError(f"--vocab-size must exceed {fixed_pieces} (the bytes and special pieces)")
+    merges = clip_merges or installed_merges()
+    clip = ClipBytePairs(merges) if merges else None
+    captions = _sample(_captions(directory), settings.max_captions, settings.seed)
+    if not captions:
+        raise UserError(f"{directory} has no captions (*.txt members) to train on")
+    model = _train(captions, settings)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _check(processor, settings.special_tokens)
+    with replacing(output) as temporary:
+        temporary.write_bytes(model)
+    size = int(processor.vocab_size())
+    print(f"{output}: {size:,} pieces from {len(captions):,} captions")
+    probe = captions[:: math.ceil(len(captions) / PROBE_CAPTIONS)]
+    reports = {"this": fertility(probe, processor.encode, processor.is_byte)}
+    if clip:
+        reports["CLIP's"] = fertility(probe, clip.encode, clip.is_byte)
+    print_fertility(reports)
+    write_json(
+        output.with_suffix(".fertility.json"),
+        {name: dataclasses.asdict(report) for name, report in reports.items()} | {"captions": len(probe)},
+    )
+    return size
+
+
+def _check(processor: sentencepiece.SentencePieceProcessor, special_tokens: Sequence[str]) -> None:
+    """Every byte must have a piece, so that no text is unknown, and every special token exactly one."""
+    bytes_found = sum(processor.is_byte(token) for token in range(processor.vocab_size()))
+    if bytes_found != BYTE_PIECES:
+        raise UserError(f"SentencePiece made {bytes_found} of {BYTE_PIECES} byte pieces: raise --vocab-size")
+    for token in special_tokens:
+        if processor.encode(f"a {token} b", out_type=str).count(token) != 1:
+            raise UserError(f"the special token {token!r} does not stay whole: choose one without spaces")
+
+
+def _captions(directory: Path) -> Iterator[str]:
+    shards = find_shards(directory)
+    with progress_bar("read captions", len(shards), "shard") as progress:
+        for path in shards:
+            for sample in TarSamples(path, types=("txt",)):
+                text = sample.members.get("txt", b"").decode("utf-8", "ignore").strip()
+                if text:
+                    yield text
+            progress.update()
+
+
+def _sample(captions: Iterator[str], size: int, seed: int) -> list[str]:
+    """A uniform sample of at most `size` captions in one pass (Vitter's algorithm R)."""
+    rng = random.Random(seed)
+    kept: list[str] = []
+    for index, caption in enumerate(captions):
+        if index < size:
+            kept.append(caption)
+        elif (slot := rng.randrange(index + 1)) < size:
+            kept[slot] = caption
+    return kept
+
+
+def _train(captions: list[str], settings: TokenizerSettings) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            model_type=settings.model_type,
+            vocab_size=settings.vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            user_defined_symbols=list(settings.special_tokens),
+            num_threads=TRAINER_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"SentencePiece cannot train on these {len(captions):,} captions: {reason}") from error
+    return model.getvalue()

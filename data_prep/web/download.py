@@ -1,0 +1,188 @@
+"""Download the images of a canonical parquet into shards, and try again what failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_prep.console import nearest
+from data_prep.errors import UserError
+from data_prep.files import read_json_lines, replacing, sha256_of, write_json_lines
+from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE
+from data_prep.web.child import fill_missing_shards, working_in
+from data_prep.web.distributors import check_distributor
+from data_prep.web.ledger import (
+    COLUMNS,
+    LISTED_HASH,
+    Pass,
+    count_outcomes,
+    last_outcomes,
+    read_passes,
+    statistics_path,
+)
+from data_prep.web.outcomes import MEANING, OK, print_outcomes
+from data_prep.web.settings import FIXED, Settings
+
+__all__ = ["Settings", "download", "retry"]
+
+
+def download(urls: Path, directory: Path, settings: Settings, share: tuple[int, int] | None = None) -> Counter[str]:
+    """Fetch every url of a canonical parquet (see `ingest`) into shards in `directory`.
+
+    Images larger than `image_size` pixels are scaled down, none is scaled up. Shards that are already there are
+    kept, so the same command continues an interrupted run. With `share` (index, count) every count-th shard is
+    filled, for array jobs. Prints the outcomes by class and returns them.
+
+    Raises UserError when the list cannot be used, the directory holds another download, shards cannot be written,
+    or not a single image could be had.
+    """
+    check_distributor(settings.distributor)
+    rows = _check_urls(urls, settings)
+    _claim(directory, urls, rows, settings)
+    first = dataclasses.replace(read_passes(directory)[0], urls=urls, share=share or (0, 1))
+    with working_in(directory, first.share) as log:
+        _fill(directory, first, settings, log)
+    counts = count_outcomes(directory)
+    print_outcomes(counts)
+    if not counts[OK] and not share:
+        raise UserError(
+            f"none of {rows:,} urls gave an image (outcomes above): check the network and the url list, "
+            f"then delete {directory} and run again"
+        )
+    return counts
+
+
+def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counter[str]:
+    """Fetch again what ended in one of `classes`, into further shards; prints and returns the outcomes of all urls.
+
+    A retry that was interrupted is finished first, whatever its classes. What decides the shards' content comes from
+    the download.
+
+    Raises UserError for an unknown class, a directory without a finished download, or shards that cannot be written.
+    """
+    check_distributor(settings.distributor)
+    for name in classes:
+        if name not in MEANING or name == OK:
+            raise UserError(f"--class {name}: no such class{nearest(name, [n for n in MEANING if n != OK])}")
+    if not read_passes(directory):
+        raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
+    settings = _as_before(directory, settings)
+    with working_in(directory) as log:
+        last = read_passes(directory)[-1]
+        if not last.missing(directory):
+            chosen = _choose(directory, classes, settings)
+            if chosen is not None:
+                _fill(directory, chosen, settings, log)
+        elif last.classes:
+            print(f"finishing the retry of {', '.join(last.classes)} that was interrupted")
+            _fill(directory, last, settings, log)
+        else:
+            raise UserError(f"{directory}: the download is not finished; run it again first")
+    counts = count_outcomes(directory)
+    print_outcomes(counts)
+    return counts
+
+
+def _choose(directory: Path, classes: Sequence[str], settings: Settings) -> Pass | None:
+    """Write the list of what to try again and note it as a pass of its own."""
+    name = f"retry_{len(read_passes(directory)) + 1}.parquet"
+    tables = _failed(directory, classes)
+    first = next(tables, None)
+    if first is None:
+        print(f"no url ended in {', '.join(classes)}: nothing to do")
+        return None
+    rows = 0
+    with replacing(directory / name) as temporary, pq.ParquetWriter(temporary, first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+            rows += table.num_rows
+    line = {
+        "step": "retry",
+        "classes": list(classes),
+        "urls": name,
+        "rows": rows,
+        "samples_per_shard": settings.samples_per_shard,
+    }
+    write_json_lines(directory / PROVENANCE, [*read_json_lines(directory / PROVENANCE), line])
+    return read_passes(directory)[-1]
+
+
+def _failed(directory: Path, classes: Sequence[str]) -> Iterator[pa.Table]:
+    """The urls to try again, as a list that `download` could read."""
+    for table in last_outcomes(directory):
+        chosen = table.filter(pc.is_in(table["class"], pa.array(list(classes))))
+        chosen = chosen.filter(pc.not_equal(chosen["url"], ""))  # what `forget` blanked
+        listed_hash = chosen[LISTED_HASH]
+        chosen = chosen.drop_columns([name for name in COLUMNS.names if name in chosen.column_names])
+        if chosen.num_rows:
+            yield chosen.append_column("sha256", listed_hash)
+
+
+def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None:
+    missing = one.missing(directory)
+    for shard in missing:
+        statistics_path(directory, shard).unlink(missing_ok=True)  # cut off in the writing
+    if missing:
+        # what these say about the directory ends here; verify writes them anew
+        (directory / DATASET).unlink(missing_ok=True)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        fill_missing_shards(directory, one, settings, log)
+
+
+def _check_urls(urls: Path, settings: Settings) -> int:
+    """The number of rows; every url must be http(s)."""
+    if not urls.is_file():
+        raise UserError(f"{urls}: no such file; make it with `data-prep ingest`")
+    needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
+    try:
+        file = pq.ParquetFile(urls)
+        absent = [name for name in needed if name not in file.schema_arrow.names]
+        if absent:
+            raise UserError(f"{urls} has no column {', '.join(absent)}: bring it into form with `data-prep ingest`")
+        for batch in file.iter_batches(columns=["url"]):
+            passes = pc.match_substring_regex(batch["url"].cast(pa.string()), r"^(?i:https?)://").fill_null(False)
+            if not pc.all(passes, min_count=0).as_py():
+                raise UserError(f"{urls} has urls that are not http(s): filter them with `data-prep ingest`")
+    except pa.ArrowException as error:
+        raise UserError(f"{urls}: {str(error).splitlines()[0]}") from error
+    rows = int(file.metadata.num_rows)
+    if not rows:
+        raise UserError(f"{urls} has no rows")
+    return rows
+
+
+def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
+    """Note what is downloaded where; refuse a directory that holds something else."""
+    line = {
+        "step": "download",
+        "urls": urls.name,
+        "urls_sha256": sha256_of(urls),
+        "rows": rows,
+        **{name: getattr(settings, name) for name in FIXED},
+    }
+    provenance = directory / PROVENANCE
+    before = read_json_lines(provenance)
+    if before:
+        changed = [name for name in line if before[0].get(name) != line[name]]
+        if changed:
+            raise UserError(
+                f"{directory} holds a download with another {', '.join(changed)}: "
+                "use the same list and options to continue it, or another --output"
+            )
+    elif directory.exists() and any(directory.glob("*.tar")):
+        raise UserError(f"{directory} holds shards that no download made: choose another --output")
+    else:
+        write_json_lines(provenance, [line])
+
+
+def _as_before(directory: Path, settings: Settings) -> Settings:
+    first = read_json_lines(directory / PROVENANCE)[0]
+    return dataclasses.replace(settings, **{name: first[name] for name in FIXED})

@@ -1,0 +1,212 @@
+"""Fill one shard: fetch its urls, bring the images into form, write tar, ledger and statistics.
+
+This stands where img2dataset has its Downloader: an object that its distributors send to their workers and call with
+(number, where the rows are), and that answers (done, the same again).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import cv2
+import pyarrow as pa
+
+from data_prep.files import replacing, write_json
+from data_prep.shards.writer import TarWriter
+from data_prep.web.fetcher import Fetcher
+from data_prep.web.ledger import (
+    LISTED_HASH,
+    Pass,
+    carried_columns,
+    img2dataset_status,
+    read_rows,
+    sample_key,
+    shard_name,
+    statistics_path,
+    write_ledger,
+)
+from data_prep.web.outcomes import HASH, OK, OTHER, FetchError
+from data_prep.web.settings import Settings
+from data_prep.web.web_image import WebImage, to_jpeg
+
+Row: TypeAlias = dict[str, Any]
+Task: TypeAlias = tuple[int, tuple[int, int]]  # shard, its rows of the list
+
+BACK_OFF_S = 0.5  # before the second try; doubled for each further one
+MAX_BACK_OFF_S = 60.0
+PROGRESS_S = 1.0
+PROGRESS_DIRECTORY = "_tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardWorker:
+    """Fills shards of one pass in `directory`."""
+
+    directory: Path
+    one: Pass
+    settings: Settings
+
+    def __call__(self, task: Task) -> tuple[bool, Task]:
+        """Fill one shard; False when it could not be written, the reason being on standard output."""
+        shard, (start, stop) = task
+        cv2.setNumThreads(1)
+        try:
+            table = read_rows(self.one.urls, start, stop)
+            with _Shard(self.directory, shard, self.one, table.schema) as output:
+                asyncio.run(_fill(output, table.to_pylist(), self.settings))
+        except Exception as error:
+            traceback.print_exc()
+            print(f"error: shard {shard}: {type(error).__name__}: {error}", flush=True)
+            return False, task
+        return True, task
+
+
+class _Shard:
+    """The files of a shard in the making; nothing has its final name before all is written."""
+
+    def __init__(self, directory: Path, shard: int, one: Pass, listed: pa.Schema) -> None:
+        self.counts: Counter[str] = Counter()
+        self._directory = directory
+        self._shard = shard
+        self._one = one
+        self._listed = listed
+        self._carried = carried_columns(listed)
+        self._ledger: dict[int, Row] = {}
+        self._start_s = time.time()
+        self._resources = contextlib.ExitStack()
+        part = self._resources.enter_context(replacing(directory / f"{shard_name(shard)}.tar"))
+        self._tar = self._resources.enter_context(TarWriter(part))
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def add(self, index: int, row: Row, outcome: Row, image: WebImage | None) -> None:
+        """Note what became of a url, and store the image where there is one."""
+        key = sample_key(self._shard, index, self._one.samples_per_shard)
+        entry = {name: row[name] for name in self._carried}
+        entry |= {
+            LISTED_HASH: row.get("sha256"),
+            "key": key,
+            "shard": f"{shard_name(self._shard)}.tar",
+            "status": img2dataset_status(outcome["class"]),
+            "attempt": self._one.attempt,
+            **outcome,
+        }
+        if image is not None:
+            entry |= {name: value for name, value in dataclasses.asdict(image).items() if name != "data"}
+            known = {name: value for name, value in entry.items() if value is not None}
+            description = json.dumps(known, ensure_ascii=False, default=str).encode()
+            self._tar.write(key, {"jpg": image.data, "txt": row["caption"].encode(), "json": description})
+        self._ledger[index] = entry
+        self.counts[outcome["class"]] += 1
+
+    def write_progress(self) -> None:
+        """Say how far this shard is."""
+        write_json(self._directory / PROGRESS_DIRECTORY / f"{shard_name(self._shard)}.json", self.counts)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.__exit__(kind, error, trace)
+        if kind is None:
+            rows = [row for _, row in sorted(self._ledger.items())]
+            write_ledger(self._directory / f"{shard_name(self._shard)}.parquet", self._listed, rows)
+            write_json(statistics_path(self._directory, self._shard), self._statistics())
+
+    def _statistics(self) -> Row:
+        """As img2dataset writes them, and the classes."""
+        by_status: Counter[str] = Counter()
+        for outcome, count in self.counts.items():
+            by_status[img2dataset_status(outcome)] += count
+        end_s = time.time()
+        return {
+            "count": self.counts.total(),
+            "successes": by_status["success"],
+            "failed_to_download": by_status["failed_to_download"],
+            "failed_to_resize": by_status["failed_to_resize"],
+            "duration": end_s - self._start_s,
+            "start_time": self._start_s,
+            "end_time": end_s,
+            "outcomes": dict(self.counts),
+        }
+
+
+async def _fill(output: _Shard, rows: list[Row], settings: Settings) -> None:
+    # one decoder: the network is waited for meanwhile, and one large picture at a time is in memory
+    with ThreadPoolExecutor(1) as decoder:
+        async with Fetcher(settings) as fetcher:
+            tasks = [
+                asyncio.ensure_future(_one_url(output, index, row, fetcher, decoder, settings))
+                for index, row in enumerate(rows)
+            ]
+            reporter = asyncio.ensure_future(_report_progress(output))
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in (*tasks, reporter):
+                    task.cancel()
+
+
+async def _report_progress(output: _Shard) -> None:
+    while True:
+        output.write_progress()
+        await asyncio.sleep(PROGRESS_S)
+
+
+async def _one_url(
+    output: _Shard, index: int, row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
+) -> None:
+    for tries in range(1, settings.retries + 2):
+        outcome, image, error = await _try_once(row, fetcher, decoder, settings)
+        wait_s = _back_off_s(error, tries) if error else 0.0
+        if error is None or not error.retryable or tries > settings.retries or wait_s > MAX_BACK_OFF_S:
+            output.add(index, row, {**outcome, "tries": tries}, image)
+            return
+        await asyncio.sleep(wait_s)
+
+
+async def _try_once(
+    row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
+) -> tuple[Row, WebImage | None, FetchError | None]:
+    """The ledger's columns, and the image or why there is none."""
+    outcome: Row = {}
+    try:
+        async with fetcher.image(row["url"]) as body:
+            outcome = {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
+            loop = asyncio.get_running_loop()
+            outcome["sha256"], image = await loop.run_in_executor(decoder, _finish, body.data, row, settings)
+        return {**outcome, "class": OK}, image, None
+    except FetchError as error:
+        failure = error
+    except Exception as error:  # whatever a stranger sends, it must not cost more than its own url
+        failure = FetchError(OTHER, f"{type(error).__name__}: {str(error)[:200]}")
+    known = {"http_status": failure.http_status, "elapsed_s": failure.elapsed_s}
+    return {**known, **outcome, "class": failure.outcome, "error_message": failure.message}, None, failure
+
+
+def _back_off_s(error: FetchError, tries: int) -> float:
+    """When to try again: when the server says, or ever later, and not all at once."""
+    own_s: float = BACK_OFF_S * 2 ** (tries - 1) * random.uniform(1.0, 1.5)
+    return max(own_s, error.retry_after_s or 0.0)
+
+
+def _finish(data: bytes, row: Row, settings: Settings) -> tuple[str, WebImage]:
+    """The file's sha256 and the JPEG for the shard."""
+    digest = hashlib.sha256(data).hexdigest()
+    listed = row.get("sha256")
+    if listed and listed.lower() != digest and not settings.accept_changed:
+        raise FetchError(HASH, f"sha256 {digest}")
+    boxes = row[settings.blur_column] if settings.blur_column else None
+    return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes or ())
