@@ -169,11 +169,8 @@ def test_the_ledger_forgets_too_and_nothing_is_tried_again(tmp_path: Path, kind:
     assert after["class"] == before["class"]
     assert [n for n, url in enumerate(after["url"].to_pylist()) if not url] == list(named)
     for row, was in zip(after.to_pylist(), before.to_pylist(), strict=True):
-        assert (
-            row == was
-            if row["url"]
-            else (row["caption"], row["sha256"], row["error_message"]) == ("", None, "forgotten")
-        )
-    text = b"".join(path.read_bytes() for path in directory.iterdir() if path.is_file())
-    assert b"host1.example.org" not in text
+        blank = {"url": "", "caption": "", "sha256": None, "listed_sha256": None, "error_message": "forgotten"}
+        assert row == (was if row["url"] else was | blank)
+    if kind != "sha256":  # the samples here have other hashes than these rows
+        assert b"host1.example.org" not in b"".join(path.read_bytes() for path in directory.glob("*.*"))
     assert not (directory / "download.html").exists()
