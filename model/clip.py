@@ -107,7 +107,7 @@ class CLIP(nn.Module):
         for tower in (self.visual, self.text):
             tower.transformer.checkpoint_blocks = True
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks around attention; captions differ in total length, images do not."""
-        self.visual.transformer.compile_blocks(dynamic=False)
+    def compile_blocks(self, image_tokens_vary: bool = False) -> None:
+        """Compile the blocks around attention; captions differ in total length, images where they are said to."""
+        self.visual.transformer.compile_blocks(dynamic=image_tokens_vary)
         self.text.transformer.compile_blocks(dynamic=True)
