@@ -461,7 +461,7 @@ def test_killed_anywhere_and_started_again_gives_the_same(tmp_path: Path) -> Non
     path = tmp_path / "list.tsv"
     path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
     code = (
-        "import sys; from data_prep import list_files; list_files.PIECE_BYTES = 300_000\n"
+        "import sys; from data_prep.lists import list_files; list_files.PIECE_BYTES = 300_000\n"
         "from data_prep.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     output, work = tmp_path / "urls", tmp_path / "urls.ingest-work"
