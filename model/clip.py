@@ -17,7 +17,7 @@ from model.attention_backends import Backend
 from model.config import CLIPConfig, config_from_name
 from model.masking.selection import PatchSelection, keep_all
 from model.packing import PackedTokens
-from model.patches import patchify
+from model.patches import PatchedImages
 from model.text import TextTransformer
 from model.vision import VisionTransformer
 
@@ -82,17 +82,25 @@ class CLIP(nn.Module):
         return CLIPOutput(image_features_BD, text_features_BD, scale)
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
-        """Features [B, D] of whole images (normalised pixels, nothing masked)."""
-        patches_BLP = patchify(images_BCHW, self.config.vision.patch_size)
-        B, L, _ = patches_BLP.shape
-        if L != self.config.vision.num_patches:
-            size = self.config.vision.image_size
+        """Features [B, D] of whole images, nothing masked: uint8 RGB, or floats that are normalised.
+
+        Raises ValueError for images of another size than the model's.
+        """
+        size, images = self.config.vision.image_size, PatchedImages(images_BCHW, self.config.vision.patch_size)
+        if images_BCHW.shape[2:] != (size, size):
             raise ValueError(f"{self.config.name} takes images of {size} x {size}, not {tuple(images_BCHW.shape[2:])}")
-        features_BD: Tensor = self.visual(patches_BLP.flatten(0, 1), keep_all(B, L, patches_BLP.device))
+        selection = keep_all(images.num_images, images.num_patches, images.device)
+        features_BD: Tensor = self.visual(images.patches().flatten(0, 1), selection)
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
 
     def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
-        """Features [B, D] of captions: token ids ending in end-of-text, then any padding."""
+        """Features [B, D] of captions: token ids ending in end-of-text, then any padding.
+
+        Raises ValueError for a row without end-of-text, and for more tokens than the model has positions.
+        """
+        longest = self.config.text.context_length
+        if tokens_BT.shape[1] > longest:
+            raise ValueError(f"{self.config.name} takes captions of {longest} tokens, not {tokens_BT.shape[1]}")
         features_BD: Tensor = self.text(PackedTokens.from_padded(tokens_BT, self.config.text.eot_token_id))
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
 
@@ -107,7 +115,7 @@ class CLIP(nn.Module):
         for tower in (self.visual, self.text):
             tower.transformer.checkpoint_blocks = True
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks around attention; captions differ in total length, images do not."""
-        self.visual.transformer.compile_blocks(dynamic=False)
+    def compile_blocks(self, image_tokens_vary: bool = False) -> None:
+        """Compile the blocks around attention; captions differ in total length, images where they are said to."""
+        self.visual.transformer.compile_blocks(dynamic=image_tokens_vary)
         self.text.transformer.compile_blocks(dynamic=True)

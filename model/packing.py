@@ -49,7 +49,7 @@ class PackedLayout:
     """Where each sequence of a packed batch begins and ends; made once, used by every layer.
 
     cu_seqlens_B1: int32 prefix sums of the lengths
-    max_length: no sequence is longer; a bound that is known without looking at the lengths, the same in every step
+    max_length: no sequence is longer; known to the host without asking the device
     granularity: sequences whose lengths round up to the same multiple of this share a bucket
     attention_bias_BHTT: added to the attention logits of sequences that all have length T (`cluster-reference` alone)
     """

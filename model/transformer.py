@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         return x_ND
 
     def compile_blocks(self, dynamic: bool) -> None:
-        """Compile what surrounds attention; `dynamic` where the number of tokens differs between steps (captions).
+        """Compile what surrounds attention; `dynamic` where the number of tokens differs between steps, as in text.
 
         One compilation serves all blocks, since they differ in their weights alone.
         """

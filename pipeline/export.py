@@ -60,7 +60,7 @@ def export(model: InferenceModel, export_format: ExportFormat, directory: Path, 
     text_files = export_format.text_files(model)
     if directory.exists():
         raise UserError(f"{directory} is already there: choose another --output")
-    unfinished = directory.with_name(directory.name + ".tmp")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")  # a name that nobody else's folder has
     shutil.rmtree(unfinished, ignore_errors=True)  # what a killed export left
     try:
         unfinished.mkdir(parents=True)

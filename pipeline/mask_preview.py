@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import argparse
 import io
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
@@ -32,7 +33,8 @@ from pipeline.reporting.sheet_painter import paint
 _DEFAULT_RECIPE = "base"
 _DEFAULT_STRATEGIES = "random,cluster,pgs"
 # All images are in memory at once, and on one sheet.
-_MAX_IMAGES = 200
+_MAX_IMAGES, _MAX_SIDE = 200, 2048
+_MAX_SEED = (1 << 63) - 1
 # Options of a recipe under masking.NAME that have a short name here.
 _RATIOS = ("target_mask_ratio", "min_mask_ratio", "max_mask_ratio", "anchor_ratio")
 
@@ -122,9 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", help="what a run would do: a recipe's name, or a YAML file such as RUN/recipe.yaml")
     parser.add_argument("--checkpoint", metavar="RUN", help="model for attentive and masking.embedding_mix")
-    parser.add_argument("--images", type=_image_count, default=8, metavar="N", help="at most (default: %(default)s)")
-    parser.add_argument("--image-size", type=_positive, metavar="PX", help="side (default: the recipe's model's)")
-    parser.add_argument("--patch-size", type=_positive, metavar="PX", help="side (default: the recipe's model's)")
+    count, side, seed = _whole(1, _MAX_IMAGES), _whole(1, _MAX_SIDE), _whole(0, _MAX_SEED)
+    parser.add_argument("--images", type=count, default=8, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--image-size", type=side, metavar="PX", help="side (default: the recipe's model's)")
+    parser.add_argument("--patch-size", type=side, metavar="PX", help="side (default: the recipe's model's)")
     for name in _RATIOS:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="R",
             help=f"the recipe's masking.{name}",
         )
-    parser.add_argument("--seed", type=_not_negative, metavar="N", help="of the masks (default: the recipe's, 0)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of the masks (default: the recipe's, 0)")
     parser.add_argument(
         "--progress",
         type=_share,
@@ -152,28 +155,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    """A type of argument: whole numbers between two."""
 
+    def number(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} to {highest}, not {text!r}")
+        return int(text)
 
-def _image_count(text: str) -> int:
-    if (value := _positive(text)) > _MAX_IMAGES:
-        raise argparse.ArgumentTypeError(f"must be at most {_MAX_IMAGES}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
+    return number
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
     return value
 
 

@@ -105,7 +105,8 @@ def anchor_cosines(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
     scale_BL = torch.where(is_flat_BL, 0.0, 1.0 / norm_BL.clamp_min(_FLAT_STD))
     anchors_BAP = centred_BLP.take_along_dim(anchors_BA[:, :, None], dim=1)
     scale_BA = scale_BL.take_along_dim(anchors_BA, dim=1)
-    cosine_BAL = (anchors_BAP * scale_BA[:, :, None]) @ centred_BLP.mT * scale_BL[:, None, :]
+    with torch.autocast(patches_BLP.device.type, enabled=False):
+        cosine_BAL = (anchors_BAP * scale_BA[:, :, None]) @ centred_BLP.mT * scale_BL[:, None, :]
 
     mean_BA = mean_BL.take_along_dim(anchors_BA, dim=1)
     both_flat_BAL = is_flat_BL.take_along_dim(anchors_BA, dim=1)[:, :, None] & is_flat_BL[:, None, :]
@@ -117,7 +118,8 @@ def anchor_cosines(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
 def embedding_cosines(embeddings_BLD: Tensor, anchors_BA: Tensor) -> Tensor:
     """Cosines between patch embeddings, fp32 [B, A, L]."""
     directions_BLD = torch.nn.functional.normalize(embeddings_BLD.float(), dim=2)
-    return directions_BLD.take_along_dim(anchors_BA[:, :, None], dim=1) @ directions_BLD.mT
+    with torch.autocast(embeddings_BLD.device.type, enabled=False):
+        return directions_BLD.take_along_dim(anchors_BA[:, :, None], dim=1) @ directions_BLD.mT
 
 
 def _nearest(cosine_BAL: Tensor, anchors_BA: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class MaskingConfig:
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio < 1:
                 raise ValueError(f"masking.{name} must be in [0, 1), not {ratio}")
+        if self.min_mask_ratio > self.max_mask_ratio:
+            raise ValueError(f"min_mask_ratio {self.min_mask_ratio} exceeds max_mask_ratio {self.max_mask_ratio}")
         if (self.final_mask_ratio is None) != (self.ratio_schedule == "constant"):
             raise ValueError("masking.final_mask_ratio and a ratio_schedule other than constant need each other")
         if not 0 < self.anchor_ratio < 1:
@@ -48,6 +50,18 @@ class MaskingConfig:
             raise ValueError(f"masking.embedding_mix belongs to the strategy cluster, not {self.strategy}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"masking.ema_decay must be in [0, 1), not {self.ema_decay}")
+
+    @property
+    def is_budget_constant(self) -> bool:
+        """Whether as many patches are kept of every batch of a size, so that shapes never change."""
+        is_constant = self.ratio_schedule == "constant" and self.strategy != "cluster-reference"
+        return is_constant or self.strategy == "none"
+
+    def leaves_a_patch(self, num_patches: int) -> bool:
+        """Whether there is one for each image at every time, of images of so many patches."""
+        if self.strategy in ("none", "cluster-reference"):  # the latter's target is a threshold
+            return True
+        return (1 - max(self.mask_ratio(0), self.mask_ratio(1))) * num_patches > 1 - 1e-6
 
     def mask_ratio(self, progress: float) -> float:
         """Target share at `progress` through training, from 0 at the first step to 1 at the last."""

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 25_000_000
@@ -57,6 +57,8 @@ def decode_image(data: bytes) -> Tensor:
                 pixels_HWC = np.array(image.convert("RGB"))
         except ImageError:
             raise
+        except UnidentifiedImageError:
+            raise ImageError("no JPEG, PNG or WebP image") from None  # Pillow's message has an address in memory
         except Exception as error:  # decoders raise whatever they like on hostile bytes
             raise ImageError(f"cannot be decoded: {error}") from error
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)

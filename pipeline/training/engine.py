@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,9 @@ def release(engine: DeepSpeedEngine) -> None:
 
 
 @contextlib.contextmanager
-def gathered_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A module's parameters by name, whole even where ZeRO stage 3 keeps shards of them. Collective."""
-    parameters = dict(module.named_parameters())
+def gathered_weights(module: nn.Module, names: Collection[str] | None = None) -> Iterator[dict[str, Tensor]]:
+    """A module's parameters by name, or some of them, whole even where ZeRO stage 3 keeps shards. Collective."""
+    parameters = {name: value for name, value in module.named_parameters() if names is None or name in names}
     sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
     if not sharded:
         yield {name: parameter.data for name, parameter in parameters.items()}

@@ -1,6 +1,6 @@
 """Drawing the masks of a training step: each a pure function of its place in the run.
 
-B images, L patches of an image, D width of patch embeddings, P values of a patch
+B images, L patches of an image, T = L + 1 tokens, D width of patch embeddings, P values of a patch
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from model.masking import Guidance, MaskingConfig, Masks, PatchedImages, choose_
 from model.vision import VisionTransformer, embed_patches
 from pipeline.ranks import Ranks
 from pipeline.training.engine import gathered_weights
+
+_EMBEDDING = ("patch_embedding.weight", "positional_embedding")
 
 
 class MaskDrawer:
@@ -65,9 +67,9 @@ class MaskDrawer:
             self.copy.visual.load_state_dict(state)
 
     def _embed(self) -> Callable[[Tensor], Tensor]:
-        with gathered_weights(self._visual) as weights:
-            weight_DP = weights["patch_embedding.weight"].detach().clone()
-            position_LD = weights["positional_embedding"].detach()[1:].clone()
+        with gathered_weights(self._visual, _EMBEDDING) as weights:  # in every step: no more than is needed
+            weight_DP, position_TD = (weights[name].detach().clone() for name in _EMBEDDING)
+        position_LD = position_TD[1:]
         return lambda patches_BLP: embed_patches(patches_BLP, weight_DP, position_LD)
 
 

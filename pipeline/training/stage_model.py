@@ -65,4 +65,4 @@ def speed_up(clip: CLIP, stage: Stage) -> None:
     if stage.recipe.train.activation_checkpointing:
         clip.checkpoint_blocks()
     if stage.recipe.train.compile:
-        clip.compile_blocks()
+        clip.compile_blocks(image_tokens_vary=not stage.masking.is_budget_constant)

@@ -115,6 +115,7 @@ def plan_stages(
         try:
             batches = plan_batches(stage_recipe, num_samples, world_size)
             model = stage_recipe.clip_config(vocab_size, eot_token_id)
+            _check_masking(stage_recipe.masking.to_config(), model.vision.num_patches)
         except UserError as error:
             raise UserError(f"stage {name}: {error}" if name else str(error)) from None
         train = stage_recipe.train
@@ -126,6 +127,15 @@ def plan_stages(
         sample += stages[-1].num_samples
         passes += steps / batches.steps_per_epoch
     return tuple(stages)
+
+
+def _check_masking(masking: MaskingConfig, num_patches: int) -> None:
+    if not masking.leaves_a_patch(num_patches):
+        raise UserError(
+            f"masking drops {max(masking.mask_ratio(0), masking.mask_ratio(1)):.4g} of the {num_patches} patches of an "
+            "image, which leaves less than one: take a lower masking.target_mask_ratio (final_mask_ratio), or more "
+            "patches"
+        )
 
 
 def stage_of(stages: Sequence[Stage], step: int) -> Stage:

@@ -105,6 +105,8 @@ class StageTrainer:
         release(self._engine)
         del self._engine, self._masks
         gc.collect()
+        # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
+        torch.compiler.reset()
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 

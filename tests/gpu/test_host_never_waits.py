@@ -1,4 +1,4 @@
-"""Drawing masks, gathering patches and the forward pass: the host launches work and never asks for a result.
+"""From masks to gradients and the report of a step: the host launches work and never asks for a result.
 
 On a CPU the operations that would make it wait are refused; on a GPU torch itself refuses to wait.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from torch import Generator, Tensor
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.clip import CLIP, CLIPOutput
-from model.config import config_from_name
+from model.clip import CLIP
+from model.config import Pool, config_from_name
 from model.masking import STRATEGIES, MaskingConfig
-from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
+from model.packing import lengths_to_cu_seqlens
+from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.train_step import _report, global_contrastive_loss
 
 # `cluster-reference` asks how many patches are kept, as the released code does
 NEVER_WAIT = sorted(set(STRATEGIES) - {"cluster-reference"})
@@ -53,48 +56,63 @@ def cuda_refuses_to_wait() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def captions(device: str) -> PackedTokens:
-    lengths = torch.tensor([5, 3, 8, 4, 20, 2])
-    tokens = torch.arange(1, int(lengths.sum()) + 1)
-    return pack_tokens(tokens.to(device), lengths_to_cu_seqlens(lengths).to(device), 20)
+class Step(NamedTuple):
+    """What a step of one rank works with."""
+
+    clip: CLIP
+    drawer: MaskDrawer
+    batch: Batch
+    ranks: Ranks
 
 
-def forward(clip: CLIP, drawer: MaskDrawer, pixels: Tensor, text: PackedTokens) -> CLIPOutput:
-    images, masks = drawer.draw(pixels, step=1, micro_batch=0, progress=0.5)
-    with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
-        output: CLIPOutput = clip(images.gather(masks.selection.kept_K), masks.selection, text)
-    return output
+def run(step: Step) -> Tensor:
+    """Everything of a training step but DeepSpeed: masks, forward, loss, backward, the moving average; the report."""
+    images, masks = step.drawer.draw(step.batch.images_BCHW, step=1, micro_batch=0, progress=0.5)
+    with torch.autocast(step.ranks.device.type, dtype=torch.bfloat16):
+        output = step.clip(images.gather(masks.selection.kept_K), masks.selection, step.batch.text)
+    loss = global_contrastive_loss(output, step.ranks)
+    loss.backward()
+    step.drawer.follow()
+    return _report(loss, output, masks, images.num_patches, step.batch)
 
 
-def make(device: str, strategy: str) -> tuple[CLIP, MaskDrawer, Tensor, PackedTokens]:
+def make(device: str, strategy: str, pool: Pool = "class") -> Step:
     torch.manual_seed(0)
-    clip = CLIP(config_from_name("ViT-test-8")).to(device)
+    config = config_from_name("ViT-test-8")
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=pool))).to(device)
     clip.use_backend("varlen")
     mix = 0.5 if strategy == "cluster" else 0.0
     ranks = Ranks(0, 0, 1, torch.device(device))
     drawer = MaskDrawer(MaskingConfig(strategy, embedding_mix=mix), clip.visual, 8, seed=0, ranks=ranks)
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=Generator().manual_seed(0))
-    return clip, drawer, pixels.to(device), captions(device)
+    lengths = torch.tensor([5, 3, 8, 4, 20, 2])
+    tokens = torch.arange(1, int(lengths.sum()) + 1)
+    batch = Batch(pixels, tokens, lengths_to_cu_seqlens(lengths), 20, [])
+    return Step(clip, drawer, batch.to(ranks.device), ranks)
 
 
-@pytest.mark.parametrize("strategy", NEVER_WAIT)
-def test_no_operation_needs_the_host(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+CASES = [(strategy, "class") for strategy in NEVER_WAIT] + [("cluster", "average"), ("cluster", "attention")]
+
+
+@pytest.mark.parametrize(("strategy", "pool"), CASES)
+def test_no_operation_needs_the_host(strategy: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, *args, **kwargs: query.clone())
-    step = make("cpu", strategy)
+    step = make("cpu", strategy, pool)
     with RefuseToWait():
-        output = forward(*step)
-    assert output.image_features.shape == (6, 32)
+        report = run(step)
+    assert report[0].isfinite()
+    assert step.clip.visual.proj.grad is not None
 
 
 def test_what_waits_is_refused() -> None:
     """The check can fail: the buckets read lengths, and the released code's behaviour reads counts."""
-    clip, drawer, pixels, text = make("cpu", "random")
-    clip.use_backend("buckets")
+    step = make("cpu", "random")
+    step.clip.use_backend("buckets")
     with pytest.raises(RuntimeError, match="would wait in _local_scalar_dense"), RefuseToWait():
-        forward(clip, drawer, pixels, text)
-    clip, drawer, pixels, _ = make("cpu", "cluster-reference")
+        run(step)
+    step = make("cpu", "cluster-reference")
     with pytest.raises(RuntimeError, match="would wait"), RefuseToWait():
-        drawer.draw(pixels, 1, 0, 0.5)
+        step.drawer.draw(step.batch.images_BCHW, 1, 0, 0.5)
     x = torch.ones(3)
     for wait in (lambda: torch.tensor([1.0, 2.0]), lambda: x[x > 0], lambda: x.repeat_interleave(x.long())):
         with pytest.raises(RuntimeError, match="would wait"), RefuseToWait():
@@ -103,11 +121,11 @@ def test_what_waits_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("strategy", NEVER_WAIT)
-def test_a_gpu_never_makes_the_host_wait(strategy: str) -> None:
-    step = make("cuda", strategy)
-    forward(*step)  # libraries load and memory is reserved the first time
+@pytest.mark.parametrize(("strategy", "pool"), CASES)
+def test_a_gpu_never_makes_the_host_wait(strategy: str, pool: Pool) -> None:
+    step = make("cuda", strategy, pool)
+    run(step)  # libraries load and memory is reserved the first time
     torch.cuda.synchronize()
     with cuda_refuses_to_wait():
-        output = forward(*step)
-    assert output.image_features.isfinite().all()
+        report = run(step)
+    assert report[0].isfinite()

@@ -14,11 +14,12 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from model.clip import CLIP
 from model.config import config_from_name
-from model.masking import MaskingConfig, PatchedImages, choose_patches
+from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
 from model.packing import lengths_to_cu_seqlens, pack_tokens
 from model.transformer import Block
 
 B = 6
+STEPS = 5
 
 
 def compilations() -> dict[str, int]:
@@ -49,11 +50,11 @@ def make_clip(layers: int, text_width: int = 48) -> CLIP:
     return CLIP(dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text))
 
 
-def step(clip: CLIP, seed: int) -> list[Tensor]:
+def step(clip: CLIP, number: int, masking: MaskingConfig) -> list[Tensor]:
     """One pass over images and captions that differ from step to step: features, then all gradients."""
-    generator = Generator().manual_seed(seed)
+    generator = Generator().manual_seed(number)
     images = PatchedImages(torch.randn(B, 3, 32, 32, generator=generator), 8)
-    selection = choose_patches(images, MaskingConfig(), generator).selection
+    selection = choose_patches(images, masking, generator, Guidance(progress=number / STEPS)).selection
     lengths = torch.randint(2, 20, (B,), generator=generator)
     tokens = torch.randint(1, 49, (int(lengths.sum()),), generator=generator)
     output = clip(images.gather(selection.kept_K), selection, pack_tokens(tokens, lengths_to_cu_seqlens(lengths), 20))
@@ -64,12 +65,12 @@ def step(clip: CLIP, seed: int) -> list[Tensor]:
     return [output.image_features, output.text_features, *gradients]
 
 
-def assert_equal_in_steady_state(compiled: CLIP, plain: CLIP) -> None:
+def assert_equal_in_steady_state(compiled: CLIP, plain: CLIP, masking: MaskingConfig) -> None:
     """Values and gradients, of steps with different masks and captions; from the third on, compiling is an error."""
-    for number in range(5):
+    for number in range(STEPS):
         with torch._dynamo.config.patch(error_on_recompile=number >= 2):
-            results = step(compiled, number)
-        for ours, expected in zip(results, step(plain, number), strict=True):
+            results = step(compiled, number, masking)
+        for ours, expected in zip(results, step(plain, number, masking), strict=True):
             assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -81,9 +82,17 @@ def test_one_compilation_per_half_block_whatever_the_depth(
     compiled.compile_blocks()
     if checkpointing:
         compiled.checkpoint_blocks()
-    assert_equal_in_steady_state(compiled, plain)
+    assert_equal_in_steady_state(compiled, plain, MaskingConfig())
     assert compilations() == COMPILATIONS
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_a_schedule_of_the_ratio_does_not_recompile_either(without_compiler: None) -> None:
+    plain, compiled = make_clip(2), make_clip(2)
+    masking = MaskingConfig(ratio_schedule="linear", target_mask_ratio=0.2, final_mask_ratio=0.8)
+    assert not masking.is_budget_constant
+    compiled.compile_blocks(image_tokens_vary=True)
+    assert_equal_in_steady_state(compiled, plain, masking)
 
 
 @pytest.mark.slow
@@ -92,5 +101,5 @@ def test_the_default_compiler() -> None:
     torch._dynamo.reset()
     plain, compiled = make_clip(2), make_clip(2)
     compiled.compile_blocks()
-    assert_equal_in_steady_state(compiled, plain)
+    assert_equal_in_steady_state(compiled, plain, MaskingConfig())
     torch._dynamo.reset()

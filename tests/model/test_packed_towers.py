@@ -27,6 +27,7 @@ from model.masking import (
     patchify,
 )
 from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
+from model.patches import normalize_pixels
 
 Weights = dict[str, Tensor]
 
@@ -264,14 +265,19 @@ def test_padded_api_reads_up_to_the_first_end_token() -> None:
     assert torch.allclose(clip.encode_text(tokens).norm(dim=1), torch.ones(2))
     with pytest.raises(ValueError, match="end-of-text"):
         PackedTokens.from_padded(torch.tensor([[1, 2, 49], [1, 2, 3]]), 49)
+    with pytest.raises(ValueError, match="takes captions of 20 tokens, not 21"):
+        clip.encode_text(captions_BT([21]))
 
 
 def test_encode_image_keeps_every_patch_and_checks_the_size() -> None:
     clip, images = make_clip(), torch.randn(3, 3, 32, 32)
     expected = clip.visual(patchify(images, 8).flatten(0, 1), keep_all(3, 16, images.device))
     assert torch.equal(clip.encode_image(images, normalize=False), expected)
-    with pytest.raises(ValueError, match="32 x 32"):
-        clip.encode_image(torch.randn(1, 3, 64, 64))
+    photos = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(clip.encode_image(photos), clip.encode_image(normalize_pixels(photos)))
+    for height, width in ((64, 64), (16, 64), (30, 30)):  # the second has as many patches
+        with pytest.raises(ValueError, match=f"32 x 32, not .{height}, {width}"):
+            clip.encode_image(torch.randn(1, 3, height, width))
 
 
 @pytest.mark.parametrize("raw", [-1.0, 2.0, 4.6, 4.7])

@@ -77,6 +77,13 @@ def test_captions_of_a_file_are_compared(tmp_path: Path, shards: Path, capsys: p
         main(options)
 
 
+def test_a_folder_with_a_name_like_ours_is_left_alone(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77))
+    (tmp_path / "first.tmp").mkdir()
+    main([str(run), "--format", "open_clip", "--output", str(tmp_path / "first")])
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "merges.gz", "first", "first.tmp"}
+
+
 def test_a_diverged_model_leaves_nothing_behind(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77)
     run = save_run(tmp_path / "run", tokenizer, diverged=True)

@@ -116,8 +116,11 @@ def test_a_tar_that_was_cut_off_shows_what_precedes_the_cut(tmp_path: Path) -> N
     assert [image.caption for image in read_images(tmp_path / "a.tar")] == ["a"]
 
 
-def test_what_does_not_decode_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(jpeg_bytes(0)[:100])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(jpeg_bytes(0)[:100], "."), (b"<html>", "no JPEG, PNG or WebP image$")]
+)
+def test_what_does_not_decode_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
     (image,) = read_images(tmp_path)
-    with pytest.raises(UserError, match=r"a\.jpg does not decode"):
+    with pytest.raises(UserError, match=rf"a\.jpg does not decode: {reason}"):
         load_image(image.image, 8)

@@ -363,6 +363,26 @@ def test_what_does_not_fit_is_said_in_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--images", "many", "whole number from 1 to 200, not 'many'"),
+        ("--images", "201", "whole number from 1 to 200, not '201'"),
+        ("--image-size", "100000", "whole number from 1 to 2048, not '100000'"),
+        ("--patch-size", "0", "whole number from 1 to 2048, not '0'"),
+        ("--seed", "1.5", "whole number from 0 to .*, not '1.5'"),
+        ("--progress", "nan", "number between 0 and 1, not 'nan'"),
+        ("--progress", "half", "number between 0 and 1, not 'half'"),
+    ],
+)
+def test_numbers_out_of_range(
+    option: str, value: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        mask_preview.main([str(folder), "--output", "a.png", option, value])
+    assert re.search(f"argument {option}: must be a {message}", capsys.readouterr().err)
+
+
 def test_a_sheet_that_is_too_large(folder: Path) -> None:
     sheet = sheet_of(folder, ["random"])
     with pytest.raises(UserError, match=r"a sheet of .* pixels is too large: take fewer --images"):

@@ -21,6 +21,7 @@ from pipeline.training.stage_model import check_computable, count_parameters, ma
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
 
 CPU = torch.device("cpu")
+CONSTANT = ("masking.ratio_schedule=constant", "masking.final_mask_ratio=null")
 
 STAGED = """
 base: demo
@@ -204,6 +205,27 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(recipe_file: Path, tm
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="cannot be read"):
         make_model(tail, tmp_path, CPU)
+
+
+@pytest.mark.parametrize("option", ["target_mask_ratio=0.76", "final_mask_ratio=0.76"])
+def test_masks_that_leave_images_empty_are_refused(option: str, recipe_file: Path) -> None:
+    with pytest.raises(UserError, match=r"stage small: masking drops 0\.76 of the 4 patches of an image") as error:
+        plan(recipe_file, f"masking.{option}")
+    assert "\n" not in str(error.value)
+    plan(recipe_file, "masking.target_mask_ratio=0.75")  # one of four patches stays
+    for strategy in ("none", "cluster-reference"):
+        plan(recipe_file, f"masking.{option}", f"masking.strategy={strategy}")
+
+
+def test_image_tokens_are_dynamic_where_masks_change_them(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    varying: list[bool] = []
+    monkeypatch.setattr(CLIP, "compile_blocks", lambda _, image_tokens_vary: varying.append(image_tokens_vary))
+    schedule = plan(recipe_file, "train.compile=true")
+    reference = plan(recipe_file, "train.compile=true", "masking.strategy=cluster-reference")
+    constant = plan(recipe_file, "train.compile=true", *CONSTANT)
+    for stage in (schedule[0], reference[0], *constant):
+        speed_up(CLIP(stage.model), stage)
+    assert varying == [True, True, False, False]
 
 
 def test_how_the_model_is_computed_follows_the_stage(recipe_file: Path) -> None:

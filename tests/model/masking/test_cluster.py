@@ -21,7 +21,7 @@ from model.masking import (
     patchify,
     select_patches,
 )
-from model.masking.cluster import cluster_similarity
+from model.masking.cluster import cluster_similarity, embedding_cosines
 from model.masking.pgs import pgs_scores
 from model.patches import PIXEL_STD
 from model.vision import embed_patches
@@ -67,6 +67,14 @@ def test_similarity_on_awkward_images_equals_float64_loops(name: str) -> None:
     similarity = anchor_similarity(patches, anchors)
     assert torch.allclose(similarity.double(), slow_similarity(patches, anchors), atol=1e-4)
     assert similarity.abs().max() <= 1
+
+
+def test_similarity_is_computed_in_float32_under_autocast() -> None:
+    patches, anchors = torch.randn(4, 49, 192, generator=generator()), draw_anchors(4, 49, 0.1, generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = anchor_similarity(patches, anchors), embedding_cosines(patches, anchors)
+    assert torch.equal(under[0], anchor_similarity(patches, anchors))
+    assert torch.equal(under[1], embedding_cosines(patches, anchors))
 
 
 def test_one_pixel_one_grey_level_off_is_contrast() -> None:
