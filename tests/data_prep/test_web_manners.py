@@ -107,6 +107,22 @@ def test_robots_files(web: SmallWeb, robots: Page, expected: str) -> None:
     assert web.requests["/photos/1.jpg"] == (expected == "ok")
 
 
+def test_no_robots_file_takes_long_to_read(web: SmallWeb) -> None:
+    """A pattern that costs a backtracking matcher years; the next page shows that it was matched at all."""
+    path = "/" + "a" * 200
+    web.pages = {"/robots.txt": Page(b"User-agent: *\nDisallow: /" + b"*a" * 20 + b"*b$"), path: Page(b"x")}
+    start_s = time.monotonic()
+    assert outcome_of(web.url(path)) == "ok"
+    assert outcome_of(web.url(path + "b")) == "opt-out: robots.txt disallows it"
+    assert time.monotonic() - start_s < 5
+
+
+@pytest.mark.parametrize("pause", ["Mon, 01 Jan 2024 00:00:00 +99999999999999", "soon", "-1", "9" * 5000])
+def test_a_pause_that_makes_no_sense_is_still_a_429(web: SmallWeb, pause: str) -> None:
+    web.pages = {"/1.jpg": Page(status=429, headers={"Retry-After": pause})}
+    assert outcome_of(web.url("/1.jpg")) == "429: HTTP 429 Too Many Requests"
+
+
 def test_a_redirect_may_not_lead_around_robots(web: SmallWeb) -> None:
     web.pages = {
         "/robots.txt": Page(b"User-agent: *\nDisallow: /private/"),
