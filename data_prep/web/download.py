@@ -139,6 +139,10 @@ def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None
 
 def _check_urls(urls: Path, settings: Settings) -> int:
     """The number of rows; every url must be http(s)."""
+    if urls.is_dir():
+        raise UserError(
+            f"{urls} is a folder: download its parts one by one, each to an --output of its own, then merge"
+        )
     if not urls.is_file():
         raise UserError(f"{urls}: no such file; make it with `data-prep ingest`")
     needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
@@ -172,9 +176,10 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
     before = read_json_lines(provenance)
     if before:
         changed = [name for name in line if before[0].get(name) != line[name]]
+        options = [f"--{name.replace('_', '-')}" if name in FIXED else "url list" for name in changed]
         if changed:
             raise UserError(
-                f"{directory} holds a download with another {', '.join(changed)}: "
+                f"{directory} holds a download with another {', '.join(dict.fromkeys(options))}: "
                 "use the same list and options to continue it, or another --output"
             )
     elif directory.exists() and any(directory.glob("*.tar")):

@@ -227,7 +227,7 @@ def test_a_directory_with_another_download_is_refused(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "provenance.jsonl").write_text(json.dumps({"step": "download", "urls": "urls.parquet"}) + "\n")
-    with pytest.raises(UserError, match="another urls_sha256, rows, samples_per_shard"):
+    with pytest.raises(UserError, match="another url list, --samples-per-shard, --image-size"):
         download(urls, shards, SETTINGS)
 
 
@@ -256,6 +256,11 @@ def test_lists_that_ingest_did_not_make_are_refused(tmp_path: Path, table: dict 
     with pytest.raises(UserError, match=message):
         download(urls, tmp_path / "shards", SETTINGS)
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_folder_of_parts_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder: download its parts"):
+        download(tmp_path, tmp_path / "shards", SETTINGS)
 
 
 def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
