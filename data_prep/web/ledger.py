@@ -87,16 +87,22 @@ def sample_key(shard: int, index: int, samples_per_shard: int) -> str:
     return f"{shard * 10**digits + index:0{5 + digits}d}"
 
 
+def list_files(urls: Path) -> list[Path]:
+    """The files of a url list: itself, or in a folder its parts by name."""
+    return sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls]
+
+
 def read_rows(urls: Path, start: int, stop: int) -> pa.Table:
-    """Rows `start` to `stop` of a parquet, reading the row groups that hold them and no more."""
-    file = pq.ParquetFile(urls)
+    """Rows `start` to `stop` of a url list, reading the row groups that hold them and no more."""
     tables, first = [], 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if first < stop and first + count > start:
-            skipped = max(0, start - first)
-            tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
-        first += count
+    for path in list_files(urls):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if first < stop and first + count > start:
+                skipped = max(0, start - first)
+                tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
+            first += count
     return pa.concat_tables(tables)
 
 
