@@ -34,7 +34,7 @@ def write_download(directory: Path, outcomes: list[tuple[str, str, str | None]])
     }
     (directory / "00000_stats.json").write_text(json.dumps(statistics))
     step = {"step": "download", "urls": "urls.parquet", "rows": len(rows), "samples_per_shard": 100}
-    settings = {"resize_mode": "keep_ratio", "image_size": 256}
+    settings = {"resize_mode": "keep_ratio", "image_size": 256, "blur_column": None, "accept_changed": False}
     (directory / "provenance.jsonl").write_text(json.dumps(step | settings) + "\n")
 
 
@@ -66,3 +66,20 @@ def test_the_page_counts_outcomes_and_names_hosts(tmp_path: Path, capsys: pytest
 def test_a_directory_without_a_download_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "no download was made here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("00000.parquet", "is damaged: delete 00000_stats.json"),
+        ("provenance.jsonl", "has a download without urls, rows"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "retry"])
+def test_damage_is_one_line(
+    tmp_path: Path, name: str, message: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_download(tmp_path, [("http://a.example/1.jpg", "5xx", "HTTP 500")])
+    (tmp_path / name).write_text('{"step": "download"}')
+    assert main([command, str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
