@@ -139,7 +139,10 @@ class _State:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._path = plan.output / STATE
-        lines = json.loads(self._path.read_text(encoding="utf-8"))["done"] if self._path.exists() else []
+        try:
+            lines = json.loads(self._path.read_text(encoding="utf-8"))["done"] if self._path.exists() else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._path} is damaged: delete it; each stage then finds what it has done") from error
         self._done: list[list[str]] = []
         for stage, arguments in zip(plan.stages, lines, strict=False):
             if list(stage.arguments) != arguments:

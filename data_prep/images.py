@@ -9,6 +9,9 @@ from PIL import Image
 
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 16_384
+# A progressive JPEG goes over all its pixels once for each scan, and a scan may be 40 bytes: 20 MB could take hours.
+MAX_SCANNED_PIXELS = 5_000_000_000
+_START_OF_SCAN = b"\xff\xda"
 
 
 class ImageError(Exception):
@@ -30,6 +33,16 @@ def image_extension(data: bytes) -> str | None:
     return None
 
 
+def check_scans(data: bytes, width: int, height: int) -> None:
+    """Raise ImageTooLargeError for a JPEG whose scans would take too long to decode.
+
+    Scans are counted by their mark, wherever it is: in metadata it occurs by chance, far less often than it may.
+    """
+    scans = data.count(_START_OF_SCAN)
+    if scans * width * height > MAX_SCANNED_PIXELS:
+        raise ImageTooLargeError(f"{scans} scans of {width} x {height} pixels")
+
+
 def check_image(data: bytes) -> None:
     """Decode an image fully, its limits first from the header.
 
@@ -42,6 +55,7 @@ def check_image(data: bytes) -> None:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(width, height)
+            check_scans(data, width, height)
             # An eighth of the size, in grey, is a third faster to make. The entropy decoder, which is what notices
             # damage, still reads every bit of every channel; after it nothing can fail.
             simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
@@ -50,13 +64,15 @@ def check_image(data: bytes) -> None:
             pass
         else:
             return
-    _check_with_pillow(data)
+    _check_with_pillow(data, extension)
 
 
-def _check_with_pillow(data: bytes) -> None:
+def _check_with_pillow(data: bytes, extension: str) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             _check_size(*image.size)
+            if extension == "jpg":
+                check_scans(data, *image.size)
             image.load()
     except ImageError:
         raise

@@ -27,7 +27,7 @@ def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep download`."""
     modes = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
     parser = add_command(commands, "download", _download, "canonical parquet -> shards, over HTTP")
-    parser.add_argument("urls", type=Path, metavar="PARQUET", help="what `data-prep ingest` wrote")
+    parser.add_argument("urls", type=Path, metavar="URLS", help="what `data-prep ingest` wrote")
     add_output(parser)
     parser.add_argument(
         "--image-size", type=positive, default=256, metavar="PX", help="shorter side after scaling down"

@@ -66,11 +66,14 @@ def read_block_lists(paths: Sequence[str]) -> BlockList:
     hosts: set[str] = set()
     sha256s: set[str] = set()
     for path in paths:
-        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+        # what is not UTF-8 becomes an entry that is refused with its line
+        with fsspec.open(path, "rt", encoding="utf-8", errors="replace") as stream:
             for number, line in enumerate(stream, 1):
                 entry = line.strip() if "://" in line else line.partition("#")[0].strip()
                 if not entry or entry.startswith("#"):
                     continue
+                if "\N{REPLACEMENT CHARACTER}" in entry:
+                    raise UserError(f"{path}, line {number}: not UTF-8")
                 if "://" in entry and (url := canonical_url(entry)):
                     urls.add(url)
                 elif _SHA256.fullmatch(entry):

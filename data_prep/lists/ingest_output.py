@@ -56,8 +56,11 @@ class Target:
         there = self._folder.exists(self._name) if self._is_file else True
         if not there or not self._folder.exists(self._prefix + REPORT):
             return None
-        report = self._folder.read_json(self._prefix + REPORT)
-        return report if report["fingerprint"] == fingerprint else None
+        try:
+            report = self._folder.read_json(self._prefix + REPORT)
+        except ValueError:  # damaged: made again
+            return None
+        return report if report.get("fingerprint") == fingerprint else None
 
     def write(
         self, parts: Sequence[Part], mask: DuplicateMask, work: Folder, report: Mapping[str, Any], rejects: Rejects,

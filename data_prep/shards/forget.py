@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from data_prep.console import progress_bar
 from data_prep.errors import UserError
 from data_prep.files import sha256_of
+from data_prep.lists.cleaning import canonical_url
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import ShardLine, read_manifest
 from data_prep.shards.publish import QUARANTINE, changing
@@ -130,9 +131,9 @@ def _search_quarantine(directory: Path, forget_list: ForgetList) -> None:
 
 
 def _url_form(text: str) -> str:
-    """An address as it is compared: without scheme, default port and fragment, the host in lower case."""
+    """An address as it is compared: as `ingest` writes it where it can, without scheme, default port and fragment."""
     try:
-        parts = urlsplit(text.strip())
+        parts = urlsplit(canonical_url(text) or text.strip())
         host, port = parts.hostname, parts.port
     except ValueError:
         return ""
@@ -144,8 +145,8 @@ def _url_form(text: str) -> str:
 
 
 def _host_form(text: str) -> str:
-    host = text.strip().lower().rstrip(".").removeprefix("*.")
-    return host if host and not set(host) & set("/:@ \t") else ""
+    host = text.strip().rstrip(".").removeprefix("*.")
+    return "" if set(host) & set("/:@?# \t") else _url_form(f"http://{host}").removesuffix("/")
 
 
 def _hash_form(text: str) -> str:

@@ -46,15 +46,15 @@ class AddressPolicy:
         Raises FetchError (class `refused`) for what is not http(s) to a public host on ports 80 or 443. Names are
         not looked up here: `Names` and the connector check what they resolve to.
         """
-        url = _parse(text)
+        url, port = _parse(text)
         if url.scheme not in PORTS:
             raise FetchError(REFUSED, f"not http or https: {url.scheme or 'no scheme'}")
         if not url.raw_host:
             raise FetchError(REFUSED, "no host")
         if url.raw_user is not None or url.raw_password is not None:
             raise FetchError(REFUSED, "credentials in the url")
-        if url.port not in PORTS.values() and not self.allow_local:
-            raise FetchError(REFUSED, f"port {url.port}")
+        if port not in PORTS.values() and not self.allow_local:
+            raise FetchError(REFUSED, f"port {port}")
         if is_literal(url.raw_host) and not self.permits(url.raw_host):
             raise FetchError(REFUSED, f"address {url.raw_host}")
         return url
@@ -76,11 +76,12 @@ def is_public(address: Address) -> bool:
     return not address.is_reserved if address.version == 4 else address in _GLOBAL_UNICAST
 
 
-def _parse(text: str) -> URL:
+def _parse(text: str) -> tuple[URL, int | None]:
     if len(text) > MAX_URL_CHARACTERS:
         raise FetchError(REFUSED, f"url of more than {MAX_URL_CHARACTERS} characters")
     try:
         # what is escaped already stays as it is: some hosts sign it
-        return URL(text, encoded=text.isascii() and text.isprintable() and " " not in text)
+        url = URL(text, encoded=text.isascii() and text.isprintable() and " " not in text)
+        return url, url.port  # host and port are parsed only when asked for
     except ValueError as error:
         raise FetchError(REFUSED, f"not a url: {error}") from error

@@ -23,7 +23,7 @@ from data_prep.errors import UserError
 from data_prep.web.ledger import Pass, read_statistics
 from data_prep.web.outcomes import OK, advice_for
 from data_prep.web.settings import Settings
-from data_prep.web.shard_worker import PROGRESS_DIRECTORY
+from data_prep.web.shard_worker import PROGRESS_DIRECTORY, progress_path, shards_under_way
 
 POLL_S = 0.2
 LOG = "download.log"
@@ -120,21 +120,27 @@ def _child(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> Ite
 
 def _show_progress(child: subprocess.Popen[bytes], directory: Path, one: Pass) -> None:
     """Return when every shard is there or the child has ended."""
-    waiting = list(one.numbers)
+    waiting = set(one.numbers)
     rows = sum(stop - start for start, stop in map(one.rows_of, waiting))
     finished: Counter[str] = Counter()
     advised: set[str] = set()
     bar = None
+    to_look_at = waiting.copy()  # all of them once; then those that a worker is at, however many there are
     try:
         while waiting:
             # asked before looking at the files, so that the last look comes after the end
             running = child.poll() is None
-            statistics = {shard: read_statistics(directory, shard) for shard in waiting}
-            for shard, found in statistics.items():
-                if found:
-                    finished.update(found["outcomes"])
+            under_way: Counter[str] = Counter()
+            for shard in to_look_at:
+                progress = progress_path(directory, shard)
+                if statistics := read_statistics(directory, shard):
+                    finished.update(statistics["outcomes"])
                     waiting.remove(shard)
-            counts = finished + _under_way(directory, waiting)
+                    progress.unlink(missing_ok=True)
+                else:
+                    with contextlib.suppress(OSError, ValueError):
+                        under_way.update(json.loads(progress.read_text(encoding="utf-8")))
+            counts = finished + under_way
             bar = bar or progress_bar("download", rows, "img", initial=finished.total())
             if counts.total() > bar.n:
                 bar.set_postfix_str(_shares(counts), refresh=False)
@@ -146,19 +152,10 @@ def _show_progress(child: subprocess.Popen[bytes], directory: Path, one: Pass) -
             if not running:
                 return
             time.sleep(POLL_S)
+            to_look_at = waiting.intersection(shards_under_way(directory))
     finally:
         if bar is not None:
             bar.close()
-
-
-def _under_way(directory: Path, shards: list[int]) -> Counter[str]:
-    """The outcomes so far in shards that are not finished."""
-    counts: Counter[str] = Counter()
-    for path in (directory / PROGRESS_DIRECTORY).glob("[0-9]*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            if int(path.stem) in shards:
-                counts.update(json.loads(path.read_text(encoding="utf-8")))
-    return counts
 
 
 def _shares(counts: Counter[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from data_prep.web.ledger import (
     Pass,
     count_outcomes,
     last_outcomes,
+    list_files,
     read_passes,
     statistics_path,
 )
@@ -35,7 +37,7 @@ __all__ = ["Settings", "download", "retry"]
 
 
 def download(urls: Path, directory: Path, settings: Settings, share: tuple[int, int] | None = None) -> Counter[str]:
-    """Fetch every url of a canonical parquet (see `ingest`) into shards in `directory`.
+    """Fetch every url of a canonical parquet, or of a folder of its parts (see `ingest`), into shards in `directory`.
 
     Images larger than `image_size` pixels are scaled down, none is scaled up. Shards that are already there are
     kept, so the same command continues an interrupted run. With `share` (index, count) every count-th shard is
@@ -139,24 +141,37 @@ def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None
 
 def _check_urls(urls: Path, settings: Settings) -> int:
     """The number of rows; every url must be http(s)."""
-    if not urls.is_file():
-        raise UserError(f"{urls}: no such file; make it with `data-prep ingest`")
-    needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
-    try:
-        file = pq.ParquetFile(urls)
-        absent = [name for name in needed if name not in file.schema_arrow.names]
-        if absent:
-            raise UserError(f"{urls} has no column {', '.join(absent)}: bring it into form with `data-prep ingest`")
-        for batch in file.iter_batches(columns=["url"]):
-            passes = pc.match_substring_regex(batch["url"].cast(pa.string()), r"^(?i:https?)://").fill_null(False)
-            if not pc.all(passes, min_count=0).as_py():
-                raise UserError(f"{urls} has urls that are not http(s): filter them with `data-prep ingest`")
-    except pa.ArrowException as error:
-        raise UserError(f"{urls}: {str(error).splitlines()[0]}") from error
-    rows = int(file.metadata.num_rows)
+    files = [path for path in list_files(urls) if path.is_file()]
+    if not files:
+        raise UserError(f"{urls}: no such file, or folder of parts; make it with `data-prep ingest`")
+    rows = sum(_check_file(path, settings) for path in files)
     if not rows:
         raise UserError(f"{urls} has no rows")
     return rows
+
+
+def _check_file(path: Path, settings: Settings) -> int:
+    needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
+    try:
+        file = pq.ParquetFile(path)
+        absent = [name for name in needed if name not in file.schema_arrow.names]
+        if absent:
+            raise UserError(f"{path} has no column {', '.join(absent)}: bring it into form with `data-prep ingest`")
+        for batch in file.iter_batches(columns=["url"]):
+            passes = pc.match_substring_regex(batch["url"].cast(pa.string()), r"^(?i:https?)://").fill_null(False)
+            if not pc.all(passes, min_count=0).as_py():
+                raise UserError(f"{path} has urls that are not http(s): filter them with `data-prep ingest`")
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    return int(file.metadata.num_rows)
+
+
+def _digest(urls: Path) -> str:
+    """The sha256 of a file; of a folder, that of its parts' names and hashes."""
+    if urls.is_file():
+        return sha256_of(urls)
+    lines = [f"{path.name} {sha256_of(path)}\n" for path in list_files(urls)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
@@ -164,7 +179,7 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
     line = {
         "step": "download",
         "urls": urls.name,
-        "urls_sha256": sha256_of(urls),
+        "urls_sha256": _digest(urls),
         "rows": rows,
         **{name: getattr(settings, name) for name in FIXED},
     }
@@ -172,9 +187,10 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
     before = read_json_lines(provenance)
     if before:
         changed = [name for name in line if before[0].get(name) != line[name]]
+        options = [f"--{name.replace('_', '-')}" if name in FIXED else "url list" for name in changed]
         if changed:
             raise UserError(
-                f"{directory} holds a download with another {', '.join(changed)}: "
+                f"{directory} holds a download with another {', '.join(dict.fromkeys(options))}: "
                 "use the same list and options to continue it, or another --output"
             )
     elif directory.exists() and any(directory.glob("*.tar")):

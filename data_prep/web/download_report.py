@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import re
@@ -12,18 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from matplotlib.figure import Figure
 
+from data_prep.console import progress_bar
 from data_prep.errors import UserError
-from data_prep.files import read_json_lines, write_text
+from data_prep.files import read_json_lines
+from data_prep.pages import data_uri, write_html
 from data_prep.shards.manifest import PROVENANCE
 from data_prep.web.ledger import count_outcomes, last_outcomes, read_passes, read_statistics
 from data_prep.web.outcomes import MEANING, OK, advice_for
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 HOSTS_SHOWN = 15
 HOSTS_COUNTED = 200_000  # the rarest are forgotten above this, so that memory is bounded
 ELAPSED_S = np.geomspace(0.001, 100, 41)
@@ -73,28 +73,40 @@ def write_report(directory: Path, page: Path) -> None:
             ("Shorter side of the originals", _histogram(summary.shorter_side, SIDE_PIXELS, "pixels")),
         ],
     }
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
-    write_text(page, environment.get_template("download.html.j2").render(content))
+    write_html(page, "download.html.j2", content)
     print(page)
 
 
 def _summarise(directory: Path) -> Summary:
     summary = Summary(outcomes=count_outcomes(directory))
     columns = ["url", "error_message", "elapsed_s", "bytes", "original_width", "original_height"]
-    for table in last_outcomes(directory, columns):
-        failed = table.to_pandas()
-        failed = failed[(failed["class"] != OK) & (failed["url"] != "")]  # blank: forgotten
-        for name, url, message in zip(failed["class"], failed["url"], failed["error_message"], strict=True):
-            summary.failures_by_host[urlsplit(url).netloc, name] += 1
-            summary.messages.setdefault(name, Counter())[_PARTICULARS.sub("…", message)] += 1
-        _bound(summary.failures_by_host)
-        for counter in summary.messages.values():
-            _bound(counter)
-        summary.elapsed += _counts(table["elapsed_s"].to_numpy(), ELAPSED_S)
-        summary.file_bytes += _counts(table["bytes"].to_numpy(), FILE_BYTES)
-        sides = np.minimum(table["original_width"].to_numpy(), table["original_height"].to_numpy())
-        summary.shorter_side += _counts(sides, SIDE_PIXELS)
+    with progress_bar("report", sum(one.shards for one in read_passes(directory)), "shard") as progress:
+        for table in last_outcomes(directory, columns):
+            _add_shard(summary, table)
+            progress.update()
     return summary
+
+
+def _add_shard(summary: Summary, table: pa.Table) -> None:
+    failed = table.to_pandas()
+    failed = failed[(failed["class"] != OK) & (failed["url"] != "")]  # blank: forgotten
+    for name, url, message in zip(failed["class"], failed["url"], failed["error_message"], strict=True):
+        summary.failures_by_host[_host(url), name] += 1
+        summary.messages.setdefault(name, Counter())[_PARTICULARS.sub("…", message)] += 1
+    _bound(summary.failures_by_host)
+    for counter in summary.messages.values():
+        _bound(counter)
+    summary.elapsed += _counts(table["elapsed_s"].to_numpy(), ELAPSED_S)
+    summary.file_bytes += _counts(table["bytes"].to_numpy(), FILE_BYTES)
+    sides = np.minimum(table["original_width"].to_numpy(), table["original_height"].to_numpy())
+    summary.shorter_side += _counts(sides, SIDE_PIXELS)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return "no valid url"
 
 
 def _bound(counter: Counter[Any]) -> None:
@@ -165,4 +177,4 @@ def _axes() -> tuple[Figure, Any]:
 def _encoded(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="svg")
-    return base64.b64encode(stream.getvalue()).decode()
+    return data_uri(stream.getvalue(), "image/svg+xml")

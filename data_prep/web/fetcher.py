@@ -206,7 +206,7 @@ def _retry_after_s(value: str | None) -> float | None:
         return float(value)
     try:
         then = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (then - datetime.datetime.now(then.tzinfo)).total_seconds())
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.errors import UserError
 from data_prep.files import read_json_lines, replacing
 from data_prep.shards.manifest import PROVENANCE
 from data_prep.web.outcomes import DECODE, OK, TOO_LARGE
@@ -87,16 +88,22 @@ def sample_key(shard: int, index: int, samples_per_shard: int) -> str:
     return f"{shard * 10**digits + index:0{5 + digits}d}"
 
 
+def list_files(urls: Path) -> list[Path]:
+    """The files of a url list: itself, or in a folder its parts by name."""
+    return sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls]
+
+
 def read_rows(urls: Path, start: int, stop: int) -> pa.Table:
-    """Rows `start` to `stop` of a parquet, reading the row groups that hold them and no more."""
-    file = pq.ParquetFile(urls)
+    """Rows `start` to `stop` of a url list, reading the row groups that hold them and no more."""
     tables, first = [], 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if first < stop and first + count > start:
-            skipped = max(0, start - first)
-            tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
-        first += count
+    for path in list_files(urls):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if first < stop and first + count > start:
+                skipped = max(0, start - first)
+                tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
+            first += count
     return pa.concat_tables(tables)
 
 
@@ -127,10 +134,16 @@ def read_statistics(directory: Path, shard: int) -> dict[str, Any]:
 
 
 def read_passes(directory: Path) -> list[Pass]:
-    """All passes over a directory, from its provenance; empty when no download made it."""
+    """All passes over a directory, from its provenance; empty when no download made it.
+
+    Raises UserError when the provenance is not what a download writes.
+    """
     passes: list[Pass] = []
     for line in read_json_lines(directory / PROVENANCE):
         if line.get("step") in ("download", "retry"):
+            absent = [name for name in ("urls", "rows", "samples_per_shard") if name not in line]
+            if absent:
+                raise UserError(f"{directory / PROVENANCE} has a download without {', '.join(absent)}: mend that line")
             passes.append(
                 Pass(
                     attempt=len(passes) + 1,
@@ -162,9 +175,19 @@ def last_outcomes(directory: Path, columns: Sequence[str] | None = None) -> Iter
         for shard in one.numbers:
             path = directory / f"{shard_name(shard)}.parquet"
             if path.exists():
-                table = pq.read_table(path, columns=[*columns, "class"] if columns else None)
+                table = _read_ledger(path, [*columns, "class"] if columns else None)
                 last = [name for name in pc.unique(table["class"]).to_pylist() if _is_last(one, name, passes)]
                 yield table.filter(pc.is_in(table["class"], pa.array(last, pa.string())))
+
+
+def _read_ledger(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        statistics = path.with_name(f"{path.stem}_stats.json").name
+        raise UserError(
+            f"{path} is damaged: delete {statistics}, and the same download makes its shard anew"
+        ) from error
 
 
 def img2dataset_status(outcome: str) -> str:
@@ -191,7 +214,7 @@ def forget_rows(directory: Path, is_named: Callable[[str, Sequence[str]], bool])
     """
     blanked = 0
     for path in (*sorted(directory.glob("[0-9]*.parquet")), *sorted(directory.glob(RETRY_LISTS))):
-        table = pq.read_table(path)
+        table = _read_ledger(path)
         if "url" not in table.column_names:
             continue
         hash_columns = [name for name in ("sha256", LISTED_HASH) if name in table.column_names]

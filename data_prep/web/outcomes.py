@@ -45,7 +45,7 @@ ADVICE = {
     DNS: (
         0.10,
         "more names are not found than dead links explain: your resolver is overloaded; "
-        "use others (--nameservers 1.1.1.1,8.8.8.8) or fewer --threads",
+        "use others (--nameservers 1.1.1.1,9.9.9.9) or fewer --threads",
     ),
     CONNECT: (0.15, "connections fail: check the network, or use fewer --threads"),
     TLS: (0.10, "certificates are refused: check the clock and the system's root certificates (ca-certificates)"),

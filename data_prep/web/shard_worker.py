@@ -114,7 +114,7 @@ class _Shard:
 
     def write_progress(self) -> None:
         """Say how far this shard is."""
-        write_json(self._directory / PROGRESS_DIRECTORY / f"{shard_name(self._shard)}.json", self.counts)
+        write_json(progress_path(self._directory, self._shard), self.counts)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -141,6 +141,16 @@ class _Shard:
             "end_time": end_s,
             "outcomes": dict(self.counts),
         }
+
+
+def progress_path(directory: Path, shard: int) -> Path:
+    """The outcomes so far of a shard in the making; whoever counts the finished shard deletes it."""
+    return directory / PROGRESS_DIRECTORY / f"{shard_name(shard)}.json"
+
+
+def shards_under_way(directory: Path) -> list[int]:
+    """The shards that have such a file."""
+    return [int(path.stem) for path in (directory / PROGRESS_DIRECTORY).glob("[0-9]*.json")]
 
 
 async def _fill(output: _Shard, rows: list[Row], settings: Settings) -> None:

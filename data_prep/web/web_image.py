@@ -56,7 +56,7 @@ def to_jpeg(data: bytes, image_size: int, resize_mode: str, boxes: Boxes = ()) -
     Raises FetchError: `too-large` by the header, `decode` for bytes that are no image, damaged, or a thin strip.
     """
     width, height, is_plain_jpeg = _header(data)
-    _check(width, height)
+    _check(data, width, height)
     target = _target(width, height, image_size, resize_mode)
     turn = orientation(data) if images.image_extension(data) == "jpg" else 1
     if is_plain_jpeg and target == (width, height) and turn == 1 and not boxes:
@@ -134,11 +134,16 @@ def _header(data: bytes) -> tuple[int, int, bool]:
         raise FetchError(DECODE, f"not a JPEG, PNG, WebP or GIF: {_start(data)}") from error
 
 
-def _check(width: int, height: int) -> None:
+def _check(data: bytes, width: int, height: int) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise FetchError(TOO_LARGE, f"{width} x {height} pixels")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise FetchError(DECODE, f"a strip of {width} x {height} pixels")
+    if images.image_extension(data) == "jpg":
+        try:
+            images.check_scans(data, width, height)
+        except images.ImageTooLargeError as error:
+            raise FetchError(TOO_LARGE, str(error)) from error
 
 
 def _target(width: int, height: int, image_size: int, resize_mode: str) -> tuple[int, int]:

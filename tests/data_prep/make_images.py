@@ -48,3 +48,12 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes] | tarfile.TarInfo]
 
 def good_sample(key: str, seed: int = 0) -> list[tuple[str, bytes]]:
     return [(f"{key}.jpg", encoded(seed)), (f"{key}.txt", b"a caption"), (f"{key}.json", b"{}")]
+
+
+def jpeg_of_many_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan, 39 bytes, is there again and again."""
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side)).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last_scan * scans + b"\xff\xd9"

@@ -136,6 +136,17 @@ def test_a_wrong_file_is_refused_before_anything_runs(
     assert [path.name for path in tmp_path.iterdir()] == ["build.yaml"]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\x00"])
+def test_a_damaged_note_of_what_is_done_is_named(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "build.yaml"
+    config.write_text(f"output: {tmp_path}\nstages: [verify]\n")
+    (tmp_path / "build.json").write_text(content)
+    assert main(["build", str(config), "--dry-run"]) == 2
+    assert "build.json is damaged: delete it" in capsys.readouterr().err
+
+
 def test_a_slice_needs_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(tmp_path / "x.yaml"), "--slice", "0/2"]) == 2
     assert "--only" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from download_helpers import ledger, samples, write_urls
+from hypothesis import given
+from hypothesis import strategies as st
 from make_images import encoded
 from small_web import Page, SmallWeb
 
 from data_prep.errors import UserError
 from data_prep.web.download import Settings, download, retry
+from data_prep.web.ledger import read_rows
 
 SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
 KILLS = int(os.environ.get("CLUSTER_CLIP_KILLS", "4"))
@@ -227,7 +231,7 @@ def test_a_directory_with_another_download_is_refused(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "provenance.jsonl").write_text(json.dumps({"step": "download", "urls": "urls.parquet"}) + "\n")
-    with pytest.raises(UserError, match="another urls_sha256, rows, samples_per_shard"):
+    with pytest.raises(UserError, match="another url list, --samples-per-shard, --image-size"):
         download(urls, shards, SETTINGS)
 
 
@@ -256,6 +260,36 @@ def test_lists_that_ingest_did_not_make_are_refused(tmp_path: Path, table: dict 
     with pytest.raises(UserError, match=message):
         download(urls, tmp_path / "shards", SETTINGS)
     assert not (tmp_path / "shards").exists()
+
+
+@given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=4), data=st.data())
+def test_rows_of_a_folder_of_parts_are_those_of_one_file(parts: list[int], data: st.DataObject) -> None:
+    rows = list(range(sum(parts)))
+    start = data.draw(st.integers(0, len(rows) - 1))
+    stop = data.draw(st.integers(start + 1, len(rows)))
+    with tempfile.TemporaryDirectory() as folder:
+        first = 0
+        for number, count in enumerate(parts):
+            table = pa.table({"n": rows[first : first + count]})
+            pq.write_table(table, Path(folder) / f"part-{number:05d}.parquet", row_group_size=4)
+            first += count
+        assert read_rows(Path(folder), start, stop)["n"].to_pylist() == rows[start:stop]
+
+
+@pytest.mark.slow
+def test_a_folder_of_parts_is_one_list(tmp_path: Path, web: SmallWeb) -> None:
+    web.pages = {f"/{index}.jpg": Page(encoded(index)) for index in range(8)}
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    whole = pq.read_table(write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages]))
+    pq.write_table(whole.slice(0, 3), parts / "part-00000.parquet")
+    pq.write_table(whole.slice(3), parts / "part-00001.parquet")
+    assert download(parts, tmp_path / "shards", SETTINGS) == {"ok": len(web.pages)}
+    assert download(parts, tmp_path / "shards", SETTINGS) == {"ok": len(web.pages)}  # the same list
+    assert len(samples(tmp_path / "shards")) == len(web.pages)
+    pq.write_table(whole.slice(4), parts / "part-00001.parquet")
+    with pytest.raises(UserError, match="another url list: use"):
+        download(parts, tmp_path / "shards", SETTINGS)
 
 
 def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:

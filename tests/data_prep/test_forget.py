@@ -75,6 +75,15 @@ def test_addresses_are_compared_by_what_they_name(tmp_path: Path, entry: str, fo
     assert numbers(directory) == ([0, 2] if forgotten else [0, 1, 2])
 
 
+@pytest.mark.parametrize(("kind", "entry"), [("host", "Bücher.example"), ("url", "http://BÜCHER.example/a/../ä.jpg")])
+def test_addresses_are_written_as_people_write_them(tmp_path: Path, kind: str, entry: str) -> None:
+    directory = tmp_path / "shards"
+    write_tar(directory / "00000.tar", [*sample(0), *sample(1, url="https://xn--bcher-kva.example/%C3%A4.jpg")])
+    verify(directory, 1, max_bad_ratio=0.0)
+    assert forget(directory, kind, entry) == 0
+    assert numbers(directory) == [0]
+
+
 def test_hashes_of_the_original_and_of_the_stored_picture(tmp_path: Path) -> None:
     directory = tmp_path / "shards"
     published = hashlib.sha256(b"the original file").hexdigest()

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import simplejpeg
-from make_images import encoded, png_bomb
+from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image
 
 from data_prep.images import ImageError, ImageTooLargeError, check_image, image_extension
@@ -50,6 +50,12 @@ def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int
     # the data holds no such picture: decoding would say that it is damaged, not that it is too large
     with pytest.raises(ImageTooLargeError):
         check_image(png_bomb(width, height))
+
+
+def test_many_scans_are_refused_only_where_they_take_long() -> None:
+    check_image(jpeg_of_many_scans(side=64, scans=500))
+    with pytest.raises(ImageTooLargeError, match="scans of 4000 x 4000 pixels"):
+        check_image(jpeg_of_many_scans(side=4000, scans=500))
 
 
 @pytest.mark.parametrize("data", [b"", b"<html></html>", b"GIF89a" + bytes(20), b"\xff\xd8\xff", b"RIFF"])

@@ -289,6 +289,15 @@ def test_parquet_of_another_kind_is_refused_by_name(tmp_path: Path, columns: dic
         ingest([str(tmp_path / "list.parquet")], str(tmp_path / "out.parquet"))
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_a_damaged_report_is_made_again(tmp_path: Path, content: str) -> None:
+    (tmp_path / "list.tsv").write_text("http://a.example/1.jpg\ta cat\n")
+    output = tmp_path / "urls.parquet"
+    for _ in range(2):
+        assert done(ingest([str(tmp_path / "list.tsv")], str(output))).written == 1
+        (tmp_path / "urls.ingest.json").write_text(content)
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     path, output = write_list(tmp_path, "cc3m"), tmp_path / "mine"
     output.mkdir()
@@ -354,6 +363,12 @@ def test_limits_on_captions_and_guessed_languages(tmp_path: Path) -> None:
     tally = done(ingest([str(path)], str(tmp_path / "urls.parquet"), Options(filters=limits)))
     assert rows_of(tmp_path / "urls.parquet") == [("http://a/1", captions[1])]
     assert +tally.dropped == Counter({"caption too short": 1, "caption too long": 1, "another language": 1})
+
+
+def test_a_block_list_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "block.txt").write_bytes(b"a.example\nb\xfccher.example\n")
+    with pytest.raises(UserError, match=r"block.txt, line 2: not UTF-8"):
+        read_block_lists([str(tmp_path / "block.txt")])
 
 
 def test_block_lists(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_no_private_address_passes_in_any_ipv6_disguise(address: ipaddress.IPv4A
         "http://", "http:///1.jpg", "http://example.org:8080/", "https://example.org:22/", "http://127.0.0.1/",
         "http://[::1]/", "http://[::ffff:169.254.169.254]/", "http://me:secret@example.org/", "http://me@example.org/",
         "http://example.org/" + "x" * 5000, "http://exa mple.org:port/", "http://[bad/", "javascript:alert(1)",
+        "http://example.org:99999/", "http://example.org:port/",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_web_address_is_refused(url: str) -> None:

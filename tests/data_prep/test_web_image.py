@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_images import encoded, png_bomb
+from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image, ImageOps
 
 from data_prep.web.jpeg_segments import orientation, without_metadata
@@ -149,6 +149,7 @@ def test_faces_are_blurred_before_anything_else_is_lost() -> None:
         (png_bomb(12_000, 5_000), "too-large", "12000 x 5000"),
         (png_bomb(40_000, 2), "too-large", "40000 x 2"),
         (png_bomb(5000, 100), "decode", "strip"),
+        (jpeg_of_many_scans(4000, 500), "too-large", "scans of 4000 x 4000"),
         (png_bomb(100, 100), "decode", "does not decode"),
         (b"", "decode", "no bytes at all"),
         (b"BM" + bytes(100), "decode", "not a JPEG"),

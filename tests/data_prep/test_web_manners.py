@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from make_images import encoded
@@ -107,6 +111,22 @@ def test_robots_files(web: SmallWeb, robots: Page, expected: str) -> None:
     assert web.requests["/photos/1.jpg"] == (expected == "ok")
 
 
+def test_no_robots_file_takes_long_to_read(web: SmallWeb) -> None:
+    """A pattern that costs a backtracking matcher years; the next page shows that it was matched at all."""
+    path = "/" + "a" * 200
+    web.pages = {"/robots.txt": Page(b"User-agent: *\nDisallow: /" + b"*a" * 20 + b"*b$"), path: Page(b"x")}
+    start_s = time.monotonic()
+    assert outcome_of(web.url(path)) == "ok"
+    assert outcome_of(web.url(path + "b")) == "opt-out: robots.txt disallows it"
+    assert time.monotonic() - start_s < 5
+
+
+@pytest.mark.parametrize("pause", ["Mon, 01 Jan 2024 00:00:00 +99999999999999", "soon", "-1", "9" * 5000])
+def test_a_pause_that_makes_no_sense_is_still_a_429(web: SmallWeb, pause: str) -> None:
+    web.pages = {"/1.jpg": Page(status=429, headers={"Retry-After": pause})}
+    assert outcome_of(web.url("/1.jpg")) == "429: HTTP 429 Too Many Requests"
+
+
 def test_a_redirect_may_not_lead_around_robots(web: SmallWeb) -> None:
     web.pages = {
         "/robots.txt": Page(b"User-agent: *\nDisallow: /private/"),
@@ -124,6 +144,38 @@ def test_the_socket_has_the_last_word(web: SmallWeb, monkeypatch: pytest.MonkeyP
         "refused: robots.txt: address 127.0.0.1"
     )
     assert not web.requests
+
+
+def header_lines() -> Iterator[bytes]:
+    return (b"X-%d: %s\r\n" % (number, b"x" * 4000) for number in itertools.count())
+
+
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", header_lines),
+        (b"HTTP/1.1 200 OK\r\nX: ", lambda: itertools.repeat(b"x" * 4000)),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", header_lines),
+    ],
+    ids=["headers", "one header", "trailers"],
+)
+def test_headers_without_end_end_long_before_the_deadline(head: bytes, more: Callable[[], Iterator[bytes]]) -> None:
+    def answer(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client hangs up
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    is_robots = b"robots.txt" in connection.recv(65_536)
+                    connection.sendall(b"HTTP/1.1 404 Absent\r\nContent-Length: 0\r\n\r\n" if is_robots else head)
+                    for part in () if is_robots else more():
+                        connection.sendall(part)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        start_s = time.monotonic()
+        outcome = outcome_of(f"http://127.0.0.1:{listener.getsockname()[1]}/1.jpg")
+        assert outcome.partition(":")[0] in ("other", "connect")
+        assert time.monotonic() - start_s < SETTINGS.deadline_s / 2
 
 
 def test_a_slow_body_ends_before_its_deadline(web: SmallWeb, monkeypatch: pytest.MonkeyPatch) -> None:
