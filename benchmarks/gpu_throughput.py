@@ -4,8 +4,9 @@
 
 A step is forward, backward and fused AdamW in bf16 autocast with the attention backend that `auto` takes. For every
 model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the matrix
-products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run. A batch
-that does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
+products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run. Batches
+from --checkpoint-from on recompute their blocks in the backward pass (which does not count as operations). A batch that
+does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
 """
 
 from __future__ import annotations
@@ -27,26 +28,32 @@ from training_steps import Step, TrainingBatch, make_batch, packed_step, train_w
 from model.config import config_from_name
 from model.flops import step_flops
 
-Arm = Callable[[str, TrainingBatch], Step]
+Arm = Callable[[str, TrainingBatch, bool], Step]
 
 
 def arms() -> dict[str, Arm]:
     """What is compared: this project's strategies, and open_clip where it is installed."""
     found: dict[str, Arm] = {
-        "none": lambda name, batch: packed_step(name, batch, "none"),
-        "random_0.5": lambda name, batch: packed_step(name, batch, "random"),
-        "cluster_0.5": lambda name, batch: packed_step(name, batch, "cluster"),
+        "none": lambda name, batch, checkpoint: packed_step(name, batch, "none", checkpoint=checkpoint),
+        "random_0.5": lambda name, batch, checkpoint: packed_step(name, batch, "random", checkpoint=checkpoint),
+        "cluster_0.5": lambda name, batch, checkpoint: packed_step(name, batch, "cluster", checkpoint=checkpoint),
     }
     try:
         from open_clip import ClipLoss, create_model
     except ImportError:
         return found
 
-    def open_clip_step(name: str, batch: TrainingBatch) -> Step:
-        model, loss = create_model(name, device=batch.images_BCHW.device).train(), ClipLoss()
+    def open_clip_step(name: str, batch: TrainingBatch, checkpoint: bool, patch_dropout: float) -> Step:
+        model = create_model(name, device=batch.images_BCHW.device, force_patch_dropout=patch_dropout).train()
+        model.set_grad_checkpointing(checkpoint)
+        loss = ClipLoss()
         return train_with(model, lambda: loss(*model(batch.images_BCHW, batch.tokens_BT)[:3]))
 
-    return {"open_clip": open_clip_step, **found}
+    return {
+        "open_clip": lambda name, batch, checkpoint: open_clip_step(name, batch, checkpoint, 0.0),
+        "open_clip_patch_dropout_0.5": lambda name, batch, checkpoint: open_clip_step(name, batch, checkpoint, 0.5),
+        **found,
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -95,14 +102,14 @@ def model_flops(name: str, batch: TrainingBatch, mask_ratio: float) -> int:
     return step_flops(config, [kept] * len(batch.lengths_B), batch.lengths_B.tolist())
 
 
-def measure(name: str, batch: TrainingBatch, rounds: int, peak: float) -> dict[str, Any]:
+def measure(name: str, batch: TrainingBatch, rounds: int, peak: float, checkpoint: bool) -> dict[str, Any]:
     """Figures of all arms for one model and batch; arms that do not fit say so."""
     device, pairs = batch.images_BCHW.device, len(batch.lengths_B)
     steps: dict[str, Step] = {}
     figures: dict[str, Any] = {}
     for arm, make in arms().items():
         try:
-            step, peak_bytes = made_with_peak(lambda make=make: make(name, batch), device)
+            step, peak_bytes = made_with_peak(lambda make=make: make(name, batch, checkpoint), device)
             steps[arm] = step
             figures[arm] = {"peak_bytes": peak_bytes}
         except torch.OutOfMemoryError:
@@ -116,12 +123,13 @@ def measure(name: str, batch: TrainingBatch, rounds: int, peak: float) -> dict[s
     for arm, values in times.items():
         median = statistics.median(values)
         figures[arm] |= {"images_per_s": round(pairs / median, 1), "step_s": round(median, 5)}
-        if arm != "open_clip":
+        if not arm.startswith("open_clip"):
             operations = model_flops(name, batch, 0.0 if arm == "none" else 0.5)
             figures[arm]["mfu"] = round(operations / median / peak, 4)
-        if "none" in times:
-            ratios = [a / b for a, b in zip(values, times["none"], strict=True)]
-            figures[arm]["time_over_none"] = round(statistics.median(ratios), 4)
+        for base in ("none", "open_clip"):
+            if base in times:
+                ratios = [a / b for a, b in zip(values, times[base], strict=True)]
+                figures[arm][f"time_over_{base}"] = round(statistics.median(ratios), 4)
     return figures
 
 
@@ -131,6 +139,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-L-14"])
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--checkpoint-from", type=int, default=2048, metavar="B", help="recompute blocks from here on")
     parser.add_argument("--device", default="cuda", help="cpu tries the script, with small models and batches")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -141,7 +150,8 @@ def main() -> None:
     for name in options.models:
         for size in options.batches:
             batch = make_batch(size, config_from_name(name).vision.image_size).to(device)
-            figures.setdefault(name, {})[str(size)] = measured = measure(name, batch, options.rounds, peak)
+            measured = measure(name, batch, options.rounds, peak, size >= options.checkpoint_from)
+            figures.setdefault(name, {})[str(size)] = measured
             print(name, size, measured, flush=True)
     if device.type == "cuda":
         figures["device"] = torch.cuda.get_device_name(device)
