@@ -31,4 +31,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     if code:
         # at once: torn down in order, a rank whose peers are gone is aborted by gloo's threads, and its code is lost
         os._exit(code)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
     sys.exit(0)
