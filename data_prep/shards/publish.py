@@ -58,6 +58,16 @@ def reading(*directories: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def adding(directory: Path) -> Iterator[None]:
+    """While new shards come: others may add too, and nobody changes what is there.
+
+    Raises UserError when another command is changing the directory.
+    """
+    with _locked(directory, fcntl.LOCK_SH):
+        yield
+
+
 def publish(
     directory: Path,
     lines: Sequence[ShardLine],

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from data_prep.console import progress_bar
 from data_prep.errors import UserError
+from data_prep.shards.publish import adding
 from data_prep.web.ledger import Pass, read_statistics
 from data_prep.web.outcomes import OK, advice_for
 from data_prep.web.settings import Settings
@@ -37,11 +38,11 @@ PREDECESSOR_S = 5.0  # the workers of a download that was killed end within this
 def working_in(directory: Path, share: tuple[int, int] = (0, 1)) -> Iterator[BinaryIO]:
     """Open the log of a share of the shards, and keep others from them until this process and its workers have ended.
 
-    Raises UserError when another download is at work there.
+    Raises UserError when another download, or a command that changes shards, is at work there.
     """
     index, count = share
     log_name = LOG if count == 1 else f"download_{index}_of_{count}.log"
-    with (directory / log_name).open("ab") as log:
+    with adding(directory), (directory / log_name).open("ab") as log:
         give_up_s = time.monotonic() + PREDECESSOR_S
         while True:
             try:

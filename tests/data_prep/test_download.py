@@ -25,6 +25,8 @@ from make_images import encoded
 from small_web import Page, SmallWeb
 
 from data_prep.errors import UserError
+from data_prep.shards.forget import forget
+from data_prep.shards.publish import changing
 from data_prep.web.download import Settings, download, retry
 from data_prep.web.ledger import read_rows
 
@@ -184,6 +186,11 @@ def test_two_downloads_keep_out_of_each_others_way(
         assert wait_until(lambda: web.requests["/slow.jpg"])
         with pytest.raises(UserError, match="another download is at work"):
             download(urls, tmp_path / "shards", settings)
+        (tmp_path / "hosts.txt").write_text("example.org")
+        with pytest.raises(UserError, match="another data-prep command works on"):
+            forget(tmp_path / "shards", tmp_path / "hosts.txt", "host", 1)
+    with changing(tmp_path / "shards"), pytest.raises(UserError, match="another data-prep command works on"):
+        download(urls, tmp_path / "shards", settings)
 
 
 @pytest.mark.slow
