@@ -29,8 +29,12 @@ _MAX_SUBSTITUTES = 64
 
 
 class Sample(NamedTuple):
-    """One pair ready to be batched; `problems` names the unusable samples that it stands in for."""
+    """One pair ready to be batched; `problems` names the unusable samples that it stands in for.
 
+    key: the shard and the sample's key in it
+    """
+
+    key: str
     image_CHW: Tensor
     token_ids: list[int]
     problems: list[str]
@@ -38,13 +42,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 images [B, 3, H, W], the captions packed, the longest of them in tokens, and what could not be read."""
+    """uint8 images [B, 3, H, W], the captions packed, the longest of them in tokens, and what could not be read.
+
+    keys: of the B samples, in order: shard and key, as in `problems`
+    """
 
     images_BCHW: Tensor
     tokens_N: Tensor
     cu_seqlens_B1: Tensor
     longest_caption: int
     problems: list[str]
+    keys: list[str]
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader for asynchronous copies to the device."""
@@ -109,13 +117,14 @@ class TrainingSet(Dataset[Sample]):
         text_rng = random.Random(f"{self._order.seed}/{epoch}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
+            key = f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}"
             try:
                 image, caption = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
                 token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
-                return Sample(crop_CHW, token_ids, problems)
+                return Sample(key, crop_CHW, token_ids, problems)
             except (ImageError, UnicodeDecodeError, OSError) as error:
-                problems.append(f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}: {error}")
+                problems.append(f"{key}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
 
     def _open(self, number: int) -> OpenShard:
@@ -165,6 +174,7 @@ def collate(samples: list[Sample]) -> Batch:
         lengths_to_cu_seqlens(lengths_B),
         int(lengths_B.max()),
         [problem for sample in samples for problem in sample.problems],
+        [sample.key for sample in samples],
     )
 
 

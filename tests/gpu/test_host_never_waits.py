@@ -87,7 +87,7 @@ def make(device: str, strategy: str, pool: Pool = "class") -> Step:
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=Generator().manual_seed(0))
     lengths = torch.tensor([5, 3, 8, 4, 20, 2])
     tokens = torch.arange(1, int(lengths.sum()) + 1)
-    batch = Batch(pixels, tokens, lengths_to_cu_seqlens(lengths), 20, [])
+    batch = Batch(pixels, tokens, lengths_to_cu_seqlens(lengths), 20, [], [])
     return Step(clip, drawer, batch.to(ranks.device), ranks)
 
 

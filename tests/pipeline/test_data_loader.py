@@ -87,6 +87,7 @@ def test_batches_do_not_depend_on_workers(shards: Path, tokenizer_file: Path) ->
         assert torch.equal(a.cu_seqlens_B1, b.cu_seqlens_B1)
     assert batches[0][0].images_BCHW.shape == (8, 3, 16, 16)
     assert batches[0][0].images_BCHW.dtype == torch.uint8
+    assert [a.keys for a in batches[0]] == [b.keys for b in batches[1]]
     # from the middle, as after a resume
     rest = list(make_loader(data, MicroBatches(plan, 1, 7, 12), 0, False))
     assert all(torch.equal(a.tokens_N, b.tokens_N) for a, b in zip(batches[0][7:], rest, strict=True))
@@ -109,7 +110,12 @@ def test_bad_samples_are_replaced_and_named(tmp_path: Path, tokenizer_file: Path
     for key in ("00000001", "00000002", "00000003", "00000011"):
         assert any(f"00000.tar: {key}" in problem for problem in problems)
     assert len({tuple(sample.token_ids) for sample in samples}) == 8
-    assert len(collate(samples).problems) == len(problems)
+    batch = collate(samples)
+    assert len(batch.problems) == len(problems)
+    # the keys are those of the samples that are in the batch, not of those that they stand in for
+    usable = [f"{number:08d}" for number in range(12) if number not in (1, 2, 3, 11)]
+    assert {key.partition("00000.tar: ")[2] for key in batch.keys} == set(usable)
+    assert [sample.key for sample in samples] == batch.keys
 
 
 def test_a_shard_without_any_usable_sample_is_an_error(tmp_path: Path, tokenizer_file: Path) -> None:

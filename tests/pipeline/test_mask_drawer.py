@@ -153,7 +153,7 @@ def test_gradient_caching_in_two_passes_equals_one_pass(checkpointing: bool, cli
 def test_what_a_step_reports_of_its_masks(strategy: str, clip: CLIP, pixels: Tensor) -> None:
     pixels[0, :, :16] = 90  # half of one image is plain
     text = packed_captions(list(range(B)))
-    batch = Batch(pixels, text.tokens_N, text.layout.cu_seqlens_B1, 8, [])
+    batch = Batch(pixels, text.tokens_N, text.layout.cu_seqlens_B1, 8, [], [])
     images, masks = MaskDrawer(MaskingConfig(strategy), clip.visual, 8, 1, rank()).draw(pixels, 0, 0, 0.0)
     kept_K = masks.selection.kept_K
     output = clip(images.gather(kept_K), masks.selection, text, masks.visible_BT)
