@@ -34,7 +34,7 @@ def test_ranks_talk_to_each_other() -> None:
 
 
 def test_a_failing_rank_fails_the_test() -> None:
-    with pytest.raises(AssertionError, match="rank 1 of 2 failed:(.|\n)*of rank 1"):
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed:(.|\n)*of rank 1"):
         run_ranks(fail_in_rank_1, 2)
 
 
