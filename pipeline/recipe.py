@@ -16,6 +16,8 @@ from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 from pipeline.recipe_stages import merge_stages
 
+Precision = Literal["bf16", "fp16", "autocast", "fp32"]
+
 
 class Section(BaseModel):
     """A group of options; unknown ones are errors."""
@@ -118,6 +120,9 @@ class TrainSection(Section):
     micro_batch_size: int = Field(256, description="pairs per forward pass of one rank", gt=0)
     seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
     deepspeed_config: str = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
+    precision: Precision | None = Field(
+        None, description="bf16 | fp16 | autocast | fp32, over the template's own (ds_configs/README.md)"
+    )
     activation_checkpointing: bool = Field(False, description="recompute blocks backward: less memory, more time")
     compile: bool = Field(False, description="torch.compile the transformer blocks around attention")
     log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)

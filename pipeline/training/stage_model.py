@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from model.config import CLIPConfig
 from model.positions import resize_grid
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import WEIGHTS
+from pipeline.training.engine_config import precision_of, zero_stage
 from pipeline.training.stage_plan import Stage
 
 _POSITIONS = "visual.positional_embedding"
@@ -45,14 +47,14 @@ def _load_weights(clip: CLIP, file: Path) -> None:
     clip.load_state_dict(weights)
 
 
-def check_computable(stage: Stage, device: torch.device, is_bf16: bool, zero_stage: int) -> None:
+def check_computable(stage: Stage, device: torch.device, config: dict[str, Any]) -> None:
     """Raise UserError for a way to compute the model that this machine or configuration does not have."""
     attention = stage.recipe.model.attention
     if attention in ("varlen", "flex") and device.type != "cuda":
         raise UserError(f"model.attention={attention} needs a GPU to train on: take auto or buckets")
-    if attention == "varlen" and not is_bf16:
-        raise UserError("model.attention=varlen needs bf16: take another train.deepspeed_config, or auto")
-    if stage.recipe.train.compile and zero_stage == 3:
+    if attention == "varlen" and precision_of(config) == "fp32":
+        raise UserError("model.attention=varlen needs 16-bit floats: take train.precision=bf16, or auto")
+    if stage.recipe.train.compile and zero_stage(config) == 3:
         raise UserError(
             "train.compile does not work with ZeRO stage 3, which replaces parameters while the model runs: "
             "take train.deepspeed_config of stage 1 or 2"

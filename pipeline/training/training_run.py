@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import Progress, checkpoint_directory, newest_checkpoint, read_progress
-from pipeline.training.engine import deepspeed_config, is_bf16, zero_stage
+from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.training.stage_model import check_computable, count_parameters, make_model
@@ -70,7 +71,8 @@ class TrainingRun:
         """What would stop a later stage, before the first begins; the hash of the word counts that stages use."""
         sha256 = None
         for stage, config in zip(self._stages, self._configs, strict=True):
-            check_computable(stage, self._ranks.device, is_bf16(config), zero_stage(config))
+            check_config(config, self._ranks)
+            check_computable(stage, self._ranks.device, config)
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
         return sha256
 
@@ -169,7 +171,8 @@ class TrainingRun:
     def _print_plan(self) -> None:
         config = self._configs[0]
         self._context.print(
-            f"{self._recipe.model.name}, ZeRO stage {zero_stage(config)}, {'bf16' if is_bf16(config) else 'fp32'} "
+            f"{self._recipe.model.name}, ZeRO stage {zero_stage(config)}, {precision_of(config)} "
             f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
             + describe_stages(self._stages, len(self._context.manifest.shards))
+            + f"\nDeepSpeed: {json.dumps(config)}"
         )

@@ -24,7 +24,8 @@ from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import deepspeed_config, make_engine
+from pipeline.training.engine import make_engine
+from pipeline.training.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.train_step import global_contrastive_loss
 

@@ -4,26 +4,78 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
+from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import TEMPLATES_DIRECTORY, deepspeed_config, zero_stage
+from pipeline.training.engine_config import (
+    TEMPLATES_DIRECTORY,
+    check_config,
+    deepspeed_config,
+    precision_of,
+    zero_stage,
+)
 from pipeline.training.stage_plan import plan_batches
 
 PLAN = BatchPlan(num_samples=1000, global_batch_size=96, micro_batch_size=8, world_size=3)
 
 
+CPU = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))
+BF16 = {"bf16": {"enabled": True}}
+
+
+def resolve(template: str, *options: str) -> dict[str, Any]:
+    return deepspeed_config(load_recipe("demo", list(options)), PLAN, template)
+
+
 @pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES_DIRECTORY.glob("*.json")))
 def test_every_template_is_completed_from_the_recipe(template: str) -> None:
-    config = deepspeed_config(load_recipe("demo", ["optimizer.max_grad_norm=0.7"]), PLAN, template)
+    config = resolve(template, "optimizer.max_grad_norm=0.7")
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [config[key] for key in sizes] == [96, 8, 4, 0.7]
-    stage, precision = template.split("_")
+    stage, precision, *_ = template.split("_")
     assert zero_stage(config) == int(stage.removeprefix("zero"))
-    assert config.get("bf16", {}).get("enabled", False) == (precision == "bf16")
+    assert precision_of(config) == precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "autocast", "fp32"])
+@pytest.mark.parametrize("template", ["zero1_bf16", "zero3_bf16_offload", "zero0_fp32"])
+def test_the_recipe_chooses_another_precision_than_the_template(template: str, precision: str) -> None:
+    usual, changed = resolve(template), resolve(template, f"train.precision={precision}")
+    assert precision_of(changed) == precision
+    blocks = {"bf16", "fp16", "torch_autocast"}
+    assert {k: v for k, v in usual.items() if k not in blocks} == {k: v for k, v in changed.items() if k not in blocks}
+
+
+def test_a_template_of_ones_own_keeps_what_it_says_of_its_precision(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    block = {"enabled": True, "initial_scale_power": 8}
+    path.write_text(json.dumps({"fp16": block}))
+    assert resolve(str(path))["fp16"] == resolve(str(path), "train.precision=fp16")["fp16"] == block
+    path.write_text(json.dumps({"fp16": block, "bf16": {"enabled": True}}))
+    with pytest.raises(UserError, match="turns on bf16 and fp16: keep one"):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16 needs a GPU: take train.precision=bf16 or fp32"),
+        (BF16, "ZeRO stage 0 in bf16 loses accuracy"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to nvme is not"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients need GPUs"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "8 does not divide 2 ranks"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(blocks: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_config(blocks, CPU)
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer"])

@@ -21,6 +21,7 @@ from pipeline.training.stage_model import check_computable, count_parameters, ma
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
 
 CPU = torch.device("cpu")
+BF16 = {"bf16": {"enabled": True}}
 CONSTANT = ("masking.ratio_schedule=constant", "masking.final_mask_ratio=null")
 
 STAGED = """
@@ -242,10 +243,10 @@ def test_how_the_model_is_computed_follows_the_stage(recipe_file: Path) -> None:
         ("train.compile=true", 3, "does not work with ZeRO stage 3"),
     ]:
         with pytest.raises(UserError, match=message):
-            check_computable(plan(recipe_file, option)[0], CPU, is_bf16=True, zero_stage=zero)
-    check_computable(plan(recipe_file, "train.compile=true")[0], CPU, is_bf16=True, zero_stage=2)
-    with pytest.raises(UserError, match="needs bf16"):
-        check_computable(plan(recipe_file, "model.attention=varlen")[0], torch.device("cuda"), False, 1)
+            check_computable(plan(recipe_file, option)[0], CPU, {**BF16, "zero_optimization": {"stage": zero}})
+    check_computable(plan(recipe_file, "train.compile=true")[0], CPU, {**BF16, "zero_optimization": {"stage": 2}})
+    with pytest.raises(UserError, match="needs 16-bit floats"):
+        check_computable(plan(recipe_file, "model.attention=varlen")[0], torch.device("cuda"), {})
 
 
 def test_a_staged_run_is_continued_only_as_it_was_started(recipe_file: Path, tmp_path: Path) -> None:

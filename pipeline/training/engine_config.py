@@ -1,0 +1,121 @@
+"""DeepSpeed configurations: a template of ds_configs/, the recipe's numbers and precision; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data.sample_order import BatchPlan
+from pipeline.errors import UserError
+from pipeline.ranks import Ranks
+from pipeline.recipe import Precision, Recipe
+
+TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[2] / "ds_configs"
+
+# What a template must leave to the recipe, so that a number is said in one place only.
+_RECIPE_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+# The block of a configuration that each precision is; none of them is fp32.
+_PRECISION_BLOCKS: dict[Precision, tuple[str, dict[str, Any]]] = {
+    "bf16": ("bf16", {"enabled": True}),
+    "fp16": ("fp16", {"enabled": True}),  # with a dynamic loss scale
+    "autocast": ("torch_autocast", {"enabled": True, "dtype": "bfloat16"}),
+}
+
+
+def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str, Any]:
+    """A template of ds_configs/ (by name, or a path) completed with the recipe's batch sizes, clipping and precision.
+
+    Raises UserError if there is no such template, or if it sets what the recipe sets.
+    """
+    config = _read_template(template)
+    doubled = [key for key in _RECIPE_KEYS if key in config]
+    if doubled:
+        raise UserError(f"{template}: remove {', '.join(doubled)}: the recipe sets batch sizes, clipping and optimizer")
+    return _with_precision(config, recipe.train.precision) | {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW is the client optimizer
+        "zero_force_ds_cpu_optimizer": False,  # on a CPU too: DeepSpeed's own would be compiled at the first start
+        "steps_per_print": 1 << 62,  # the trainer reports its own progress
+    }
+
+
+def _read_template(template: str) -> dict[str, Any]:
+    is_path = template.endswith(".json") or "/" in template
+    path = Path(template) if is_path else TEMPLATES_DIRECTORY / f"{template}.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(path.stem for path in TEMPLATES_DIRECTORY.glob("*.json")))
+        raise UserError(f"no DeepSpeed config {template!r}; known: {known}, or give the path of a JSON file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+    return config
+
+
+def _with_precision(config: dict[str, Any], precision: Precision | None) -> dict[str, Any]:
+    own = precision_of(config)
+    if precision is None or precision == own:
+        return config
+    keys = [key for key, _ in _PRECISION_BLOCKS.values()]
+    block = [_PRECISION_BLOCKS[precision]] if precision in _PRECISION_BLOCKS else []
+    return {key: value for key, value in config.items() if key not in keys} | dict(block)
+
+
+def precision_of(config: dict[str, Any]) -> Precision:
+    """In what a DeepSpeed config computes; raises UserError if it turns on several precisions at once."""
+    found = [name for name, (key, _) in _PRECISION_BLOCKS.items() if config.get(key, {}).get("enabled", False)]
+    if len(found) > 1:
+        raise UserError(f"a DeepSpeed config turns on {' and '.join(found)}: keep one")
+    return found[0] if found else "fp32"
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_device(config: dict[str, Any], what: str) -> str:
+    """Where `optimizer` states or `param`eters of a DeepSpeed config are kept: none (the GPU), cpu or nvme."""
+    return str(config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none"))
+
+
+def check_config(config: dict[str, Any], ranks: Ranks) -> None:
+    """Raise UserError for what this machine, or DeepSpeed, cannot do; each would fail later and say less."""
+    zero, stage, precision = config.get("zero_optimization", {}), zero_stage(config), precision_of(config)
+    on_gpu = ranks.device.type == "cuda"
+    if precision == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU: take train.precision=bf16 or fp32")
+    if precision in ("bf16", "autocast") and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU does not compute in bf16: take train.precision=fp16")
+    if stage == 0 and precision in ("bf16", "fp16"):
+        raise UserError(
+            f"ZeRO stage 0 in {precision} loses accuracy (ds_configs/README.md): take "
+            "train.deepspeed_config=zero1_bf16, or train.precision=autocast"
+        )
+    for what, least in (("optimizer", 1), ("param", 3)):
+        device = offload_device(config, what)
+        if device == "nvme":
+            raise UserError(f"offload_{what} to nvme is not supported: take device cpu")
+        if device == "cpu" and stage < least:
+            raise UserError(f"offload_{what} needs ZeRO stage {least} or above, not {stage}")
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if quantized and not on_gpu:
+        raise UserError(f"{' and '.join(quantized)} need GPUs: take train.deepspeed_config=zero3_bf16")
+    group = int(zero.get("zero_hpz_partition_size", 1))
+    if ranks.world_size % group:
+        raise UserError(
+            f"zero_hpz_partition_size {group} does not divide {ranks.world_size} ranks: set it to the ranks of a node"
+        )
