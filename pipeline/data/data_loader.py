@@ -91,7 +91,7 @@ class OpenShard:
 
 
 class TrainingSet(Dataset[Sample]):
-    """Samples by (epoch, position): everything about one, crop and tokens included, follows from those and the seed."""
+    """Samples by their position in the stream: all of one, crop and tokens included, follows from that and the seed."""
 
     def __init__(
         self, manifest: Manifest, order: SampleOrder, text_masker: TextMasker, image_size: int, crop_min_area: float
@@ -104,17 +104,16 @@ class TrainingSet(Dataset[Sample]):
         # two windows' worth: a batch may reach from the end of one into the next
         self._open_shard = lru_cache(maxsize=2 * order.window_shards)(self._open)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """The sample at `place`; an unusable one is replaced by the next in its shard, so that batches stay full.
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position; an unusable one is replaced by the next in its shard, so that batches stay full.
 
         Raises UserError if a shard is missing or changed, or if nothing near the sample can be used.
         """
-        epoch, position = place
-        shard_number, first = self._order.locate(epoch, position)
+        shard_number, first = self._order.locate(position)
         shard = self._open_shard(shard_number)
         problems: list[str] = []
-        rng = random.Random(f"{self._order.seed}/{epoch}/{position}")
-        text_rng = random.Random(f"{self._order.seed}/{epoch}/{position}/text")  # text masking moves no crop
+        rng = random.Random(f"{self._order.seed}/{position}")
+        text_rng = random.Random(f"{self._order.seed}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
             key = f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}"
@@ -147,19 +146,18 @@ def _decode_caption(caption: bytes) -> str:
     return text
 
 
-class MicroBatches(Sampler[list[tuple[int, int]]]):
-    """The places of one rank's micro-batches, from `first_step` to `last_step` (exclusive)."""
+class MicroBatches(Sampler[list[int]]):
+    """The positions of one rank's micro-batches, from `first_step` to `last_step` (exclusive)."""
 
     def __init__(self, plan: BatchPlan, rank: int, first_step: int, last_step: int) -> None:
         self._plan = plan
         self._rank = rank
         self._steps = range(first_step, last_step)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps:
             for accumulation in range(self._plan.accumulation_steps):
-                epoch, positions = self._plan.micro_batch(step, accumulation, self._rank)
-                yield [(epoch, position) for position in positions]
+                yield list(self._plan.micro_batch(step, accumulation, self._rank))
 
     def __len__(self) -> int:
         return len(self._steps) * self._plan.accumulation_steps

@@ -1,8 +1,9 @@
 """The order of samples: a pure function of (seed, epoch, position).
 
-Shards are permuted, cut into windows of a few shards, and samples are shuffled within each window. Nothing else knows
-an order: a rank or a worker asks which sample stands at a position, so that any number of ranks and workers, before or
-after any restart, reads the same sequence. The state of a training run is its step number.
+Shards are permuted, cut into windows of a few shards, and samples are shuffled within each window. Epochs follow each
+other in one stream of positions without a gap. Nothing else knows an order: a rank or a worker asks which sample
+stands at a position, so that any number of ranks and workers, before or after any restart, reads the same sequence.
+The state of a training run is a number of samples.
 """
 
 from __future__ import annotations
@@ -19,27 +20,47 @@ import numpy as np
 _SHARD_STREAM, _WINDOW_STREAM = 0, 1
 
 
-@dataclass(frozen=True)
 class SampleOrder:
-    """Order of `sum(shard_sizes)` samples in each epoch, without replacement: each exactly once."""
+    """Endless order of `sum(shard_sizes)` samples: each exactly once in each epoch."""
 
-    shard_sizes: tuple[int, ...]
-    window_shards: int
-    seed: int
+    def __init__(self, shard_sizes: Sequence[int], window_shards: int, seed: int) -> None:
+        self.shard_sizes = tuple(shard_sizes)
+        self.window_shards = window_shards
+        self.seed = seed
+        self.num_samples = sum(self.shard_sizes)
+        # bounded: a process looks at one epoch and one window, or at two where one ends
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._window = lru_cache(maxsize=2)(self._shuffle_window)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return sum(self.shard_sizes)
-
-    def locate(self, epoch: int, position: int) -> tuple[int, int]:
-        """(shard, index within the shard) of the sample at `position` of `epoch`; 0 <= position < num_samples."""
-        plan = _epoch_plan(self, epoch)
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard, index within the shard) of the sample at a position of the stream, from 0 up."""
+        epoch, position = divmod(position, self.num_samples)
+        plan = self._epoch(epoch)
         window = bisect.bisect_right(plan.window_starts, position) - 1
-        offset = int(_window_permutation(self, epoch, window)[position - plan.window_starts[window]])
+        offset = int(self._window(epoch, window)[position - plan.window_starts[window]])
         shards, starts = plan.windows[window]
         within = bisect.bisect_right(starts, offset) - 1
         return shards[within], offset - starts[within]
+
+    def _plan_epoch(self, epoch: int) -> _EpochPlan:
+        rng = np.random.default_rng((self.seed, epoch, _SHARD_STREAM))
+        shards = rng.permutation(len(self.shard_sizes)).tolist()
+        windows, window_starts, position = [], [], 0
+        for first in range(0, len(shards), self.window_shards):
+            window = shards[first : first + self.window_shards]
+            sizes = [self.shard_sizes[shard] for shard in window]
+            windows.append((window, list(accumulate(sizes, initial=0))[:-1]))
+            window_starts.append(position)
+            position += sum(sizes)
+        return _EpochPlan(windows, window_starts)
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        size = sum(self.shard_sizes[shard] for shard in self._epoch(epoch).windows[window][0])
+        return np.random.default_rng((self.seed, epoch, _WINDOW_STREAM, window)).permutation(size)
+
+    def __reduce__(self) -> tuple[type[SampleOrder], tuple[Sequence[int], int, int]]:
+        # for worker processes that are not forked: what is cached stays behind
+        return SampleOrder, (self.shard_sizes, self.window_shards, self.seed)
 
 
 @dataclass(frozen=True)
@@ -50,33 +71,12 @@ class _EpochPlan:
     window_starts: list[int]
 
 
-# Bounded: a training process looks at one epoch, or at two where one ends.
-@lru_cache(maxsize=4)
-def _epoch_plan(order: SampleOrder, epoch: int) -> _EpochPlan:
-    rng = np.random.default_rng((order.seed, epoch, _SHARD_STREAM))
-    shards = rng.permutation(len(order.shard_sizes)).tolist()
-    windows, window_starts, position = [], [], 0
-    for first in range(0, len(shards), order.window_shards):
-        window = shards[first : first + order.window_shards]
-        sizes = [order.shard_sizes[shard] for shard in window]
-        windows.append((window, list(accumulate(sizes, initial=0))[:-1]))
-        window_starts.append(position)
-        position += sum(sizes)
-    return _EpochPlan(windows, window_starts)
-
-
-@lru_cache(maxsize=4)
-def _window_permutation(order: SampleOrder, epoch: int, window: int) -> np.ndarray:
-    size = sum(order.shard_sizes[shard] for shard in _epoch_plan(order, epoch).windows[window][0])
-    return np.random.default_rng((order.seed, epoch, _WINDOW_STREAM, window)).permutation(size)
-
-
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which positions each rank reads at each micro-batch: contiguous slices of the epoch, equal on all ranks.
+    """Which positions of the stream each rank reads at each micro-batch: contiguous slices, equal on all ranks.
 
-    What does not fill a global batch at the end of an epoch is left out of that epoch; the shuffle makes it other
-    samples each time. `first_step` and `first_epoch`: where in the run this plan takes over from another one.
+    num_samples: of an epoch
+    first_step, first_position: the step of the run with which this plan begins, and where the stream stands then
     """
 
     num_samples: int
@@ -84,7 +84,7 @@ class BatchPlan:
     micro_batch_size: int
     world_size: int
     first_step: int = 0
-    first_epoch: int = 0
+    first_position: int = 0
 
     @property
     def accumulation_steps(self) -> int:
@@ -92,13 +92,15 @@ class BatchPlan:
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch."""
-        return self.num_samples // self.global_batch_size
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps per epoch; a step may take the last samples of one and the first of the next."""
+        return self.num_samples / self.global_batch_size
 
-    def micro_batch(self, step: int, accumulation: int, rank: int) -> tuple[int, range]:
-        """(epoch, positions) of one micro-batch; `step` counts from 0 over the whole run."""
-        epochs, step_in_epoch = divmod(step - self.first_step, self.steps_per_epoch)
-        first = step_in_epoch * self.global_batch_size
-        first += (accumulation * self.world_size + rank) * self.micro_batch_size
-        return self.first_epoch + epochs, range(first, first + self.micro_batch_size)
+    def position(self, step: int) -> int:
+        """Where the stream stands before a step; steps count from 0 over the whole run."""
+        return self.first_position + (step - self.first_step) * self.global_batch_size
+
+    def micro_batch(self, step: int, accumulation: int, rank: int) -> range:
+        """Positions of one micro-batch."""
+        first = self.position(step) + (accumulation * self.world_size + rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)

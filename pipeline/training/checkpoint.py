@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.progress import Progress
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
 COMPLETE = "COMPLETE.json"
 WEIGHTS, MODEL_CARD, TOKENIZER = "model.safetensors", "model.json", "tokenizer.bin"
 ATTENTIVE_COPY = "attentive_copy.safetensors"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come; all that resuming needs beside the weights. `stage`: its name, if the recipe has any."""
-
-    step: int
-    samples_seen: int
-    stage: str | None = None
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -174,15 +166,25 @@ def newest_checkpoint(run_directory: Path) -> Path | None:
     return None
 
 
-def read_progress(checkpoint: Path, ranks: Ranks) -> Progress:
-    """How far a run had come at a checkpoint; raises UserError if it cannot go on with these ranks."""
-    record: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+def check_world_size(checkpoint: Path, ranks: Ranks) -> None:
+    """Raise UserError if a run cannot go on with these ranks."""
+    record = json.loads((checkpoint / COMPLETE).read_text())
     if record["world_size"] != ranks.world_size:
         raise UserError(
             f"{checkpoint} was written by {record['world_size']} ranks and now there are {ranks.world_size}: "
             f"start the same number, or choose another train.output"
         )
-    return Progress(record["step"], record["samples_seen"], record.get("stage"))
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """How far a run had come at a checkpoint."""
+    record: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+    try:
+        return Progress.from_record(record)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint} was written by a version that read the data in another order; choose another train.output"
+        ) from error
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path, masks: MaskDrawer) -> None:

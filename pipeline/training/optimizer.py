@@ -35,7 +35,7 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.A
     )
 
 
-def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> float:
+def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> float:
     """Linear warm-up to `lr`, then half a cosine down to `lr * final_lr_ratio` at the last step; steps count from 0."""
     if step < section.warmup_steps:
         return section.lr * (step + 1) / section.warmup_steps

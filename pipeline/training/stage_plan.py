@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,11 @@ from model.masking import MaskingConfig
 from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
+from pipeline.training.progress import Progress, StageStart
 
 # The length of captions is known once they are read; where stages are compared, all have this many tokens.
 _CAPTION_TOKENS = 16
+_AT_THE_START = Progress(0, 0)
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,30 @@ class Stage:
     """One stage of a run; steps, samples and epochs count from the beginning of the run.
 
     name: None where the recipe has no stages and the run is one
-    end_step: the first step that is no longer this stage's
-    first_pass: passes over the data before this stage
+    starts: where this stage and those before it began
+    first_position: of this stage in the stream of samples
+    batches: what is left of the stage, from where the run stands
+    planned_samples: at least so many are trained on, repetitions counted; the last batch is whole
     """
 
     name: str | None
     recipe: Recipe
     model: CLIPConfig
+    starts: tuple[StageStart, ...]
+    first_position: int
     batches: BatchPlan
-    end_step: int
-    first_sample: int
-    first_pass: float
+    planned_samples: int
 
     @property
     def first_step(self) -> int:
         """The step with which this stage begins."""
-        return self.batches.first_step
+        return self.starts[-1].step
+
+    @property
+    def end_step(self) -> int:
+        """The first step that is no longer this stage's."""
+        left = self.first_position + self.planned_samples - self.batches.first_position
+        return self.batches.first_step + max(0, _ceil_div(left, self.batches.global_batch_size))
 
     @property
     def num_steps(self) -> int:
@@ -47,7 +56,7 @@ class Stage:
     @property
     def num_samples(self) -> int:
         """Pairs that this stage trains on, repetitions counted."""
-        return self.num_steps * self.batches.global_batch_size
+        return self.samples(self.end_step) - self.starts[-1].samples_seen
 
     @property
     def seed(self) -> int:
@@ -67,22 +76,51 @@ class Stage:
     @property
     def flops(self) -> int:
         """Operations of the stage, about: for captions of 16 tokens, without the loss."""
+        return self._flops(self.num_samples)
+
+    @property
+    def step_flops(self) -> int:
+        """Operations of one step, about."""
+        return self._flops(self.batches.global_batch_size)
+
+    def _flops(self, num_samples: int) -> int:
         text = self.recipe.text_masking
         longest = None if text.strategy == "none" else text.max_tokens
         caption_tokens = min(_CAPTION_TOKENS, longest or self.recipe.context_length)
-        return self.num_samples * step_flops(self.model, [round(self.patches_kept)], [caption_tokens])
+        return num_samples * step_flops(self.model, [round(self.patches_kept)], [caption_tokens])
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps that the stage would have if all its batches were as large as its first."""
+        return _ceil_div(self.planned_samples, self.starts[-1].global_batch_size)
+
+    def schedule_step(self, step: int) -> float:
+        """Where schedules stand at a step, between 0 and `schedule_steps`: they follow samples, not steps.
+
+        So they go on where they were if a run continues with another batch size.
+        """
+        return (self.batches.position(step) - self.first_position) / self.starts[-1].global_batch_size
 
     def progress(self, step: int) -> float:
         """How far through this stage a step is: 0 at the first, 1 at the last."""
-        return (step - self.first_step) / max(1, self.num_steps - 1)
+        return min(1.0, self.schedule_step(step) / max(1, self.schedule_steps - 1))
 
     def passes(self, step: int) -> float:
         """Passes over the data that the first `step` steps of the run make."""
-        return self.first_pass + (step - self.first_step) / self.batches.steps_per_epoch
+        return self.samples(step) / self.batches.num_samples
 
     def samples(self, step: int) -> int:
         """Pairs seen in the first `step` steps of the run."""
-        return self.first_sample + (step - self.first_step) * self.batches.global_batch_size
+        return self.starts[-1].samples_seen + self.batches.position(step) - self.first_position
+
+    def reached(self, step: int) -> Progress:
+        """What a checkpoint after the first `step` steps of the run says of it."""
+        return Progress(step, self.samples(step), self.name, self.starts)
+
+    def resumed(self, at: Progress | StageStart) -> Stage:
+        """The same stage from where a run left it, in batches as the recipe has them now."""
+        position = self.first_position + at.samples_seen - self.starts[-1].samples_seen
+        return replace(self, batches=replace(self.batches, first_step=at.step, first_position=position))
 
 
 def plan_batches(recipe: Recipe, num_samples: int, world_size: int) -> BatchPlan:
@@ -103,30 +141,49 @@ def plan_batches(recipe: Recipe, num_samples: int, world_size: int) -> BatchPlan
 
 
 def plan_stages(
-    recipe: Recipe, num_samples: int, world_size: int, vocab_size: int, eot_token_id: int
+    recipe: Recipe,
+    num_samples: int,
+    world_size: int,
+    vocab_size: int,
+    eot_token_id: int,
+    progress: Progress = _AT_THE_START,
 ) -> tuple[Stage, ...]:
-    """All stages of a run, one after the other; raises UserError that names the first stage that cannot work.
+    """All stages of a run, one after the other, as they are once it got to `progress`.
 
-    Every stage begins an epoch with a number of its own, so that no order of samples comes twice.
+    Every stage begins an epoch with a number of its own, so that no order of samples comes twice. Raises UserError that
+    names the first stage that cannot work.
     """
     stages: list[Stage] = []
-    step, epoch, sample, passes = 0, 0, 0, 0.0
-    for name, stage_recipe in recipe.by_stage():
+    step, samples_seen, epoch = 0, 0, 0
+    for number, (name, stage_recipe) in enumerate(recipe.by_stage()):
         try:
             batches = plan_batches(stage_recipe, num_samples, world_size)
             model = stage_recipe.clip_config(vocab_size, eot_token_id)
             _check_masking(stage_recipe.masking.to_config(), model.vision.num_patches)
         except UserError as error:
             raise UserError(f"stage {name}: {error}" if name else str(error)) from None
-        train = stage_recipe.train
-        steps = train.max_steps or max(1, round(train.epochs * batches.steps_per_epoch))
-        batches = replace(batches, first_step=step, first_epoch=epoch)
-        stages.append(Stage(name, stage_recipe, model, batches, step + steps, sample, passes))
-        step += steps
-        epoch += math.ceil(steps / batches.steps_per_epoch)
-        sample += stages[-1].num_samples
-        passes += steps / batches.steps_per_epoch
+        begun = progress.stage_starts[number:]
+        start = begun[0] if begun else StageStart(step, samples_seen, batches.global_batch_size)
+        stage = Stage(
+            name,
+            stage_recipe,
+            model,
+            starts=(*stages[-1].starts, start) if stages else (start,),
+            first_position=epoch * num_samples,
+            batches=replace(batches, first_step=start.step, first_position=epoch * num_samples),
+            planned_samples=_planned_samples(stage_recipe, num_samples, start.global_batch_size),
+        )
+        if begun:  # a stage that is over is resumed at its end, where the next one began
+            stage = stage.resumed(begun[1] if len(begun) > 1 else progress)
+        stages.append(stage)
+        step, samples_seen = stage.end_step, stage.samples(stage.end_step)
+        epoch += _ceil_div(stage.num_samples, num_samples)
     return tuple(stages)
+
+
+def _planned_samples(recipe: Recipe, num_samples: int, global_batch_size: int) -> int:
+    train = recipe.train
+    return train.max_steps * global_batch_size if train.max_steps else max(1, round(train.epochs * num_samples))
 
 
 def _check_masking(masking: MaskingConfig, num_patches: int) -> None:
@@ -147,7 +204,11 @@ def steps_left(stages: Sequence[Stage], step: int) -> float:
     """What is left of the run after `step` steps; a later stage's steps count by their operations, to estimate time."""
     current = stage_of(stages, step)
     later = sum(stage.flops for stage in stages if stage.first_step > current.first_step)
-    return current.end_step - step + later / (current.flops / current.num_steps)
+    return current.end_step - step + later / current.step_flops
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 def kept_share(masking: MaskingConfig) -> float:
@@ -202,6 +263,6 @@ def _describe_steps(stage: Stage, num_shards: int) -> str:
     plan = stage.batches
     return (
         f"steps: {plan.num_samples:,} samples in {num_shards:,} shards = "
-        f"{plan.steps_per_epoch:,} steps per epoch; {stage.num_steps:,} steps = "
-        f"{stage.num_steps / plan.steps_per_epoch:.2f} epochs = {stage.num_samples:,} samples"
+        f"{plan.steps_per_epoch:,.1f} steps per epoch; {stage.num_steps:,} steps = "
+        f"{stage.num_samples / plan.num_samples:.2f} epochs = {stage.num_samples:,} samples"
     )

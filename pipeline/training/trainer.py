@@ -21,11 +21,12 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import Progress, resume, save_checkpoint
+from pipeline.training.checkpoint import resume, save_checkpoint
 from pipeline.training.engine import make_engine, release
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.optimizer import learning_rate
+from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
@@ -62,7 +63,7 @@ class StageTrainer:
         speed_up(clip, stage)
         self._engine = make_engine(clip, stage.recipe, config, run.ranks)
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
-        self._progress = Progress(stage.first_step, stage.first_sample, stage.name)
+        self._progress = stage.reached(stage.first_step)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
@@ -75,7 +76,7 @@ class StageTrainer:
         window = MetricsWindow(self._ranks)
         while self._progress.step < self._stage.end_step:
             step = self._progress.step
-            lr = learning_rate(step - self._stage.first_step, self._stage.num_steps, self._recipe.optimizer)
+            lr = learning_rate(self._stage.schedule_step(step), self._stage.schedule_steps, self._recipe.optimizer)
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = lr
 
@@ -84,7 +85,7 @@ class StageTrainer:
             window.add(report)
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
-            self._progress = Progress(step + 1, self._stage.samples(step + 1), self._stage.name)
+            self._progress = self._stage.reached(step + 1)
 
             is_last = step + 1 == self._stage.end_step
             if is_last or (step + 1) % self._recipe.train.log_every_steps == 0:

@@ -17,8 +17,9 @@ from pipeline.files import write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import Progress, checkpoint_directory, newest_checkpoint, read_progress
+from pipeline.training.checkpoint import check_world_size, checkpoint_directory, newest_checkpoint, read_progress
 from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
+from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.training.stage_model import check_computable, count_parameters, make_model
@@ -53,14 +54,15 @@ class TrainingRun:
             start_s=start_s,
         )
         encoder = tokenizer.encoder
+        self._checkpoint = newest_checkpoint(directory)
+        self._progress = Progress(0, 0) if self._checkpoint is None else read_progress(self._checkpoint)
         self._stages = plan_stages(
-            recipe, manifest.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id
+            recipe, manifest.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
         )
         self._configs = [
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
         ]
         self._word_counts_sha256 = self._check_stages()
-        self._checkpoint = newest_checkpoint(directory)
         if self._checkpoint is not None:
             check_unchanged(directory, recipe, manifest.sha256, tokenizer.sha256, self._word_counts_sha256)
         resumed = None if self._checkpoint is None else directory
@@ -83,9 +85,9 @@ class TrainingRun:
     def run(self) -> int:
         """Train to the end or until told to stop; returns the process's exit code."""
         directory, ranks = self._context.directory, self._ranks
-        progress = Progress(0, 0, self._stages[0].name)
+        progress = self._progress
         if self._checkpoint is not None:
-            progress = read_progress(self._checkpoint, ranks)
+            check_world_size(self._checkpoint, ranks)
             self._context.print(f"resuming from {self._checkpoint} at step {progress.step:,}")
         if progress.step >= self._total_steps:
             self._context.print(f"{directory} is finished: {progress.step:,} of {self._total_steps:,} steps")

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import Progress
+from pipeline.training.progress import Progress
 from pipeline.training.trainer import StageTrainer
 from pipeline.training.training_run import TrainingRun
 

@@ -47,7 +47,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, launch: Callable, tin
     done = launch(TRAIN, *options, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "batch: 16 = 8 micro x 1 accumulation x 2 ranks; each pair meets 15 negatives" in done.stdout
-    assert "steps: 96 samples in 3 shards = 6 steps per epoch; 8 steps = 1.33 epochs = 128 samples" in done.stdout
+    assert "steps: 96 samples in 3 shards = 6.0 steps per epoch; 8 steps = 1.33 epochs = 128 samples" in done.stdout
     return run
 
 

@@ -13,7 +13,8 @@ from model.clip import CLIP
 from model.config import Pool, config_from_name
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer, _byte_symbols
-from pipeline.training.checkpoint import Progress, _publish, _write_model_files
+from pipeline.training.checkpoint import _publish, _write_model_files
+from pipeline.training.progress import Progress
 
 
 def synthetic_merges(path: Path, count: int = 48_894) -> Path:

@@ -14,7 +14,8 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference import load_for_inference
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import Progress, _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.training.checkpoint import _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 
 CPU = torch.device("cpu")

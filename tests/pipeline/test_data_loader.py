@@ -95,7 +95,7 @@ def test_batches_do_not_depend_on_workers(shards: Path, tokenizer_file: Path) ->
 
 def test_an_epoch_reads_every_caption_once(shards: Path, tokenizer_file: Path) -> None:
     data, tokenizer = dataset(shards, tokenizer_file), load_tokenizer(str(tokenizer_file), 64)
-    seen = sorted(tuple(data[(3, position)].token_ids) for position in range(96))
+    seen = sorted(tuple(data[position].token_ids) for position in range(3 * 96, 4 * 96))
     animals = ["cat", "dog", "bird"]
     expected = sorted(tuple(tokenizer.encode(f"picture number {n} of a {animals[n % 3]}")) for n in range(96))
     assert seen == expected
@@ -105,7 +105,7 @@ def test_bad_samples_are_replaced_and_named(tmp_path: Path, tokenizer_file: Path
     truncated = jpeg_bytes(1)[:-200]
     bad = {"00000001.jpg": truncated, "00000002.txt": b"  ", "00000003.txt": b"\xff\xfe", "00000011.jpg": b"<html>"}
     data = dataset(write_shards(tmp_path, [12], bad), tokenizer_file)
-    samples = [data[(0, position)] for position in range(12)]
+    samples = [data[position] for position in range(12)]
     problems = [problem for sample in samples for problem in sample.problems]
     for key in ("00000001", "00000002", "00000003", "00000011"):
         assert any(f"00000.tar: {key}" in problem for problem in problems)
@@ -121,7 +121,7 @@ def test_bad_samples_are_replaced_and_named(tmp_path: Path, tokenizer_file: Path
 def test_a_shard_without_any_usable_sample_is_an_error(tmp_path: Path, tokenizer_file: Path) -> None:
     data = dataset(write_shards(tmp_path, [3], {f"0000000{n}.jpg": b"no" for n in range(3)}), tokenizer_file)
     with pytest.raises(UserError, match="3 samples in a row"):
-        data[(0, 0)]
+        data[0]
 
 
 def test_shards_that_changed_since_they_were_verified(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -130,17 +130,17 @@ def test_shards_that_changed_since_they_were_verified(tmp_path: Path, tokenizer_
     content, line = shard.read_bytes(), json.loads(manifest.read_text())
     shard.write_bytes(content[:-512])
     with pytest.raises(UserError, match=r"has \d+ bytes, not \d+"):
-        dataset(directory, tokenizer_file)[(0, 0)]
+        dataset(directory, tokenizer_file)[0]
     shard.write_bytes(content)
     manifest.write_text(json.dumps(line | {"samples": 5}) + "\n")
     with pytest.raises(UserError, match="holds 4 samples, not 5"):
-        dataset(directory, tokenizer_file)[(0, 0)]
+        dataset(directory, tokenizer_file)[0]
     manifest.write_text(json.dumps(line | {"samples": 3, "skip": ["00000002"]}) + "\n")
-    captions = {tuple(dataset(directory, tokenizer_file)[(0, position)].token_ids) for position in range(3)}
+    captions = {tuple(dataset(directory, tokenizer_file)[position].token_ids) for position in range(3)}
     assert len(captions) == 3
     shard.unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        dataset(directory, tokenizer_file)[(0, 0)]
+        dataset(directory, tokenizer_file)[0]
 
 
 def test_manifest_errors_name_the_next_command(tmp_path: Path) -> None:
@@ -171,4 +171,4 @@ def test_shards_behind_a_url_are_fetched(tmp_path: Path, tokenizer_file: Path) -
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     remote, local = dataset("memory://bucket", tokenizer_file), dataset(directory, tokenizer_file)
     for position in range(5):
-        assert remote[(0, position)].token_ids == local[(0, position)].token_ids
+        assert remote[position].token_ids == local[position].token_ids

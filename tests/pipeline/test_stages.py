@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from model.clip import CLIP
 from pipeline.errors import UserError
 from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
+from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 from pipeline.training.stage_model import check_computable, count_parameters, make_model, speed_up
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
@@ -168,19 +169,70 @@ def test_no_order_of_samples_comes_twice(lengths: list[tuple[int, int]], num_sam
     ]
     planned = plan_stages(parse_recipe({"stages": stages}, "test"), num_samples, 1, 300, 3)
     seen: dict[int, str | None] = {}
-    read: set[tuple[int, int]] = set()
-    step = 0
+    step, read = 0, 0
     for stage in planned:
         assert stage.first_step == step
-        for step in range(stage.first_step, stage.end_step):
-            epoch, positions = stage.batches.micro_batch(step, 0, 0)
-            assert seen.setdefault(epoch, stage.name) == stage.name
-            assert not read & {(epoch, position) for position in positions}
-            read |= {(epoch, position) for position in positions}
-            assert max(positions) < num_samples
-        step += 1
+        positions = [
+            p for step in range(stage.first_step, stage.end_step) for p in stage.batches.micro_batch(step, 0, 0)
+        ]
+        assert positions == list(range(positions[0], positions[0] + stage.num_samples)), "no gap"
+        assert positions[0] % num_samples == 0
+        for position in positions:
+            assert seen.setdefault(position // num_samples, stage.name) == stage.name
+        step, read = stage.end_step, read + len(positions)
+        assert stage.samples(step) == read
     assert sorted(seen) == list(range(len(seen)))
-    assert len(read) == planned[-1].samples(step)
+
+
+@given(
+    batches=st.lists(st.sampled_from([2, 3, 4, 6, 8, 10]), min_size=2, max_size=5),
+    stops=st.lists(st.integers(0, 20), min_size=4, max_size=4),
+    lengths=st.lists(st.one_of(st.integers(1, 30), st.floats(0.2, 4)), min_size=1, max_size=3),
+    num_samples=st.integers(10, 50),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_run_goes_on_in_other_batches(
+    batches: list[int], stops: list[int], lengths: list[int | float], num_samples: int
+) -> None:
+    """Interrupted and continued with other batches: no gap, the same lengths in samples, schedules that never jump."""
+    trains = [{"max_steps": n} if isinstance(n, int) else {"epochs": n, "max_steps": None} for n in lengths]
+    stages = [{"name": f"s{number}", "train": train} for number, train in enumerate(trains)]
+
+    def planned(batch: int, progress: Progress) -> tuple[Stage, ...]:
+        train = {"global_batch_size": batch, "micro_batch_size": 1}
+        recipe = parse_recipe({"stages": stages, "train": train}, "test")
+        return plan_stages(recipe, num_samples, 1, 300, 3, progress)
+
+    undisturbed = planned(batches[0], Progress(0, 0))
+    progress = Progress(0, 0)
+    positions: dict[int, list[int]] = {number: [] for number in range(len(stages))}
+    schedule: dict[int, list[float]] = {number: [] for number in range(len(stages))}
+    sizes: dict[int, int] = {}
+    for start, batch in enumerate(batches):
+        stop = progress.step + stops[start] if start < len(batches) - 1 else 10**9
+        for number, stage in enumerate(planned(batch, progress)):
+            for step in range(max(progress.step, stage.first_step), min(stop, stage.end_step)):
+                sizes.setdefault(number, batch)
+                begin = stage.batches.position(step)
+                positions[number] += range(begin, begin + batch)
+                schedule[number].append(stage.progress(step))
+                progress = stage.reached(step + 1)
+    assert progress.samples_seen == sum(map(len, positions.values()))
+    epoch = 0
+    for number, length in enumerate(lengths):
+        read = positions[number]
+        assert read == list(range(epoch * num_samples, epoch * num_samples + len(read)))
+        epoch += math.ceil(len(read) / num_samples)
+        wanted = length * sizes[number] if isinstance(length, int) else max(1, round(length * num_samples))
+        assert wanted <= len(read) < wanted + max(batches), "the stage ends with the batch that completes it"
+        assert schedule[number] == sorted(schedule[number])
+        assert schedule[number][0] == 0
+        assert schedule[number][-1] <= 1
+    if len(set(batches)) == 1:
+        assert planned(batches[0], progress)[-1].end_step == undisturbed[-1].end_step
+        assert [n for number in schedule for n in schedule[number]] == [
+            stage.progress(step) for stage in undisturbed for step in range(stage.first_step, stage.end_step)
+        ]
 
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(recipe_file: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def training_set(shards: Path, text_masker: TextMasker, seed: int = 0, crop_min_
 
 
 @pytest.mark.parametrize("strategy", ["random", "block", "frequency"])
-def test_what_stays_follows_from_seed_epoch_and_position(
+def test_what_stays_follows_from_seed_and_position(
     strategy: str, shards: Path, tokenizer_file: Path, masker: Callable[..., TextMasker]
 ) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file), 64)
@@ -284,8 +284,8 @@ def test_what_stays_follows_from_seed_epoch_and_position(
         assert torch.equal(a.images_BCHW, c.images_BCHW)
     # from anywhere, in any order, by a worker that is not forked, whatever the crops
     fresh = pickle.loads(pickle.dumps(training_set(shards, masker(tokenizer, strategy, 6), crop_min_area=0.1)))
-    places = [(epoch, position) for epoch in (1, 0) for position in range(95, -1, -5)]
-    assert [fresh[place].token_ids for place in places] == [data[place].token_ids for place in places]
+    positions = range(191, -1, -5)
+    assert [fresh[position].token_ids for position in positions] == [data[position].token_ids for position in positions]
 
 
 @pytest.mark.parametrize("strategy", ["random", "block", "frequency"])
@@ -295,11 +295,11 @@ def test_the_same_caption_is_cut_otherwise_at_another_place(
     text_masker = masker(load_tokenizer(str(tokenizer_file), 64), strategy, 6)
     caption = b"picture number 12 of a dog"
     shards = write_shards(tmp_path / "shards", [20], {f"{number:08d}.txt": caption for number in range(20)})
-    for places in ([(epoch, 0) for epoch in range(20)], [(0, position) for position in range(20)]):
+    for positions in (range(0, 400, 20), range(20)):  # the first of each epoch, all of one
         data = training_set(shards, text_masker)
-        assert len({tuple(data[place].token_ids) for place in places}) > 2
-    by_seed = {tuple(training_set(shards, text_masker, seed)[(0, 0)].token_ids) for seed in range(20)}
-    assert len(by_seed) > 2
+        assert len({tuple(data[position].token_ids) for position in positions}) > 1
+    by_seed = {tuple(training_set(shards, text_masker, seed)[0].token_ids) for seed in range(20)}
+    assert len(by_seed) > 1
 
 
 def test_word_counts_are_read_as_shares_of_all_words(tmp_path: Path) -> None:
