@@ -1,4 +1,4 @@
-"""Two towers and a temperature.
+"""Two towers, a temperature, and for the sigmoid loss a bias.
 
 B pairs, D embed_dim, L patches of an image, P values of a patch, K patches kept in the batch, T padded caption length
 """
@@ -21,16 +21,16 @@ from model.patches import PatchedImages
 from model.text import TextTransformer
 from model.vision import VisionTransformer
 
-_INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 _MAX_LOGIT_SCALE = math.log(100)
 
 
 class CLIPOutput(NamedTuple):
-    """Unit-length features [B, D] of both sides and the temperature's inverse, shape [1], fp32."""
+    """Unit-length features [B, D] of both sides, the temperature's inverse and a bias of logits, shape [1]; fp32."""
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor | None
 
 
 class _BoundedExp(torch.autograd.Function):
@@ -62,7 +62,9 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(config.vision, config.embed_dim)
         self.text = TextTransformer(config.text, config.embed_dim)
         # one-dimensional: DeepSpeed cannot broadcast a parameter without dimensions
-        self.logit_scale = nn.Parameter(torch.full((1,), _INITIAL_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
 
     @classmethod
     def from_name(cls, name: str) -> CLIP:
@@ -79,7 +81,8 @@ class CLIP(nn.Module):
         image_features_BD = F.normalize(self.visual(patches_KP, selection, visible_BT).float(), dim=-1)
         text_features_BD = F.normalize(self.text(text).float(), dim=-1)
         scale = _BoundedExp.apply(self.logit_scale.float(), _MAX_LOGIT_SCALE)
-        return CLIPOutput(image_features_BD, text_features_BD, scale)
+        bias = None if self.logit_bias is None else self.logit_bias.float()
+        return CLIPOutput(image_features_BD, text_features_BD, scale, bias)
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
         """Features [B, D] of whole images, nothing masked: uint8 RGB, or floats that are normalised.

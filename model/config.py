@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -72,12 +73,17 @@ def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """A two-tower model; `embed_dim` is the width of the shared space. Both towers have the same activation."""
+    """A two-tower model; `embed_dim` is the width of the shared space. Both towers have the same activation.
+
+    init_logit_scale, init_logit_bias: of logits before training, the scale as its logarithm; None: there is no bias
+    """
 
     name: str
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         if self.vision.activation != self.text.activation:

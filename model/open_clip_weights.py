@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _PATCHES, _CONVOLUTION = "visual.patch_embedding.weight", "visual.conv1.weight"
+_SCALARS = {"logit_scale", "logit_bias"}
 _TEXT = "text."
 _TEXT_MEMBERS = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
 
@@ -18,28 +19,27 @@ _TEXT_MEMBERS = {"token_embedding", "positional_embedding", "transformer", "ln_f
 def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of `model.clip.CLIP` as open_clip's; values are views where they can be.
 
-    The patch embedding [D, 3 * p * p] becomes a convolution's [D, 3, p, p], `logit_scale` [1] becomes a scalar.
+    The patch embedding [D, 3 * p * p] becomes a convolution's [D, 3, p, p], `logit_scale` and `logit_bias` scalars.
     """
     renamed = {name.removeprefix(_TEXT): value for name, value in weights.items()}
     patches_DP = renamed.pop(_PATCHES)
     patch_size = math.isqrt(patches_DP.shape[1] // 3)
     renamed[_CONVOLUTION] = patches_DP.unflatten(1, (3, patch_size, patch_size))
-    renamed["logit_scale"] = renamed["logit_scale"].reshape(())
-    return renamed
+    return {name: value.reshape(()) if name in _SCALARS else value for name, value in renamed.items()}
 
 
 def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `to_open_clip`: the state dict of an open_clip model, ready for `CLIP.load_state_dict`.
 
     Weights do not say which activation and pooling they were trained with: the model they are loaded into has to be
-    told. Raises ValueError for weights that open_clip's ViT models do not have (ResNet and timm towers, SigLIP's
-    `logit_bias`, custom text towers).
+    told. Raises ValueError for weights that open_clip's ViT models do not have (ResNet and timm towers, custom text
+    towers).
     """
     renamed = {}
     for name, value in weights.items():
         if name == _CONVOLUTION:
             renamed[_PATCHES] = value.flatten(1)
-        elif name == "logit_scale":
+        elif name in _SCALARS:
             renamed[name] = value.reshape(1)
         elif name.startswith("visual."):
             renamed[name] = value

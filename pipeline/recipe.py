@@ -5,6 +5,7 @@ pipeline/recipe_files.py reads them; pipeline/recipe_stages.py says what a stage
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import yaml
@@ -12,11 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
+from model.loss import LossKind
 from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 from pipeline.recipe_stages import merge_stages
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]
+
+# Zhai et al. 2023 (SigLIP), section 3.2: at first nearly every pair is taken for a negative, as nearly every pair is.
+_SIGMOID_LOGIT_SCALE, _SIGMOID_LOGIT_BIAS = math.log(10), -10.0
 
 
 class Section(BaseModel):
@@ -97,6 +102,20 @@ class TextMaskingSection(Section):
         return self
 
 
+class LossSection(Section):
+    """What image and text features are trained for, and how ranks share it (docs/loss.md)."""
+
+    kind: LossKind = Field("info_nce", description="info_nce: CLIP's softmax | sigmoid: SigLIP's, with a bias")
+    exchange: Literal["gather", "ring"] = Field(
+        "gather", description="gather: each rank holds all image features | ring: one rank's at a time"
+    )
+    tile_size: int = Field(1024, description="logits are computed in tiles of this many rows and columns", ge=16)
+    cache_gradients: bool = Field(
+        False,
+        description="negatives from all micro-batches of a step, for a second forward pass (GradCache)",
+    )
+
+
 class OptimizerSection(Section):
     """AdamW with warm-up and cosine decay; no decay on biases, norms, embeddings and the temperature."""
 
@@ -137,6 +156,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     masking: MaskingSection = MaskingSection()
     text_masking: TextMaskingSection = TextMaskingSection()
+    loss: LossSection = LossSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     stages: tuple[dict[str, Any], ...] = ()
@@ -171,6 +191,8 @@ class Recipe(Section):
         fields["vision"]["pool"] = self.model.pool or fields["vision"]["pool"]
         for tower in ("vision", "text"):
             fields[tower]["activation"] = self.model.activation or fields[tower]["activation"]
+        if self.loss.kind == "sigmoid":
+            fields |= {"init_logit_scale": _SIGMOID_LOGIT_SCALE, "init_logit_bias": _SIGMOID_LOGIT_BIAS}
         fields["text"]["context_length"] = self.context_length
         fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
         try:

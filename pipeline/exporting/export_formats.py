@@ -81,8 +81,10 @@ def _open_clip_files(model: InferenceModel) -> dict[str, str]:
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """The model as open_clip's model files describe it; KeyError for attention pooling, which it does not have."""
     vision, text = config.vision, config.text
+    bias = {} if config.init_logit_bias is None else {"init_logit_bias": config.init_logit_bias}
     return {
         "embed_dim": config.embed_dim,
+        **bias,
         "quick_gelu": config.activation == "quick_gelu",
         "vision_cfg": {
             "image_size": vision.image_size,
@@ -106,6 +108,11 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 def _transformers_files(model: InferenceModel) -> dict[str, str]:
     _refuse_pool(model, "transformers", ["class"])
+    if model.clip.logit_bias is not None:
+        raise UserError(
+            f"{model.checkpoint} was trained with loss.kind=sigmoid, and transformers' CLIP has no logit bias: its "
+            "probabilities would be wrong; export it with --format open_clip"
+        )
     encoder = _byte_pairs(model)
     tokens = [*encoder.tokens[:-2], _START_TOKEN, _END_TOKEN]
     tokenizer = {

@@ -23,6 +23,8 @@ _MAY_CHANGE = {
     "text_masking.word_counts",  # likewise
     "data.workers",
     "data.max_bad_ratio",
+    "loss.exchange",
+    "loss.tile_size",
     "train.output",
     "train.activation_checkpointing",
     "train.log_every_steps",

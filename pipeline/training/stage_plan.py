@@ -233,7 +233,7 @@ def describe_stages(stages: Sequence[Stage], num_shards: int) -> str:
                 f"stage {number} of {len(stages)}, {stage.name}: steps {stage.first_step + 1:,} to {stage.end_step:,}, "
                 f"{stage.flops / total_flops:.1%} of the run's operations, learning rate {stage.recipe.optimizer.lr:g}"
             )
-        facts = [_describe_images(stage), _describe_batch(stage.batches), _describe_steps(stage, num_shards)]
+        facts = [_describe_images(stage), _describe_batch(stage), _describe_steps(stage, num_shards)]
         lines += [f"  {fact}" for fact in facts] if stage.name is not None else facts
     return "\n".join(lines)
 
@@ -251,11 +251,15 @@ def _describe_images(stage: Stage) -> str:
     )
 
 
-def _describe_batch(plan: BatchPlan) -> str:
+def _describe_batch(stage: Stage) -> str:
+    plan = stage.batches
+    met_at_once = plan.global_batch_size
+    if not stage.recipe.loss.cache_gradients:
+        met_at_once //= plan.accumulation_steps
     return (
         f"batch: {plan.global_batch_size:,} = {plan.micro_batch_size:,} micro x {plan.accumulation_steps} "
         f"accumulation x {plan.world_size} ranks; each pair meets "
-        f"{plan.micro_batch_size * plan.world_size - 1:,} negatives"
+        f"{met_at_once - 1:,} negatives"
     )
 
 

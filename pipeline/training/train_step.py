@@ -5,19 +5,18 @@ B pairs of this rank, L patches of an image
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.clip import CLIPOutput
-from model.loss import contrastive_loss
-from model.masking import Masks
+from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.training.feature_gather import gather_features
 from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.objective import TrainingObjective
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -37,22 +36,20 @@ REPORT_NAMES = (
 OPTIONAL_NAMES = ("mask_threshold", "flat_patches")
 
 
-def global_contrastive_loss(output: CLIPOutput, ranks: Ranks) -> Tensor:
-    """This rank's rows of the loss over all ranks' pairs; its mean over ranks is the loss of the whole batch."""
-    return contrastive_loss(
-        output.image_features,
-        output.text_features,
-        output.logit_scale,
-        gather_features(output.image_features),
-        gather_features(output.text_features),
-        first_row=ranks.rank * output.image_features.shape[0],
-    )
+class Encoded(NamedTuple):
+    """A micro-batch on the device, the patches chosen of its images, and the features of both towers."""
+
+    batch: Batch
+    images: PatchedImages
+    masks: Masks
+    output: CLIPOutput
 
 
 def train_step(
     engine: DeepSpeedEngine,
-    micro_batches: Iterable[Batch],
+    micro_batches: Sequence[Batch],
     masks: MaskDrawer,
+    objective: TrainingObjective,
     ranks: Ranks,
     step: int,
     progress: float,
@@ -61,26 +58,30 @@ def train_step(
 
     progress: through training, from 0 at the first step to 1 at the last
     """
-    reports = []
-    for number, batch in enumerate(micro_batches):
-        batch = batch.to(ranks.device)
+
+    def encode(number: int) -> Encoded:
+        batch = micro_batches[number].to(ranks.device)
         images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
         patches_KP = images.gather(chosen.selection.kept_K)
+        return Encoded(batch, images, chosen, engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT))
 
-        output: CLIPOutput = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT)
-        loss = global_contrastive_loss(output, ranks)
+    reports = []
+    loss_of = objective.for_step(lambda number: encode(number).output, len(micro_batches))
+    for number in range(len(micro_batches)):
+        encoded = encode(number)
+        loss = loss_of(number, encoded.output)
         engine.backward(loss)  # divides by the number of micro-batches
         engine.step()  # updates at the last of them
-
-        reports.append(_report(loss, output, chosen, images.num_patches, batch))
+        reports.append(_report(loss, encoded))
     masks.follow()
     return torch.stack(reports).mean(dim=0)
 
 
 @torch.no_grad()
-def _report(loss: Tensor, output: CLIPOutput, chosen: Masks, num_patches: int, batch: Batch) -> Tensor:
+def _report(loss: Tensor, encoded: Encoded) -> Tensor:
+    batch, images, chosen, output = encoded
     kept_B = chosen.selection.cu_seqlens_B1.diff()
-    masked_share_B = 1 - kept_B / num_patches
+    masked_share_B = 1 - kept_B / images.num_patches
     image_tokens = chosen.selection.kept_K.numel() + kept_B.numel()
     return torch.stack(
         [

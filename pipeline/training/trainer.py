@@ -25,6 +25,7 @@ from pipeline.training.checkpoint import resume, save_checkpoint
 from pipeline.training.engine import make_engine, release
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
+from pipeline.training.objective import make_objective
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
@@ -63,6 +64,7 @@ class StageTrainer:
         speed_up(clip, stage)
         self._engine = make_engine(clip, stage.recipe, config, run.ranks)
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
+        self._objective = make_objective(stage.recipe.loss, run.ranks)
         self._progress = stage.reached(stage.first_step)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
@@ -81,7 +83,15 @@ class StageTrainer:
                 group["lr"] = lr
 
             micro_batches = window.timed_fetch(batches, self._plan.accumulation_steps)
-            report = train_step(self._engine, micro_batches, self._masks, self._ranks, step, self._stage.progress(step))
+            report = train_step(
+                self._engine,
+                micro_batches,
+                self._masks,
+                self._objective,
+                self._ranks,
+                step,
+                self._stage.progress(step),
+            )
             window.add(report)
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)

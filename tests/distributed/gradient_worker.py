@@ -27,7 +27,7 @@ from pipeline.recipe_files import load_recipe
 from pipeline.training.engine import make_engine
 from pipeline.training.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.train_step import global_contrastive_loss
+from pipeline.training.objective import make_objective
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
     patches = batch["patches"][mine].flatten(0, 1)[kept]
     output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
-    loss = global_contrastive_loss(output, ranks)
+    loss = make_objective(recipe.loss, ranks).pairs(*output)
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())

@@ -25,7 +25,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engine import make_engine, release
 from pipeline.training.engine_config import check_config, deepspeed_config
-from pipeline.training.train_step import global_contrastive_loss
+from pipeline.training.objective import make_objective
 
 G, L, P, T, STEPS = 8, 16, 192, 9, 3
 
@@ -117,7 +117,7 @@ def train(ranks: Ranks, case: Case) -> list[float]:
         mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
         patches_GLP, tokens_GT = make_batch(step)
         output: CLIPOutput = engine(*inputs(patches_GLP[mine], tokens_GT[mine]))
-        loss = global_contrastive_loss(output, ranks)
+        loss = make_objective(recipe.loss, ranks).pairs(*output)
         engine.backward(loss)
         engine.step()
         losses.append(ranks.mean(loss.detach().clone()).item())

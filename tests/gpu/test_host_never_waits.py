@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.clip import CLIP
 from model.config import Pool, config_from_name
+from model.loss import Objective
 from model.masking import STRATEGIES, MaskingConfig
 from model.packing import lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.train_step import _report, global_contrastive_loss
+from pipeline.training.train_step import Encoded, _report
 
 # `cluster-reference` asks how many patches are kept, as the released code does
 NEVER_WAIT = sorted(set(STRATEGIES) - {"cluster-reference"})
@@ -70,10 +71,10 @@ def run(step: Step) -> Tensor:
     images, masks = step.drawer.draw(step.batch.images_BCHW, step=1, micro_batch=0, progress=0.5)
     with torch.autocast(step.ranks.device.type, dtype=torch.bfloat16):
         output = step.clip(images.gather(masks.selection.kept_K), masks.selection, step.batch.text)
-    loss = global_contrastive_loss(output, step.ranks)
+    loss = Objective()(*output)
     loss.backward()
     step.drawer.follow()
-    return _report(loss, output, masks, images.num_patches, step.batch)
+    return _report(loss, Encoded(step.batch, images, masks, output))
 
 
 def make(device: str, strategy: str, pool: Pool = "class") -> Step:

@@ -34,6 +34,13 @@ def test_there_and_back(name: str) -> None:
     assert_equal(from_transformers(to_transformers(weights), weights), weights)
 
 
+def test_the_bias_of_the_sigmoid_loss_is_a_scalar_of_open_clip() -> None:
+    weights = random_weights() | {"logit_bias": torch.tensor([-9.5])}
+    exported = to_open_clip(weights)
+    assert exported["logit_bias"].shape == ()
+    assert_equal(from_open_clip(exported), weights)
+
+
 def test_names_and_shapes_of_open_clip() -> None:
     weights = random_weights()
     exported = to_open_clip(weights)
@@ -73,7 +80,7 @@ def test_query_key_value_are_split_in_this_order() -> None:
     assert torch.equal(torch.stack(parts), expected)
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "text.proj.weight", "text_decoder.text_projection"])
+@pytest.mark.parametrize("name", ["text.proj.weight", "text_decoder.text_projection"])
 def test_other_models_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is not a weight of an open_clip CLIP"):
         from_open_clip(to_open_clip(random_weights()) | {name: torch.zeros(1)})

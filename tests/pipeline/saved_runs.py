@@ -24,11 +24,13 @@ def synthetic_merges(path: Path, count: int = 48_894) -> Path:
     return path
 
 
-def save_run(run: Path, tokenizer: Tokenizer, diverged: bool = False, pool: Pool = "class") -> Path:
+def save_run(
+    run: Path, tokenizer: Tokenizer, diverged: bool = False, pool: Pool = "class", logit_bias: float | None = None
+) -> Path:
     """A run with one checkpoint of a tiny model."""
     directory = run / "checkpoints" / "step_00000007"
     directory.mkdir(parents=True)
-    config = config_from_name("ViT-test-8")
+    config = replace(config_from_name("ViT-test-8"), init_logit_bias=logit_bias)
     encoder = tokenizer.encoder
     text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id)
     clip = CLIP(replace(config, text=text, vision=replace(config.vision, pool=pool)))

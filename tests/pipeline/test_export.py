@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from saved_runs import save_run, synthetic_merges
 
 from pipeline.data.tokenizer import load_tokenizer
@@ -60,6 +61,16 @@ def test_pooling_that_a_library_does_not_have_is_refused(tmp_path: Path) -> None
             main([str(run), "--format", library, "--output", str(tmp_path / "output")])
         assert "\n" not in str(caught.value)
     assert main([str(average), "--format", "open_clip", "--output", str(tmp_path / "output")]) == 0
+
+
+def test_a_model_of_the_sigmoid_loss_goes_to_open_clip_with_its_bias(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77)
+    run, output = save_run(tmp_path / "run", tokenizer, logit_bias=-9.5), tmp_path / "output"
+    with pytest.raises(UserError, match=r"loss\.kind=sigmoid, and transformers' CLIP has no logit bias"):
+        main([str(run), "--format", "transformers", "--output", str(output)])
+    assert main([str(run), "--format", "open_clip", "--output", str(output)]) == 0
+    assert load_file(output / "open_clip_model.safetensors")["logit_bias"].item() == -9.5
+    assert json.loads((output / "open_clip_config.json").read_text())["model_cfg"]["init_logit_bias"] == -9.5
 
 
 def test_captions_of_a_file_are_compared(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from model.vision import embed_patches
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer, seed_masks
-from pipeline.training.train_step import REPORT_NAMES, _report
+from pipeline.training.train_step import REPORT_NAMES, Encoded, _report
 
 B, L = 6, 16
 LENGTHS = [5, 3, 8, 4, 7, 5]
@@ -130,7 +130,7 @@ def test_gradient_caching_in_two_passes_equals_one_pass(checkpointing: bool, cli
         return clip(images.gather(masks.selection.kept_K), masks.selection, packed_captions(parts[number]))
 
     def loss_of(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_loss(image_features, text_features, scale, image_features, text_features, first_row=0)
+        return contrastive_loss(image_features, text_features, scale)
 
     outputs = [features(0), features(1)]
     loss = loss_of(*(torch.cat(side) for side in list(zip(*outputs, strict=True))[:2]), outputs[0].logit_scale)
@@ -157,7 +157,9 @@ def test_what_a_step_reports_of_its_masks(strategy: str, clip: CLIP, pixels: Ten
     images, masks = MaskDrawer(MaskingConfig(strategy), clip.visual, 8, 1, rank()).draw(pixels, 0, 0, 0.0)
     kept_K = masks.selection.kept_K
     output = clip(images.gather(kept_K), masks.selection, text, masks.visible_BT)
-    report = dict(zip(REPORT_NAMES, _report(torch.tensor(2.5), output, masks, L, batch).tolist(), strict=True))
+    report = dict(
+        zip(REPORT_NAMES, _report(torch.tensor(2.5), Encoded(batch, images, masks, output)).tolist(), strict=True)
+    )
     dropped = 1 - np.bincount(kept_K.numpy() // L, minlength=B) / L
     assert report["loss"] == 2.5
     assert report["mask_ratio"] == pytest.approx(dropped.mean(), abs=1e-6)
