@@ -6,10 +6,10 @@ pipeline/recipe_files.py reads them; pipeline/recipe_stages.py says what a stage
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
@@ -49,15 +49,46 @@ class ModelSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """One of several sets to train on."""
+
+    path: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+def _kind_of_source(value: object) -> str:
+    return "path" if isinstance(value, str) else "list"
+
+
+_Sources = Annotated[
+    Annotated[str, Tag("path")] | Annotated[tuple[SourceSection, ...], Tag("list")], Discriminator(_kind_of_source)
+]
+
+
 class DataSection(Section):
     """What to train on."""
 
-    train: str = Field("", description="directory of tar shards with a manifest.jsonl, any fsspec URL")
+    train: _Sources = Field("", description="directory of tar shards, any fsspec URL; or [{path, weight}, …] to mix")
+    sampling: Literal["without_replacement", "with_replacement"] = Field(
+        "without_replacement", description="without_replacement: each sample once per epoch | with_replacement"
+    )
     tokenizer: str = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
     workers: int = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
     window_shards: int = Field(8, description="samples are shuffled within windows of this many shards", ge=1)
     crop_min_area: float = Field(0.9, description="random crops keep at least this share of the image", gt=0, le=1)
     max_bad_ratio: float = Field(0.01, description="stop if more than this share of samples is unusable", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _sets_to_mix(self) -> DataSection:
+        if isinstance(self.train, tuple):
+            paths = [source.path.rstrip("/") for source in self.train]
+            if not paths or len(set(paths)) < len(paths):
+                raise ValueError("train needs one directory or more, each once")
+            if len({source.weight is None for source in self.train}) > 1:
+                raise ValueError(
+                    "give a weight to every set of train or to none: then each sample comes once per epoch"
+                )
+        return self
 
 
 class MaskingSection(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
-from pipeline.data.manifest import Manifest
-from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.manifest import Shard
+from pipeline.data.mixture import MixedOrder
+from pipeline.data.sample_order import BatchPlan
 from pipeline.data.tar_index import SampleIndex
 from pipeline.data.text_masking import TextMasker
 from pipeline.errors import UserError
@@ -94,10 +95,17 @@ class TrainingSet(Dataset[Sample]):
     """Samples by their position in the stream: all of one, crop and tokens included, follows from that and the seed."""
 
     def __init__(
-        self, manifest: Manifest, order: SampleOrder, text_masker: TextMasker, image_size: int, crop_min_area: float
+        self,
+        shards: Sequence[Shard],
+        order: MixedOrder,
+        seed: int,
+        text_masker: TextMasker,
+        image_size: int,
+        crop_min_area: float,
     ) -> None:
-        self._manifest = manifest
+        self._shards = shards
         self._order = order
+        self._seed = seed
         self._text_masker = text_masker
         self._image_size = image_size
         self._crop_min_area = crop_min_area
@@ -112,11 +120,11 @@ class TrainingSet(Dataset[Sample]):
         shard_number, first = self._order.locate(position)
         shard = self._open_shard(shard_number)
         problems: list[str] = []
-        rng = random.Random(f"{self._order.seed}/{position}")
-        text_rng = random.Random(f"{self._order.seed}/{position}/text")  # text masking moves no crop
+        rng = random.Random(f"{self._seed}/{position}")
+        text_rng = random.Random(f"{self._seed}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
-            key = f"{self._manifest.shards[shard_number].url}: {shard.index.keys[sample]}"
+            key = f"{self._shards[shard_number].url}: {shard.index.keys[sample]}"
             try:
                 image, caption = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
@@ -127,7 +135,7 @@ class TrainingSet(Dataset[Sample]):
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
 
     def _open(self, number: int) -> OpenShard:
-        path, index = self._manifest.shards[number].read_index()
+        path, index = self._shards[number].read_index()
         return OpenShard(str(path), index)
 
     def __getstate__(self) -> dict[str, object]:

@@ -9,42 +9,68 @@ The state of a training run is a number of samples.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
-# Distinguishes the draws that share a seed and an epoch.
+# Distinguishes the draws that share a seed, a set and an epoch.
 _SHARD_STREAM, _WINDOW_STREAM = 0, 1
 
 
 class SampleOrder:
-    """Endless order of `sum(shard_sizes)` samples: each exactly once in each epoch."""
+    """Endless order of `sum(shard_sizes)` samples: each exactly once in each epoch.
 
-    def __init__(self, shard_sizes: Sequence[int], window_shards: int, seed: int) -> None:
+    with_replacement: instead, as many as a window has are drawn from it at random, so that some come more than once
+    set_number: sets that are read side by side are shuffled independently
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        window_shards: int,
+        seed: int,
+        set_number: int = 0,
+        with_replacement: bool = False,
+    ) -> None:
         self.shard_sizes = tuple(shard_sizes)
         self.window_shards = window_shards
-        self.seed = seed
         self.num_samples = sum(self.shard_sizes)
+        self._seed = seed
+        self._set_number = set_number
+        self._with_replacement = with_replacement
         # bounded: a process looks at one epoch and one window, or at two where one ends
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
-        self._window = lru_cache(maxsize=2)(self._shuffle_window)
+        self._window = lru_cache(maxsize=2)(self._draw_window)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, index within the shard) of the sample at a position of the stream, from 0 up."""
+        epoch, window, within = self._find(position)
+        offset = int(self._window(epoch, window)[within])
+        shards, starts = self._epoch(epoch).windows[window]
+        number = bisect.bisect_right(starts, offset) - 1
+        return shards[number], offset - starts[number]
+
+    def windows(self, positions: range) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """A stretch of positions window by window: its shards, and which of all their samples stand there."""
+        position = positions.start
+        while position < positions.stop:
+            epoch, window, within = self._find(position)
+            drawn = self._window(epoch, window)[within : within + positions.stop - position]
+            yield self._epoch(epoch).windows[window][0], drawn
+            position += len(drawn)
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """(epoch, window, position within the window)."""
         epoch, position = divmod(position, self.num_samples)
-        plan = self._epoch(epoch)
-        window = bisect.bisect_right(plan.window_starts, position) - 1
-        offset = int(self._window(epoch, window)[position - plan.window_starts[window]])
-        shards, starts = plan.windows[window]
-        within = bisect.bisect_right(starts, offset) - 1
-        return shards[within], offset - starts[within]
+        starts = self._epoch(epoch).window_starts
+        window = bisect.bisect_right(starts, position) - 1
+        return epoch, window, position - starts[window]
 
     def _plan_epoch(self, epoch: int) -> _EpochPlan:
-        rng = np.random.default_rng((self.seed, epoch, _SHARD_STREAM))
-        shards = rng.permutation(len(self.shard_sizes)).tolist()
+        shards = self._rng(epoch, _SHARD_STREAM).permutation(len(self.shard_sizes)).tolist()
         windows, window_starts, position = [], [], 0
         for first in range(0, len(shards), self.window_shards):
             window = shards[first : first + self.window_shards]
@@ -54,13 +80,18 @@ class SampleOrder:
             position += sum(sizes)
         return _EpochPlan(windows, window_starts)
 
-    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+    def _draw_window(self, epoch: int, window: int) -> np.ndarray:
         size = sum(self.shard_sizes[shard] for shard in self._epoch(epoch).windows[window][0])
-        return np.random.default_rng((self.seed, epoch, _WINDOW_STREAM, window)).permutation(size)
+        rng = self._rng(epoch, _WINDOW_STREAM, window)
+        return rng.integers(size, size=size) if self._with_replacement else rng.permutation(size)
 
-    def __reduce__(self) -> tuple[type[SampleOrder], tuple[Sequence[int], int, int]]:
+    def _rng(self, epoch: int, *stream: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, self._set_number, epoch, *stream))
+
+    def __reduce__(self) -> tuple[type[SampleOrder], tuple[Sequence[int], int, int, int, bool]]:
         # for worker processes that are not forked: what is cached stays behind
-        return SampleOrder, (self.shard_sizes, self.window_shards, self.seed)
+        arguments = (self.shard_sizes, self.window_shards, self._seed, self._set_number, self._with_replacement)
+        return SampleOrder, arguments
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Stage:
     name: None where the recipe has no stages and the run is one
     starts: where this stage and those before it began
     first_position: of this stage in the stream of samples
+    read_before: positions of the stream that the stages before it read
     batches: what is left of the stage, from where the run stands
     planned_samples: at least so many are trained on, repetitions counted; the last batch is whole
     """
@@ -34,6 +35,7 @@ class Stage:
     model: CLIPConfig
     starts: tuple[StageStart, ...]
     first_position: int
+    read_before: tuple[range, ...]
     batches: BatchPlan
     planned_samples: int
 
@@ -113,6 +115,10 @@ class Stage:
         """Pairs seen in the first `step` steps of the run."""
         return self.starts[-1].samples_seen + self.batches.position(step) - self.first_position
 
+    def positions(self, step: int) -> tuple[range, ...]:
+        """What the first `step` steps of the run read of the stream of samples."""
+        return (*self.read_before, range(self.first_position, self.batches.position(step)))
+
     def reached(self, step: int) -> Progress:
         """What a checkpoint after the first `step` steps of the run says of it."""
         return Progress(step, self.samples(step), self.name, self.starts)
@@ -170,6 +176,7 @@ def plan_stages(
             model,
             starts=(*stages[-1].starts, start) if stages else (start,),
             first_position=epoch * num_samples,
+            read_before=stages[-1].positions(step) if stages else (),
             batches=replace(batches, first_step=start.step, first_position=epoch * num_samples),
             planned_samples=_planned_samples(stage_recipe, num_samples, start.global_batch_size),
         )

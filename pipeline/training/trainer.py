@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from model.clip import CLIP
+from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
-from pipeline.data.manifest import Manifest
-from pipeline.data.sample_order import SampleOrder
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.training_data import TrainingData
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.bad_samples import BadSamples
@@ -40,7 +40,7 @@ class RunContext:
 
     directory: Path
     ranks: Ranks
-    manifest: Manifest
+    data: TrainingData
     tokenizer: Tokenizer
     bad_samples: BadSamples
     stop_requested: Callable[[], bool]
@@ -61,6 +61,7 @@ class StageTrainer:
         self._plan = stage.batches
         self._run = run
         self._ranks = run.ranks
+        self._order = run.data.order(stage.recipe.data, stage.seed)
         speed_up(clip, stage)
         self._engine = make_engine(clip, stage.recipe, config, run.ranks)
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
@@ -96,6 +97,7 @@ class StageTrainer:
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
             self._progress = self._stage.reached(step + 1)
+            self._report_coverage(step)
 
             is_last = step + 1 == self._stage.end_step
             if is_last or (step + 1) % self._recipe.train.log_every_steps == 0:
@@ -122,11 +124,11 @@ class StageTrainer:
             torch.cuda.empty_cache()
 
     def _batches(self) -> Iterator[Batch]:
-        sizes = tuple(shard.samples for shard in self._run.manifest.shards)
-        order = SampleOrder(sizes, self._recipe.data.window_shards, self._stage.seed)
         captions = TextMasker(self._run.tokenizer, self._recipe.text_masking)
         image_size = self._stage.model.vision.image_size
-        dataset = TrainingSet(self._run.manifest, order, captions, image_size, self._recipe.data.crop_min_area)
+        crop_min_area = self._recipe.data.crop_min_area
+        shards, seed = self._run.data.shards, self._stage.seed
+        dataset = TrainingSet(shards, self._order, seed, captions, image_size, crop_min_area)
         places = MicroBatches(self._plan, self._ranks.rank, self._progress.step, self._stage.end_step)
         loader = make_loader(dataset, places, self._recipe.data.workers, self._ranks.device.type == "cuda")
         try:
@@ -134,6 +136,14 @@ class StageTrainer:
         except UserError as error:
             # a worker's error arrives with its traceback in the message; the last line is ours
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+    def _report_coverage(self, step: int) -> None:
+        """Say what was seen of each epoch that the step completed."""
+        size = self._plan.num_samples
+        for epoch in range(self._plan.position(step) // size, self._plan.position(step + 1) // size):
+            if self._ranks.is_main:
+                read = range(epoch * size, (epoch + 1) * size)
+                self._run.print(describe_coverage(f"epoch {epoch + 1}", self._run.data, self._order, [read]))
 
     def _metrics(self, window: MetricsWindow, lr: float) -> dict[str, Any]:
         """Means over the steps since the last log, over all ranks. Waits for the device."""
@@ -149,6 +159,7 @@ class StageTrainer:
             **({} if self._stage.name is None else {"stage": self._stage.name}),
             "epoch": self._stage.passes(self._progress.step),
             "samples_seen": self._progress.samples_seen,
+            **self._samples_seen_by_set(),
             **report,
             "bad_samples": round(report["bad_samples"] * self._ranks.world_size),
             "lr": lr,
@@ -160,6 +171,13 @@ class StageTrainer:
             "wall_time_s": time.perf_counter() - self._run.start_s,
             "time": timestamp(),
         }
+
+    def _samples_seen_by_set(self) -> dict[str, dict[str, int]]:
+        """Nothing where there is one set only."""
+        if len(self._run.data.sets) == 1:
+            return {}
+        counts = self._order.samples_by_set(self._stage.positions(self._progress.step))
+        return {"samples_seen_by_set": dict(zip(self._run.data.names, counts, strict=True))}
 
     def _check(self, metrics: dict[str, Any]) -> None:
         """Stop on a loss that is no number or on too many bad samples; every rank sees the same figures."""

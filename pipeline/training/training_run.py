@@ -9,9 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.data.manifest import read_manifest
+from pipeline.data.coverage import describe_coverage
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.training_data import read_training_data
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.ranks import Ranks
@@ -42,14 +43,14 @@ class TrainingRun:
         self._ranks = ranks
         self._stop_requested = False
         directory = Path(recipe.train.output)
-        manifest = read_manifest(recipe.data.train)
+        data = read_training_data(recipe.data)
         tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
         self._context = RunContext(
             directory=directory,
             ranks=ranks,
-            manifest=manifest,
+            data=data,
             tokenizer=tokenizer,
-            bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, manifest.directory),
+            bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, " ".join(data.names)),
             stop_requested=lambda: self._stop_requested,
             start_s=start_s,
         )
@@ -57,14 +58,14 @@ class TrainingRun:
         self._checkpoint = newest_checkpoint(directory)
         self._progress = Progress(0, 0) if self._checkpoint is None else read_progress(self._checkpoint)
         self._stages = plan_stages(
-            recipe, manifest.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
+            recipe, data.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
         )
         self._configs = [
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
         ]
         self._word_counts_sha256 = self._check_stages()
         if self._checkpoint is not None:
-            check_unchanged(directory, recipe, manifest.sha256, tokenizer.sha256, self._word_counts_sha256)
+            check_unchanged(directory, recipe, data.sha256, tokenizer.sha256, self._word_counts_sha256)
         resumed = None if self._checkpoint is None else directory
         self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
         self._print_plan()
@@ -73,6 +74,7 @@ class TrainingRun:
         """What would stop a later stage, before the first begins; the hash of the word counts that stages use."""
         sha256 = None
         for stage, config in zip(self._stages, self._configs, strict=True):
+            self._context.data.check_batch(stage.batches.global_batch_size)
             check_config(config, self._ranks)
             check_computable(stage, self._ranks.device, config)
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
@@ -104,6 +106,7 @@ class TrainingRun:
             return EXIT_INTERRUPTED
         if ranks.is_main:
             write_json(directory / RECORD, self._record(progress) | {"finished": timestamp()})
+            print(self._describe_coverage(), flush=True)
         self._context.print(f"finished: {directory}")
         return 0
 
@@ -151,8 +154,9 @@ class TrainingRun:
             "device": str(self._ranks.device),
             "total_steps": self._total_steps,
             "samples_seen": progress.samples_seen,
-            "dataset_samples": context.manifest.num_samples,
-            "manifest_sha256": context.manifest.sha256,
+            "dataset_samples": context.data.num_samples,
+            "manifest_sha256": context.data.sha256,
+            "data_sets": context.data.record(),
             "tokenizer_sha256": context.tokenizer.sha256,
             "word_counts_sha256": self._word_counts_sha256,
             RECORD_KEY: self._start_sha256,
@@ -170,11 +174,17 @@ class TrainingRun:
             "deepspeed_config": config,
         }
 
+    def _describe_coverage(self) -> str:
+        last = self._stages[-1]
+        order = self._context.data.order(last.recipe.data, last.seed)
+        return describe_coverage("the run", self._context.data, order, last.positions(last.end_step))
+
     def _print_plan(self) -> None:
         config = self._configs[0]
         self._context.print(
             f"{self._recipe.model.name}, ZeRO stage {zero_stage(config)}, {precision_of(config)} "
             f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
-            + describe_stages(self._stages, len(self._context.manifest.shards))
+            + self._context.data.describe_mixture()
+            + describe_stages(self._stages, len(self._context.data.shards))
             + f"\nDeepSpeed: {json.dumps(config)}"
         )

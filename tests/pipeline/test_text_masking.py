@@ -21,8 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.data_loader import MicroBatches, TrainingSet, make_loader
-from pipeline.data.manifest import read_manifest
-from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.sample_order import BatchPlan
 from pipeline.data.text_masking import (
     TextMasker,
     WordMasker,
@@ -32,9 +31,10 @@ from pipeline.data.text_masking import (
     random_tokens,
 )
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.training_data import read_training_data
 from pipeline.data.word_counts import read_word_frequencies
 from pipeline.errors import UserError
-from pipeline.recipe import TextMaskingSection
+from pipeline.recipe import DataSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe
 
 COUNTS = {"a": 400, "of": 200, "picture": 50, "number": 50, "cat": 5, "dog": 5}
@@ -261,9 +261,9 @@ def test_what_has_no_word_that_fits_is_truncated(
 
 
 def training_set(shards: Path, text_masker: TextMasker, seed: int = 0, crop_min_area: float = 0.5) -> TrainingSet:
-    manifest = read_manifest(str(shards))
-    order = SampleOrder(tuple(shard.samples for shard in manifest.shards), 2, seed)
-    return TrainingSet(manifest, order, text_masker, 16, crop_min_area)
+    section = DataSection(train=str(shards), window_shards=2)
+    data = read_training_data(section)
+    return TrainingSet(data.shards, data.order(section, seed), seed, text_masker, 16, crop_min_area)
 
 
 @pytest.mark.parametrize("strategy", ["random", "block", "frequency"])
