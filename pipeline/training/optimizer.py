@@ -36,9 +36,12 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.A
 
 
 def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `lr * final_lr_ratio` at the last step; steps count from 0."""
+    """Linear warm-up to `lr`, then half a cosine down to `lr * final_lr_ratio` at the last step.
+
+    Steps count from 0; where a run went on with other batches than it began with, they come in fractions.
+    """
     if step < section.warmup_steps:
-        return section.lr * (step + 1) / section.warmup_steps
+        return min(section.lr, section.lr * (step + 1) / section.warmup_steps)
     progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return section.lr * (section.final_lr_ratio + (1 - section.final_lr_ratio) * cosine)

@@ -263,10 +263,11 @@ def _describe_batch(stage: Stage) -> str:
     met_at_once = plan.global_batch_size
     if not stage.recipe.loss.cache_gradients:
         met_at_once //= plan.accumulation_steps
+    first = stage.starts[-1].global_batch_size
+    before = "" if first == plan.global_batch_size else f"; {first:,} pairs when the stage began"
     return (
         f"batch: {plan.global_batch_size:,} = {plan.micro_batch_size:,} micro x {plan.accumulation_steps} "
-        f"accumulation x {plan.world_size} ranks; each pair meets "
-        f"{met_at_once - 1:,} negatives"
+        f"accumulation x {plan.world_size} ranks; each pair meets {met_at_once - 1:,} negatives{before}"
     )
 
 

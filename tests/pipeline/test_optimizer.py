@@ -21,6 +21,9 @@ def test_warm_up_then_cosine() -> None:
     assert rates[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+    between = [learning_rate(step / 7, 110, section) for step in range(9 * 7, 11 * 7)]
+    assert max(between) == 1.0
+    assert all(abs(a - b) < 0.02 for a, b in pairwise(between)), "no jump between steps"
     assert learning_rate(3, 3, OptimizerSection(warmup_steps=0)) == 0
 
 

@@ -147,6 +147,16 @@ def test_the_plan_is_told_in_lines(recipe_file: Path) -> None:
     assert 100 * 144 / 1744 < shares[1] < 50, "a full image costs more than a small masked one"
 
 
+def test_the_plan_says_that_the_batch_changed(recipe_file: Path) -> None:
+    recipe = load_recipe(str(recipe_file), ["train.global_batch_size=24", "stages.tail.train.global_batch_size=24"])
+    before = plan(recipe_file)[0].reached(3)
+    resumed = plan_stages(recipe, 96, 3, 300, 3, before)
+    text = describe_stages(resumed, 3)
+    assert "batch: 24 = 8 micro x 1 accumulation x 3 ranks; each pair meets 23 negatives; 16 pairs when" in text
+    assert text.count("when the stage began") == 1
+    assert resumed[0].end_step == 3 + math.ceil((1600 - 48) / 24)
+
+
 def test_what_is_left_counts_later_stages_by_what_they_cost(recipe_file: Path) -> None:
     stages = plan(recipe_file)
     small, tail = stages
