@@ -148,8 +148,11 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW with warm-up and cosine decay; no decay on biases, norms, embeddings and the temperature."""
+    """Warm-up and cosine decay; no weight decay of biases, norms, embeddings and the temperature."""
 
+    name: Literal["adamw", "muon", "deepspeed_adamw"] = Field(
+        "adamw", description="adamw | muon (matrices of blocks; AdamW else) | deepspeed_adamw (compiled at first start)"
+    )
     lr: float = Field(5e-4, description="peak learning rate", gt=0)
     final_lr_ratio: float = Field(0.0, description="learning rate at the end as a share of the peak", ge=0, le=1)
     warmup_steps: int = Field(2000, description="steps of linear warm-up", ge=0)
@@ -157,6 +160,10 @@ class OptimizerSection(Section):
     beta1: float = Field(0.9, description="decay of the first moment", ge=0, lt=1)
     beta2: float = Field(0.98, description="decay of the second moment", ge=0, lt=1)
     eps: float = Field(1e-6, description="added to the root of the second moment", gt=0)
+    muon_momentum: float = Field(0.95, description="decay of Muon's momentum", ge=0, lt=1)
+    image_lr_ratio: float = Field(1.0, description="image tower's learning rate as a share of lr; 0 freezes it", ge=0)
+    text_lr_ratio: float = Field(1.0, description="text tower's learning rate as a share of lr; 0 freezes it", ge=0)
+    layer_decay: float = Field(1.0, description="each block's learning rate as a share of the next one's", gt=0, le=1)
     max_grad_norm: float = Field(1.0, description="gradients are clipped to this norm; 0: not at all", ge=0)
 
 

@@ -10,18 +10,20 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from model.clip import CLIP
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe
-from pipeline.training.optimizer import make_optimizer
+from pipeline.recipe import OptimizerSection, Recipe
+from pipeline.training.engine_config import offload_device
+from pipeline.training.optimizer import freeze_towers, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
 def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> DeepSpeedEngine:
-    """Wrap the model and its AdamW; the process group must exist. Nothing is compiled at run time."""
+    """Wrap the model and its optimizer; the process group must exist."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -31,8 +33,22 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
 
     # An inference-only all-reduce for CPUs that would cost a minute of C++ compilation at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=make_optimizer(clip, recipe.optimizer), config=config)
+    freeze_towers(clip, recipe.optimizer)
+    optimizer = _make_optimizer(clip, recipe.optimizer, config)
+    engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
     return engine
+
+
+def _make_optimizer(clip: CLIP, section: OptimizerSection, config: dict[str, Any]) -> Optimizer:
+    if section.name != "deepspeed_adamw":
+        return make_optimizer(clip, section)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    # both are AdamW unless told otherwise, and compiled at their first start on a machine, which takes minutes
+    kind = DeepSpeedCPUAdam if offload_device(config, "optimizer") == "cpu" else FusedAdam
+    betas = (section.beta1, section.beta2)
+    optimizer: Optimizer = kind(parameter_groups(clip, section), lr=section.lr, betas=betas, eps=section.eps)
+    return optimizer
 
 
 def release(engine: DeepSpeedEngine) -> None:

@@ -1,38 +1,94 @@
-"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+"""The optimizer, its parameter groups, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from model.clip import CLIP
+from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
+from pipeline.training.engine_config import offload_device, zero_stage
+from pipeline.training.muon import MatrixShape, MuonAdamW
+
+_BLOCK = re.compile(r"(visual|text)\.transformer\.resblocks\.(\d+)\.")
+_INPUT = re.compile(r"(visual|text)\.(class_embedding|positional_embedding|patch_embedding|token_embedding|ln_pre)")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms, embeddings and the temperature do not (as CLIP's training does)."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+def check_optimizer(section: OptimizerSection, config: dict[str, Any]) -> None:
+    """Raise UserError for an optimizer that does not work with a DeepSpeed config."""
+    if section.name != "muon":
+        return
+    if zero_stage(config) == 3:
+        raise UserError(
+            "optimizer.name=muon does not work with ZeRO stage 3, where every rank has a piece of every matrix and "
+            "would orthogonalise all of them: take a train.deepspeed_config of stage 1 or 2"
+        )
+    if offload_device(config, "optimizer") != "none":
+        raise UserError("optimizer.name=muon does not work on the CPU: take a train.deepspeed_config without offload")
+
+
+def freeze_towers(clip: CLIP, section: OptimizerSection) -> None:
+    """A tower whose learning rate is none gets no gradients, and no memory for them or for optimizer states."""
+    clip.visual.requires_grad_(section.image_lr_ratio > 0)
+    clip.text.requires_grad_(section.text_lr_ratio > 0)
+
+
+def parameter_groups(clip: CLIP, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Parameters that are treated alike, each group with `weight_decay`, `lr_ratio` and `matrices` (muon.py).
+
+    Matrices decay; biases, norms, embeddings and the temperature do not (as CLIP's training does).
+    """
+    embeddings = {id(m.weight) for m in clip.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
+    for name, parameter in clip.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = (
             parameter.ndim > 1 and "embedding" not in name.rpartition(".")[2] and id(parameter) not in embeddings
         )
-        (decayed if is_matrix else others).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        has_muon = section.name == "muon" and is_matrix and bool(_BLOCK.match(name))
+        decay, ratio = section.weight_decay if is_matrix else 0.0, _lr_ratio(name, clip, section)
+        new = {"params": [], "weight_decay": decay, "lr_ratio": ratio, "matrices": []}
+        group = groups.setdefault((has_muon, decay, ratio), new)
+        group["params"].append(parameter)
+        if has_muon:
+            group["matrices"].append(_matrix_shape(name, parameter))
+    return list(groups.values())
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """torch's AdamW: fused, and nothing to compile at run time."""
-    return torch.optim.AdamW(
-        parameter_groups(model, section.weight_decay),
-        lr=section.lr,
-        betas=(section.beta1, section.beta2),
-        eps=section.eps,
-        fused=True,
-    )
+def _matrix_shape(name: str, parameter: nn.Parameter) -> MatrixShape:
+    """Query, key and value are three matrices in one parameter."""
+    rows, columns = parameter.shape
+    return (3, rows // 3, columns) if name.endswith("in_proj_weight") else (1, rows, columns)
+
+
+def _lr_ratio(name: str, clip: CLIP, section: OptimizerSection) -> float:
+    """The tower's, and layer decay by the distance from the tower's output (Bao et al. 2022, BEiT, appendix)."""
+    tower = name.partition(".")[0]
+    if tower not in ("visual", "text"):
+        return 1.0
+    is_image = tower == "visual"
+    ratio = section.image_lr_ratio if is_image else section.text_lr_ratio
+    layers = clip.config.vision.layers if is_image else clip.config.text.layers
+    block = _BLOCK.match(name)
+    if block:
+        return ratio * section.layer_decay ** (layers - int(block[2]))
+    return ratio * section.layer_decay ** (layers + 1) if _INPUT.match(name) else ratio
+
+
+def make_optimizer(clip: CLIP, section: OptimizerSection) -> torch.optim.Optimizer:
+    """torch's fused AdamW of what is not frozen, or Muon with it; nothing to compile at run time."""
+    groups = parameter_groups(clip, section)
+    if section.name == "muon":
+        groups = [group | {"momentum": section.muon_momentum} for group in groups]
+    kind = MuonAdamW if section.name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=section.lr, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
 
 
 def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> float:
@@ -45,3 +101,9 @@ def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> f
     progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return section.lr * (section.final_lr_ratio + (1 - section.final_lr_ratio) * cosine)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Each group's share of the schedule's learning rate."""
+    for group in groups:
+        group["lr"] = lr * group["lr_ratio"]

@@ -26,7 +26,7 @@ from pipeline.training.engine import make_engine, release
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.objective import make_objective
-from pipeline.training.optimizer import learning_rate
+from pipeline.training.optimizer import learning_rate, set_learning_rate
 from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.stage_model import speed_up
@@ -80,8 +80,7 @@ class StageTrainer:
         while self._progress.step < self._stage.end_step:
             step = self._progress.step
             lr = learning_rate(self._stage.schedule_step(step), self._stage.schedule_steps, self._recipe.optimizer)
-            for group in self._engine.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._engine.optimizer.param_groups, lr)
 
             micro_batches = window.timed_fetch(batches, self._plan.accumulation_steps)
             report = train_step(

@@ -20,6 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import check_world_size, checkpoint_directory, newest_checkpoint, read_progress
 from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
+from pipeline.training.optimizer import check_optimizer
 from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
@@ -76,6 +77,7 @@ class TrainingRun:
         for stage, config in zip(self._stages, self._configs, strict=True):
             self._context.data.check_batch(stage.batches.global_batch_size)
             check_config(config, self._ranks)
+            check_optimizer(stage.recipe.optimizer, config)
             check_computable(stage, self._ranks.device, config)
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
         return sha256

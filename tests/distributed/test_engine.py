@@ -1,33 +1,20 @@
-"""Every template and precision trains in two ranks as one process with plain torch does on the concatenated batch.
-
-G pairs of the global batch, L patches of an image, P values of a patch, T padded caption length
-"""
+"""Every template and precision trains in two ranks as one process with plain torch does on the concatenated batch."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from forked_ranks import run_ranks
-from torch import Tensor
+from small_problem import make_clip, reference_step, start_engine, train_engine
 
-from model.clip import CLIP, CLIPOutput
-from model.config import config_from_name
-from model.masking import PatchSelection
-from model.masking.selection import keep_all
-from model.packing import PackedTokens
-from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
-from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import make_engine, release
-from pipeline.training.engine_config import check_config, deepspeed_config
-from pipeline.training.objective import make_objective
+from pipeline.training.engine import release
 
-G, L, P, T, STEPS = 8, 16, 192, 9, 3
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -63,64 +50,27 @@ CASES = [
 ]
 
 
-def make_clip() -> CLIP:
-    torch.manual_seed(0)
-    config = config_from_name("ViT-test-8")
-    return CLIP(replace(config, text=replace(config.text, vocab_size=50, eot_token_id=49)))
-
-
-def make_batch(step: int) -> tuple[Tensor, Tensor]:
-    """Patches [G, L, P] and captions [G, T] of different lengths."""
-    generator = torch.Generator().manual_seed(step)
-    tokens_GT = torch.randint(1, 49, (G, T), generator=generator)
-    lengths_G = torch.randint(2, T + 1, (G,), generator=generator)
-    tokens_GT[torch.arange(G), lengths_G - 1] = 49
-    return torch.randn(G, L, P, generator=generator), tokens_GT * (torch.arange(T) < lengths_G[:, None])
-
-
-def inputs(patches_GLP: Tensor, tokens_GT: Tensor) -> tuple[Tensor, PatchSelection, PackedTokens]:
-    selection = keep_all(*patches_GLP.shape[:2], patches_GLP.device)
-    return patches_GLP.flatten(0, 1), selection, PackedTokens.from_padded(tokens_GT, 49)
-
-
 OPTIONS = ["optimizer.lr=1e-3", "optimizer.weight_decay=0.2", "optimizer.max_grad_norm=1"]
 
 
 def reference_losses() -> list[float]:
     """One process, fp32, torch's own AdamW and clipping."""
-    clip, losses = make_clip(), []
-    matrices = [
-        p for name, p in clip.named_parameters() if p.ndim > 1 and "embedding" not in name.replace("patch_", "")
-    ]
+    clip = make_clip()
+    named = [(name.replace("patch_embedding", "patch"), p) for name, p in clip.named_parameters()]
+    matrices = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
     others = [p for p in clip.parameters() if not any(p is matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, foreach=False)
+    losses = []
     for step in range(STEPS):
-        output = clip(*inputs(*make_batch(step)))
-        logits = output.logit_scale * output.image_features @ output.text_features.T
-        loss = (F.cross_entropy(logits, torch.arange(G)) + F.cross_entropy(logits.T, torch.arange(G))) / 2
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        losses.append(reference_step(clip, step, max_grad_norm=1.0))
         optimizer.step()
     return losses
 
 
 def train(ranks: Ranks, case: Case) -> list[float]:
-    recipe = load_recipe("demo", [*OPTIONS, *case.options])
-    B = G // ranks.world_size
-    config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), case.template)
-    check_config(config, ranks)
-    engine, losses = make_engine(make_clip(), recipe, config, ranks), []
-    for step in range(STEPS):
-        mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-        patches_GLP, tokens_GT = make_batch(step)
-        output: CLIPOutput = engine(*inputs(patches_GLP[mine], tokens_GT[mine]))
-        loss = make_objective(recipe.loss, ranks).pairs(*output)
-        engine.backward(loss)
-        engine.step()
-        losses.append(ranks.mean(loss.detach().clone()).item())
+    engine = start_engine(ranks, case.template, [*OPTIONS, *case.options])
+    losses = list(train_engine(engine, ranks, STEPS))
     release(engine)
     return losses
 

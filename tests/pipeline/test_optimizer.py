@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 
 from model.clip import CLIP
+from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
-from pipeline.training.optimizer import learning_rate, make_optimizer, parameter_groups
+from pipeline.training.engine_config import TEMPLATES_DIRECTORY
+from pipeline.training.muon import MuonAdamW, orthogonalized
+from pipeline.training.optimizer import (
+    check_optimizer,
+    freeze_towers,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+)
 
 
 def test_warm_up_then_cosine() -> None:
@@ -27,15 +39,85 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate(3, 3, OptimizerSection(warmup_steps=0)) == 0
 
 
+def grouped_names(clip: CLIP, section: OptimizerSection) -> list[tuple[dict[str, Any], set[str]]]:
+    """Every group with the names of its parameters, each of which is in one group or frozen."""
+    names = {id(parameter): name for name, parameter in clip.named_parameters()}
+    groups = [(group, {names[id(p)] for p in group["params"]}) for group in parameter_groups(clip, section)]
+    trained = [name for _, members in groups for name in members]
+    assert sorted(trained) == sorted(name for name, p in clip.named_parameters() if p.requires_grad)
+    return groups
+
+
 def test_only_matrices_decay() -> None:
     clip = CLIP.from_name("ViT-test-8")
-    decayed, others = (group["params"] for group in parameter_groups(clip, 0.2))
-    names = {id(parameter): name for name, parameter in clip.named_parameters()}
-    decayed_names = {names[id(parameter)] for parameter in decayed}
-    other_names = {names[id(parameter)] for parameter in others}
-    assert decayed_names | other_names == set(names.values())
-    assert not decayed_names & other_names
+    groups = grouped_names(clip, OptimizerSection(weight_decay=0.3))
+    assert [group["weight_decay"] for group, _ in groups] == [0.0, 0.3]
+    (_, others), (_, decayed) = groups
     kinds = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight", "patch_embedding.weight", "proj")
-    assert all(name.endswith((*kinds, "text_projection")) for name in decayed_names)
-    assert {"logit_scale", "text.token_embedding.weight", "visual.positional_embedding"} <= other_names
-    assert make_optimizer(clip, OptimizerSection(weight_decay=0.3)).param_groups[0]["weight_decay"] == 0.3
+    assert all(name.endswith((*kinds, "text_projection")) for name in decayed)
+    assert {"logit_scale", "text.token_embedding.weight", "visual.positional_embedding"} <= others
+    assert not any("." in name and name.endswith(kinds) for name in others)
+
+
+def test_muon_has_the_matrices_of_blocks_alone() -> None:
+    clip = CLIP.from_name("ViT-test-8")
+    groups = grouped_names(clip, OptimizerSection(name="muon"))
+    (matrices,) = [(group, names) for group, names in groups if group["matrices"]]
+    assert len(matrices[1]) == 4 * 4  # of two blocks in each tower
+    assert all(".resblocks." in name for name in matrices[1])
+    assert matrices[0]["matrices"][:2] == [(3, 32, 32), (1, 32, 32)]
+    assert isinstance(make_optimizer(clip, OptimizerSection(name="muon")), MuonAdamW)
+
+
+def test_a_frozen_tower_is_in_no_group() -> None:
+    clip = CLIP.from_name("ViT-test-8")
+    section = OptimizerSection(image_lr_ratio=0)
+    freeze_towers(clip, section)
+    names = set().union(*(names for _, names in grouped_names(clip, section)))
+    assert "logit_scale" in names
+    assert {name.partition(".")[0] for name in names} == {"logit_scale", "text"}
+    freeze_towers(clip, OptimizerSection())
+    assert all(parameter.requires_grad for parameter in clip.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 24), (3, 16, 40), (2, 48, 12)])
+def test_orthogonalized_matrices_keep_their_singular_vectors(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ orthogonalized(matrices.float()).double() @ right.mT
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    large = values > 0.1 * values.amax(-1, keepdim=True)
+    assert ((diagonal > 0.6) & (diagonal < 1.3))[large].all()
+    assert (found - torch.diag_embed(diagonal)).abs().max() < 0.05
+
+
+def test_a_skipped_step_changes_nothing_and_a_scale_is_taken_out() -> None:
+    results = []
+    for scale, skips in [(1.0, [False]), (8.0, [False]), (1.0, [True, False, True])]:
+        clip = CLIP.from_name("ViT-test-8")
+        torch.manual_seed(0)
+        for parameter in clip.parameters():
+            torch.nn.init.normal_(parameter)
+        optimizer = make_optimizer(clip, OptimizerSection(name="muon", lr=0.1))
+        optimizer.grad_scale = torch.tensor(scale)
+        for skip in skips:
+            for number, parameter in enumerate(clip.parameters()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.grad = torch.full_like(noise, torch.nan) if skip else noise * scale
+            optimizer.found_inf = torch.tensor(float(skip))
+            optimizer.step()
+        results.append([*clip.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values() if len(s) == 1)])
+    assert len(results[0]) > len(list(clip.parameters()))
+    for once, *others in zip(*results, strict=True):
+        assert all(torch.allclose(once, other, rtol=1e-6, atol=1e-7) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("zero3_bf16", "does not work with ZeRO stage 3"), ("zero2_bf16_offload", "does not work on the CPU")],
+)
+def test_where_muon_cannot_see_whole_matrices_it_is_refused(template: str, message: str) -> None:
+    config = json.loads((TEMPLATES_DIRECTORY / f"{template}.json").read_text())
+    check_optimizer(OptimizerSection(), config)
+    with pytest.raises(UserError, match=message):
+        check_optimizer(OptimizerSection(name="muon"), config)
