@@ -1,4 +1,7 @@
-"""Evaluate one checkpoint: zero-shot classification, retrieval, composition -> results.jsonl and a table."""
+"""Evaluate checkpoints: zero-shot classification, retrieval, composition -> results.jsonl and a table.
+
+Whole, or as slices of an array of jobs, which `pipeline/report.py collect` puts together.
+"""
 
 from __future__ import annotations
 
@@ -11,123 +14,101 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 
-from model.masking import MaskingConfig
 from pipeline.entry import add_launcher_argument, run
 from pipeline.errors import UserError
-from pipeline.evaluation import composition, retrieval, zero_shot
-from pipeline.evaluation.datasets import (
-    ClassificationSet,
-    EvaluationSet,
-    RetrievalSet,
-    open_evaluation_set,
-)
+from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.features import FeatureEncoder
+from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job
 from pipeline.evaluation.masked_images import check_maskable
-from pipeline.evaluation.results import RESULTS_FILE, Result, Scores, format_table, write_results
+from pipeline.evaluation.registry import TASKS, tasks_of
+from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
+from pipeline.evaluation.slices import Slice
 from pipeline.inference import load_for_inference
-from pipeline.ranks import init_ranks
-from pipeline.training.run_record import versions
-
-TASKS = {"zeroshot": zero_shot.TASK, "retrieval": retrieval.TASK, "composition": composition.TASK}
+from pipeline.ranks import Ranks, init_ranks
 
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate as the arguments say; returns the exit code. Raises UserError for everything that does not fit."""
     arguments = _parser().parse_args(argv)
-    datasets = _select(arguments.tasks, [open_evaluation_set(Path(directory)) for directory in arguments.data])
+    options = None if arguments.tasks == "auto" else [task.strip() for task in arguments.tasks.split(",")]
+    datasets = _open(arguments.data, options)
     ranks = init_ranks()
-    model = load_for_inference(arguments.checkpoint, ranks.device, arguments.tokenizer)
-    masking = model.masking if arguments.mask_images else None
-    if masking is not None:
-        check_maskable(masking)
-    encoder = FeatureEncoder(model, ranks, arguments.batch_size, arguments.workers, masking)
-    results = []
-    for dataset in datasets:
-        start_s = time.monotonic()
-        if ranks.is_main:
-            print(f"{dataset.name}: {task_of(dataset)}, {len(dataset.samples):,} samples", flush=True)
-        scores = evaluate(encoder, dataset)
-        result = Result(
-            model=model.name,
-            checkpoint=model.checkpoint,
-            dataset=dataset.name if masking is None else f"{dataset.name}, masked ({describe(masking)})",
-            task=task_of(dataset),
-            metrics=scores.metrics,
-            chance=scores.chance,
-            samples=scores.samples,
-            template_sha256=scores.template_sha256,
-            weights_sha256=model.weights_sha256,
-            step=model.step,
-            samples_seen=model.samples_seen,
-            versions=versions(),
-            wall_time_s=round(time.monotonic() - start_s, 3),
-        )
-        if ranks.is_main:
-            # one by one: what is measured stays, whatever happens to the next dataset
-            write_results(arguments.output, [result])
-        results.append(result)
-    if ranks.is_main:
-        print(f"{model.name}, {model.checkpoint}, step {model.step}\n\n{format_table(results)}\n")
-        print(f"results in {arguments.output / RESULTS_FILE}", flush=True)
+    for checkpoint in arguments.checkpoint:
+        model = load_for_inference(checkpoint, ranks.device, arguments.tokenizer)
+        masking = model.masking if arguments.mask_images else None
+        if masking is not None:
+            check_maskable(masking)
+        encoder = FeatureEncoder(model, ranks, arguments.workers, masking)
+        for data, dataset in datasets.items():
+            job = make_job(model.identity, data, dataset, options, arguments.batch_size, masking)
+            _run(job, encoder, arguments.slice, arguments.output)
     return 0
 
 
-def evaluate(encoder: FeatureEncoder, dataset: EvaluationSet) -> Scores:
-    """The scores that the kind of the dataset calls for."""
-    if isinstance(dataset, ClassificationSet):
-        return zero_shot.evaluate_zero_shot(encoder, dataset)
-    if isinstance(dataset, RetrievalSet):
-        return retrieval.evaluate_retrieval(encoder, dataset)
-    return composition.evaluate_composition(encoder, dataset)
+def _run(job: Job, encoder: FeatureEncoder, part: Slice | None, output: Path) -> None:
+    ranks, name = encoder.ranks, job.dataset.name
+    tasks = ", ".join(task.option for task in job.tasks)
+    _print(ranks, f"{job.model.checkpoint}: {name}, {tasks}, {len(job.dataset.samples):,} samples")
+    encode_slice(job, encoder, part or Slice(), output)
+    if not ranks.is_main:
+        return
+    if part is not None:
+        print(
+            f"slice {part} of {name} is encoded; when all are: python pipeline/report.py collect {output}", flush=True
+        )
+        return
+    results = score_job(job, output)
+    # one by one: what is measured stays, whatever happens to the next data set
+    write_results(output, results)
+    print(f"{format_table(results)}\n\nresults in {output / RESULTS_FILE}", flush=True)
 
 
-def task_of(dataset: EvaluationSet) -> str:
-    """The task's name in results, as in CLIP_benchmark."""
-    if isinstance(dataset, ClassificationSet):
-        return zero_shot.TASK
-    return retrieval.TASK if isinstance(dataset, RetrievalSet) else composition.TASK
+def _print(ranks: Ranks, text: str) -> None:
+    if ranks.is_main:
+        print(text, flush=True)
 
 
-def describe(masking: MaskingConfig) -> str:
-    """A masking as it is named in results: strategy and share at the end of training."""
-    return f"{masking.strategy} {masking.mask_ratio(1.0):.0%}"
-
-
-def _select(tasks: str, datasets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
-    """The datasets of the wanted tasks. Raises UserError for an unknown task and for one without a dataset."""
-    names = [dataset.name for dataset in datasets]
-    if len(set(names)) < len(names):
+def _open(directories: Sequence[Path], options: Sequence[str] | None) -> dict[Path, EvaluationSet]:
+    """The data sets of the wanted tasks. Raises UserError for an unknown task and for one without a data set."""
+    opened = {directory: open_evaluation_set(directory) for directory in directories}
+    names = [dataset.name for dataset in opened.values()]
+    if len(set(names)) < len(directories):
         raise UserError(f"two --data directories have the same name ({', '.join(names)}): results would mix")
-    if tasks == "auto":
-        return list(datasets)
-    wanted = [task.strip() for task in tasks.split(",")]
-    for task in wanted:
-        if task not in TASKS:
-            raise UserError(f"unknown task {task!r}: --tasks takes auto, or a list of {', '.join(TASKS)}")
-        if TASKS[task] not in map(task_of, datasets):
-            raise UserError(f"no dataset for task {task}: none of the --data directories ({', '.join(names)}) fits")
-    return [dataset for dataset in datasets if task_of(dataset) in {TASKS[task] for task in wanted}]
+    fitting = {directory: tasks_of(dataset, options) for directory, dataset in opened.items()}
+    for option in options or ():
+        if not any(TASKS[option] in tasks for tasks in fitting.values()):
+            raise UserError(f"no dataset for task {option}: none of the --data directories ({', '.join(names)}) fits")
+    return {directory: opened[directory] for directory, tasks in fitting.items() if tasks}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
-        description="Evaluate a checkpoint: zero-shot classification, retrieval, composition.",
+        description="Evaluate checkpoints: zero-shot classification, retrieval, composition.",
         epilog="example: deepspeed pipeline/evaluate.py --checkpoint runs/demo --data eval/zeroshot eval/retrieval "
         "--output runs/demo/evaluation",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run or checkpoint directory")
-    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="evaluation sets (docs/evaluation.md)")
+    parser.add_argument("--checkpoint", required=True, nargs="+", metavar="RUN", help="run or checkpoint directories")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="DIR", help="evaluation sets (docs/evaluation.md)"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where results.jsonl grows")
     parser.add_argument(
         "--tasks",
         default="auto",
         help=f"auto (what the directories hold; the default) or a list of {','.join(TASKS)}",
     )
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="per rank (default: %(default)s)")
+    parser.add_argument(
+        "--slice",
+        type=Slice.parse,
+        metavar="I/N",
+        help="encode only part I of N (from 0) of every set, e.g. in a job array; then `report.py collect`",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="images or texts at once (default: %(default)s)"
+    )
     parser.add_argument(
         "--workers",
         type=_positive,

@@ -22,6 +22,19 @@ from pipeline.training.checkpoint import MODEL_CARD, TOKENIZER, WEIGHTS, newest_
 
 
 @dataclass(frozen=True)
+class ModelIdentity:
+    """Which model it is that gave some features: what results say of it."""
+
+    name: str
+    checkpoint: str
+    step: int
+    samples_seen: int
+    image_size: int
+    weights_sha256: str
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True)
 class InferenceModel:
     """A model in evaluation mode with its tokenizer, and where it comes from."""
 
@@ -34,6 +47,19 @@ class InferenceModel:
     samples_seen: int
     weights_sha256: str
     masking: MaskingConfig
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The same without the model."""
+        return ModelIdentity(
+            self.name,
+            self.checkpoint,
+            self.step,
+            self.samples_seen,
+            self.image_size,
+            self.weights_sha256,
+            self.tokenizer.sha256,
+        )
 
 
 def load_for_inference(path: str, device: torch.device, tokenizer: str | None = None) -> InferenceModel:

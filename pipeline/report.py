@@ -1,4 +1,8 @@
-"""Make a report, Markdown and one self-contained HTML page, of runs and results."""
+"""Make a report, Markdown and one self-contained HTML page, of runs and results; or collect results from slices.
+
+python pipeline/report.py RESULTS… --output DIR
+python pipeline/report.py collect OUTPUT…
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.entry import run
+from pipeline.errors import UserError
+from pipeline.evaluation.jobs import read_jobs, score_job
+from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
 from pipeline.reporting import report_tables as tables
@@ -25,7 +32,9 @@ from pipeline.training.run_logger import timestamp
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write report.html and report.md; returns the exit code. Raises UserError for inputs that are no results."""
+    """Write report.html and report.md, or collect; returns the exit code. Raises UserError for what is no result."""
+    if argv[:1] == ["collect"]:
+        return _collect(argv[1:])
     arguments = _parser().parse_args(argv)
     inputs = read_inputs(arguments.results)
     recipes = [run.recipe for run in inputs.runs if run.recipe]
@@ -42,6 +51,30 @@ def main(argv: Sequence[str]) -> int:
         "strategies": STRATEGIES,
     }
     print(write_report(arguments.output, content))
+    return 0
+
+
+def _collect(argv: Sequence[str]) -> int:
+    """Make results.jsonl of what the slices of evaluation jobs left; all jobs are tried before the first error ends."""
+    parser = argparse.ArgumentParser(
+        prog="report.py collect", description="Put the slices of evaluation jobs together: features -> results.jsonl."
+    )
+    parser.add_argument("output", nargs="+", type=Path, metavar="OUTPUT", help="the --output of pipeline/evaluate.py")
+    failures: list[UserError] = []
+    for output in parser.parse_args(argv).output:
+        for job in read_jobs(output):
+            try:
+                results = score_job(job, output)
+            except UserError as error:
+                failures.append(error)
+                continue
+            write_results(output, results)
+            print(f"{job.model.checkpoint}\n{format_table(results)}\n", flush=True)
+        print(f"results in {output / RESULTS_FILE}", flush=True)
+    if failures:
+        for failure in failures[1:]:
+            print(f"error: {failure}", file=sys.stderr)
+        raise failures[0]
     return 0
 
 

@@ -9,24 +9,36 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipeline.evaluation.datasets import CompositionSet
-from pipeline.evaluation.features import FeatureEncoder, distinct
+from pipeline.evaluation.datasets import CompositionSet, EvaluationSet
+from pipeline.evaluation.feature_store import Collection
+from pipeline.evaluation.features import distinct
 from pipeline.evaluation.results import Scores
+from pipeline.evaluation.task import Features, Task
 
-TASK = "image_caption_selection"
+
+def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    assert isinstance(dataset, CompositionSet)
+    return {
+        "images": Collection(dataset.name, "images", distinct([sample.image for sample in dataset.samples])[0]),
+        "captions": Collection(dataset.name, "texts", distinct(_captions(dataset))[0]),
+    }
 
 
-def evaluate_composition(encoder: FeatureEncoder, dataset: CompositionSet) -> Scores:
-    """Accuracy of each category and `acc`, their mean. Raises UserError as the encoder does."""
+def _captions(dataset: CompositionSet) -> list[str]:
+    """All captions, then all negatives."""
     samples = dataset.samples
-    images, image_N = distinct([sample.image for sample in samples])
-    captions, caption_N = distinct([sample.caption for sample in samples])
-    negatives, negative_N = distinct([sample.negative_caption for sample in samples])
-    text_features_UD = encoder.encode_texts([*captions, *negatives])
+    return [sample.caption for sample in samples] + [sample.negative_caption for sample in samples]
+
+
+def _score(dataset: EvaluationSet, features: Features) -> Scores:
+    assert isinstance(dataset, CompositionSet)
+    samples = dataset.samples
+    _, image_N = distinct([sample.image for sample in samples])
+    _, text_2N = distinct(_captions(dataset))
     metrics = composition_metrics(
-        encoder.encode_images(images)[image_N],
-        text_features_UD[caption_N],
-        text_features_UD[negative_N + len(captions)],
+        features["images"][image_N],
+        features["captions"][text_2N[: len(samples)]],
+        features["captions"][text_2N[len(samples) :]],
         [sample.category for sample in samples],
     )
     return Scores(metrics, chance=dict.fromkeys(metrics, 0.5), samples=len(samples))
@@ -46,3 +58,12 @@ def composition_metrics(
     names, category_N = distinct(categories)
     by_category = {f"acc/{name}": right_N[category_N == index].mean().item() for index, name in enumerate(names)}
     return {"acc": sum(by_category.values()) / len(by_category), **by_category}
+
+
+TASK = Task(
+    name="image_caption_selection",
+    option="composition",
+    fits=lambda dataset: isinstance(dataset, CompositionSet),
+    collections=_collections,
+    score=_score,
+)

@@ -6,7 +6,7 @@ Zero-shot classification and retrieval are CLIP_benchmark's webdatasets; composi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class ClassificationSet:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     samples: tuple[ClassificationSample, ...]
+    expected_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class RetrievalSet:
 
     name: str
     samples: tuple[RetrievalSample, ...]
+    expected_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class CompositionSet:
 
     name: str
     samples: tuple[CompositionSample, ...]
+    expected_samples: int | None = None
 
 
 EvaluationSet = ClassificationSet | RetrievalSet | CompositionSet
@@ -90,8 +93,7 @@ def open_evaluation_set(directory: Path) -> EvaluationSet:
             f"no evaluation set in {directory}: expected test/ with {CLASSNAMES} (zero-shot), test/ alone (retrieval) "
             "or images/ with *.json (composition)"
         )
-    _check_expected_count(directory, len(dataset.samples))
-    return dataset
+    return replace(dataset, expected_samples=_expected_count(directory, len(dataset.samples)))
 
 
 def _is_classification(directory: Path) -> bool:
@@ -181,12 +183,13 @@ def _test_samples(directory: Path) -> list[TarSample]:
     return samples
 
 
-def _check_expected_count(directory: Path, samples: int) -> None:
+def _expected_count(directory: Path, samples: int) -> int | None:
     """A set may state its size in dataset.json; a part of a set must not pass for the whole."""
     file = directory / "dataset.json"
     expected = _read_json_object(file).get("samples") if file.is_file() else None
     if expected is not None and expected != samples:
         raise UserError(f"{directory} holds {samples} samples, but its dataset.json says {expected}: copy it again")
+    return samples if expected is not None else None
 
 
 def _read_lines(file: Path) -> tuple[str, ...]:

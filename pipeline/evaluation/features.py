@@ -1,16 +1,17 @@
-"""Features of images and texts: decoded ahead in threads, encoded in batches, shared over the ranks.
+"""Encoding a collection: decoded ahead in threads, in batches whose extent is fixed, shared over slices and ranks.
 
-N images or texts, U distinct ones, D embed_dim, S size of the square image, T padded caption length
+n images or texts of a piece, D embed_dim, S size of the square image
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,16 @@ from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.errors import UserError
+from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.masked_images import encode_masked
+from pipeline.evaluation.slices import Slice
 from pipeline.evaluation.tar_samples import ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 
 _BATCHES_AHEAD = 2
+# Of a job that is killed, so many batches are encoded again.
+_BATCHES_OF_A_PIECE = 32
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
@@ -34,7 +39,7 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """Encodes with one model; every rank encodes a contiguous share and receives all features.
+    """Encodes with one model what is missing of this slice's and rank's share of a collection.
 
     `workers` threads decode images: the decoder and the resize release the interpreter's lock.
     `masking`, on request, hides patches of the images as training did; an evaluation looks at whole images otherwise.
@@ -42,73 +47,90 @@ class FeatureEncoder:
 
     model: InferenceModel
     ranks: Ranks
-    batch_size: int
     workers: int
     masking: MaskingConfig | None = None
 
-    def encode_images(self, images: Sequence[ImageFile]) -> Tensor:
-        """Unit-length features, fp32 [N, D] on the CPU, in the order of `images`.
+    def encode(self, store: FeatureStore, part: Slice) -> int:
+        """Store what is missing of the share; returns the number of rows encoded on this rank (collective).
 
-        Raises UserError for an image that does not decode and for features that are not finite.
+        Raises UserError, on all ranks, if one meets an image that does not decode or features that are not finite.
         """
-        share = images[rank_share(len(images), self.ranks)]
-        with ThreadPoolExecutor(self.workers) as pool:
-            decoded = load_ahead(pool, self._load_image, share, ahead=_BATCHES_AHEAD * self.batch_size)
-            batches = (torch.stack(batch) for batch in batched(decoded, self.batch_size))
-            return self._encode(batches, self._encode_image_batch, len(share), "images")
+        batches = store.missing(part.share(store.num_batches, self.ranks))
+        total = sum(len(store.rows(batch)) for batch in batches)
+        failure: UserError | None = None
+        description = f"{store.collection.name} {store.collection.kind}"
+        hidden = not self.ranks.is_main or not batches
+        with tqdm(total=total, desc=description, unit="", disable=hidden, leave=False) as progress:
+            try:
+                if batches:
+                    with ThreadPoolExecutor(self.workers) as pool:
+                        self._encode(store, batches, pool, progress.update)
+            except UserError as error:
+                failure = error
+        # a rank that left alone would keep the others waiting
+        if self.ranks.any(failure is not None):
+            raise failure or UserError("another rank could not encode its share: its message says why")
+        return total
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-length features, fp32 [N, D] on the CPU, in the order of `texts`.
+    @torch.inference_mode()
+    def _encode(
+        self, store: FeatureStore, batches: Sequence[int], pool: ThreadPoolExecutor, progress: Callable[[int], object]
+    ) -> None:
+        items = (store.collection.items[row] for batch in batches for row in store.rows(batch))
+        is_images = store.collection.kind == "images"
+        load: Callable[[Any], tuple[Any, bytes]] = self._load_image if is_images else _load_text
+        encode: Callable[[list[Any]], Tensor] = self._encode_images if is_images else self._encode_texts
+        loaded = load_ahead(pool, load, items, ahead=_BATCHES_AHEAD * store.batch_size)
+        for piece in consecutive(batches, _BATCHES_OF_A_PIECE):
+            features, item_sha256 = [], []
+            for batch in piece:
+                contents = list(islice(loaded, len(store.rows(batch))))
+                features.append(encode([content for content, _ in contents]))
+                item_sha256 += [sha256 for _, sha256 in contents]
+                progress(len(contents))
+            features_nD = torch.cat(features)
+            self._check_finite(features_nD, store)
+            store.write(piece.start, features_nD, item_sha256)
 
-        Raises UserError for features that are not finite.
-        """
-        share = texts[rank_share(len(texts), self.ranks)]
-        return self._encode(batched(share, self.batch_size), self._encode_text_batch, len(share), "texts")
+    def _check_finite(self, features_nD: Tensor, store: FeatureStore) -> None:
+        finite_n = features_nD.isfinite().all(dim=1)
+        if not finite_n.all():
+            raise UserError(
+                f"{self.model.checkpoint} gives features that are not finite for {int((~finite_n).sum())} of "
+                f"{len(finite_n)} {store.collection.kind} of {store.collection.name}: its training diverged; evaluate "
+                "an earlier checkpoint"
+            )
 
-    def _load_image(self, image: ImageFile) -> Tensor:
+    def _load_image(self, image: ImageFile) -> tuple[Tensor, bytes]:
+        data = image.read()
         try:
-            return resize_center_crop(decode_image(image.read()), self.model.image_size)
+            pixels_3SS = resize_center_crop(decode_image(data), self.model.image_size)
         except ImageError as error:
             raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
+        return pixels_3SS, hashlib.sha256(data).digest()
 
-    def _encode_image_batch(self, images_BCHW: Tensor) -> Tensor:
-        images_BCHW = images_BCHW.to(self.ranks.device)
+    def _encode_images(self, images_3SS: list[Tensor]) -> Tensor:
+        images_BCHW = torch.stack(images_3SS).to(self.ranks.device)
         if self.masking is not None:
             return encode_masked(self.model.clip, images_BCHW, self.masking)
         return self.model.clip.encode_image(normalize_pixels(images_BCHW))
 
-    def _encode_text_batch(self, texts: list[str]) -> Tensor:
+    def _encode_texts(self, texts: list[str]) -> Tensor:
         return self.model.clip.encode_text(self.model.tokenizer.encode_batch(texts).to(self.ranks.device))
 
-    @torch.inference_mode()
-    def _encode(self, batches: Iterable[Item], encode: Callable[[Item], Tensor], total: int, unit: str) -> Tensor:
-        # the empty first part gives a rank without samples the right shape for the gathering
-        parts = [torch.empty(0, self.model.clip.config.embed_dim, device=self.ranks.device)]
-        failure: UserError | None = None
-        with tqdm(total=total, unit=f" {unit}", disable=not self.ranks.is_main, leave=False) as progress:
-            try:
-                for batch in batches:
-                    parts.append(encode(batch).float())
-                    progress.update(len(parts[-1]))
-            except UserError as error:
-                failure = error
-        # a rank that left alone would keep the others waiting for its features
-        if self.ranks.any(failure is not None):
-            raise failure or UserError("another rank could not encode its share: its message says why")
-        features_ND = self.ranks.gather_rows(torch.cat(parts)).cpu()
-        # checked on what all ranks hold, so that all of them stop
-        finite_N = features_ND.isfinite().all(dim=1)
-        if not finite_N.all():
-            raise UserError(
-                f"{self.model.checkpoint} gives features that are not finite for {int((~finite_N).sum())} of "
-                f"{len(finite_N)} {unit}: its training diverged; evaluate an earlier checkpoint"
-            )
-        return features_ND
+
+def _load_text(text: str) -> tuple[str, bytes]:
+    return text, hashlib.sha256(text.encode()).digest()
 
 
-def rank_share(total: int, ranks: Ranks) -> slice:
-    """This rank's contiguous share of `total` items; shares differ by one item at most."""
-    return slice(total * ranks.rank // ranks.world_size, total * (ranks.rank + 1) // ranks.world_size)
+def consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
+    """Ascending numbers as ranges without holes, none longer than `longest`."""
+    start = 0
+    for index in range(1, len(numbers) + 1):
+        ends = index == len(numbers) or numbers[index] != numbers[index - 1] + 1 or index - start == longest
+        if ends:
+            yield range(numbers[start], numbers[index - 1] + 1)
+            start = index
 
 
 def distinct(items: Sequence[Key]) -> tuple[list[Key], Tensor]:
@@ -128,10 +150,3 @@ def load_ahead(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive lists of `size` items; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

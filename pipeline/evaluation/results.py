@@ -29,7 +29,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one checkpoint on one dataset, and what is needed to tell whether two results may be compared."""
+    """Scores of one checkpoint on one dataset, and what is needed to tell whether two results may be compared.
+
+    samples, expected_samples: how many were evaluated, and how many the set says it has; unequal ones are refused
+    content_sha256: of the bytes of all images and texts, in order
+    """
 
     model: str
     checkpoint: str
@@ -38,10 +42,13 @@ class Result:
     metrics: dict[str, float]
     samples: int
     chance: dict[str, float] = field(default_factory=dict)
+    expected_samples: int | None = None
     template_sha256: str | None = None
+    content_sha256: str | None = None
     weights_sha256: str | None = None
     step: int | None = None
     samples_seen: int | None = None
+    batch_size: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     wall_time_s: float | None = None
 

@@ -11,27 +11,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.datasets import RetrievalSet
-from pipeline.evaluation.features import FeatureEncoder, distinct
+from pipeline.evaluation.datasets import EvaluationSet, RetrievalSet
+from pipeline.evaluation.feature_store import Collection
+from pipeline.evaluation.features import distinct
 from pipeline.evaluation.ranking import chance_of_hit, hit_probability
 from pipeline.evaluation.results import Scores
+from pipeline.evaluation.task import Features, Task
 
-TASK = "zeroshot_retrieval"
 RECALL_AT = (1, 5, 10)
 
 _ROWS_AT_ONCE = 256
 
 
-def evaluate_retrieval(encoder: FeatureEncoder, dataset: RetrievalSet) -> Scores:
-    """Recall at 1, 5 and 10 in both directions. Raises UserError as the encoder does."""
-    captions = [caption for sample in dataset.samples for caption in sample.captions]
+def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    assert isinstance(dataset, RetrievalSet)
+    return {
+        "images": Collection(dataset.name, "images", [sample.image for sample in dataset.samples]),
+        "captions": Collection(dataset.name, "texts", distinct(_captions(dataset))[0]),
+    }
+
+
+def _captions(dataset: RetrievalSet) -> list[str]:
+    return [caption for sample in dataset.samples for caption in sample.captions]
+
+
+def _score(dataset: EvaluationSet, features: Features) -> Scores:
+    assert isinstance(dataset, RetrievalSet)
     captions_I = torch.tensor([len(sample.captions) for sample in dataset.samples])
-    distinct_captions, text_C = distinct(captions)
-    text_features_UD = encoder.encode_texts(distinct_captions)
-    image_features_ID = encoder.encode_images([sample.image for sample in dataset.samples])
     image_C = torch.arange(len(captions_I)).repeat_interleave(captions_I)
+    _, text_C = distinct(_captions(dataset))
     return Scores(
-        metrics=retrieval_metrics(image_features_ID, text_features_UD, text_C, image_C),
+        metrics=retrieval_metrics(features["images"], features["captions"], text_C, image_C),
         chance=retrieval_chance(captions_I),
         samples=len(dataset.samples),
     )
@@ -99,3 +109,12 @@ def _text_retrieval_ranks(
         tied.append((scores_RU == best_R[:, None]).long() @ multiplicity_U)
         tied_positives.append(torch.bincount(row_P[own_scores_P == best_R[row_P]], minlength=len(best_R)))
     return torch.cat(better), torch.cat(tied), torch.cat(tied_positives)
+
+
+TASK = Task(
+    name="zeroshot_retrieval",
+    option="retrieval",
+    fits=lambda dataset: isinstance(dataset, RetrievalSet),
+    collections=_collections,
+    score=_score,
+)

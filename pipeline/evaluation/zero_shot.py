@@ -11,27 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluation.datasets import ClassificationSet
-from pipeline.evaluation.features import FeatureEncoder, distinct
+from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet
+from pipeline.evaluation.feature_store import Collection
+from pipeline.evaluation.features import distinct
 from pipeline.evaluation.ranking import hit_probability
 from pipeline.evaluation.results import Scores
-
-TASK = "zeroshot_classification"
+from pipeline.evaluation.task import Features, Task
 
 _ROWS_AT_ONCE = 4096
 
 
-def evaluate_zero_shot(encoder: FeatureEncoder, dataset: ClassificationSet) -> Scores:
-    """acc1, acc5 and mean_per_class_recall of one set. Raises UserError as the encoder does."""
-    prompts = [template.replace("{c}", name) for name in dataset.class_names for template in dataset.templates]
-    distinct_prompts, index_CT = distinct(prompts)
-    prompt_features_UD = encoder.encode_texts(distinct_prompts)
-    classifier_CD = build_classifier(prompt_features_UD[index_CT.view(len(dataset.class_names), -1)])
-    image_features_ND = encoder.encode_images([sample.image for sample in dataset.samples])
+def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    assert isinstance(dataset, ClassificationSet)
+    return {
+        "images": Collection(dataset.name, "images", [sample.image for sample in dataset.samples]),
+        "prompts": Collection(dataset.name, "texts", distinct(_prompts(dataset))[0]),
+    }
+
+
+def _prompts(dataset: ClassificationSet) -> list[str]:
+    return [template.replace("{c}", name) for name in dataset.class_names for template in dataset.templates]
+
+
+def _score(dataset: EvaluationSet, features: Features) -> Scores:
+    assert isinstance(dataset, ClassificationSet)
+    num_classes = len(dataset.class_names)
+    _, prompt_CT = distinct(_prompts(dataset))
+    classifier_CD = build_classifier(features["prompts"][prompt_CT.view(num_classes, -1)])
     labels_N = torch.tensor([sample.label for sample in dataset.samples])
     return Scores(
-        metrics=classification_metrics(image_features_ND, classifier_CD, labels_N),
-        chance=classification_chance(len(dataset.class_names)),
+        metrics=classification_metrics(features["images"], classifier_CD, labels_N),
+        chance=classification_chance(num_classes),
         samples=len(dataset.samples),
         template_sha256=hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest(),
     )
@@ -68,3 +78,12 @@ def classification_chance(num_classes: int) -> dict[str, float]:
     """The same metrics for a model that knows nothing."""
     chance = {"acc1": 1 / num_classes, "mean_per_class_recall": 1 / num_classes}
     return chance | ({"acc5": 5 / num_classes} if num_classes >= 5 else {})
+
+
+TASK = Task(
+    name="zeroshot_classification",
+    option="zeroshot",
+    fits=lambda dataset: isinstance(dataset, ClassificationSet),
+    collections=_collections,
+    score=_score,
+)

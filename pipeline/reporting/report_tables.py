@@ -18,9 +18,9 @@ from pipeline.training.run_logger import format_duration
 Item = TypeVar("Item", bound=Hashable)
 
 _TASK_NAMES = {
-    zero_shot.TASK: "zero-shot classification",
-    retrieval.TASK: "image-text retrieval",
-    composition.TASK: "composition",
+    zero_shot.TASK.name: "zero-shot classification",
+    retrieval.TASK.name: "image-text retrieval",
+    composition.TASK.name: "composition",
 }
 _HEADLINES = ("acc1", "image_retrieval_recall@1", "text_retrieval_recall@1", "acc")
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-from collections.abc import Sequence
+import random
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +24,7 @@ from model.config import config_from_name
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline import evaluate as program
+from pipeline import report
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
@@ -25,11 +32,16 @@ from pipeline.evaluation.datasets import (
     ClassificationSet,
     CompositionSample,
     CompositionSet,
+    EvaluationSet,
     RetrievalSample,
     RetrievalSet,
+    open_evaluation_set,
 )
-from pipeline.evaluation.features import FeatureEncoder, distinct, rank_share
-from pipeline.evaluation.results import Result, format_table, read_results, write_results
+from pipeline.evaluation.feature_store import Collection, FeatureStore
+from pipeline.evaluation.features import FeatureEncoder, consecutive, distinct
+from pipeline.evaluation.jobs import encode_slice, make_job, read_jobs, score_job
+from pipeline.evaluation.results import Result, Scores, format_table, read_results, write_results
+from pipeline.evaluation.slices import Slice
 from pipeline.evaluation.tar_samples import ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
@@ -41,10 +53,20 @@ class LetterTokenizer:
     """One token per letter; the end token is the largest id."""
 
     end_token_id = 127
+    sha256 = "cd" * 32
 
     def encode_batch(self, texts: Sequence[str]) -> Tensor:
         rows = [torch.tensor([*(1 + ord(letter) % 100 for letter in text), self.end_token_id]) for text in texts]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Batches this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +87,33 @@ def model() -> InferenceModel:
     )
 
 
-def encoder_of(model: InferenceModel, batch_size: int = 3, rank: int = 0, world_size: int = 1) -> FeatureEncoder:
-    return FeatureEncoder(model, Ranks(rank, rank, world_size, CPU), batch_size, workers=2)
+class OneAfterAnother(Ranks):
+    """A rank whose peers run at other times: it waits for none."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def barrier(self) -> None: ...
+
+
+def encoder_of(model: InferenceModel, rank: int = 0, world_size: int = 1) -> FeatureEncoder:
+    return FeatureEncoder(model, OneAfterAnother(rank, rank, world_size, CPU), workers=2)
+
+
+def encode(encoder: FeatureEncoder, items: Sequence[ImageFile] | Sequence[str], batch_size: int = 3) -> Tensor:
+    """Features of items by way of a store."""
+    kind = "texts" if isinstance(items[0], str) else "images"
+    with tempfile.TemporaryDirectory() as output:
+        store = FeatureStore(Path(output), Collection("some", kind, items), {"name": "m"}, batch_size)
+        encoder.encode(store, Slice())
+        return store.load()[0].clone()
+
+
+def scores_of(model: InferenceModel, dataset: EvaluationSet, output: Path) -> Scores:
+    job = make_job(model.identity, output, dataset, None, batch_size=3, masking=None)
+    encode_slice(job, encoder_of(model), Slice(), output)
+    (result,) = score_job(job, output)
+    return Scores(result.metrics, result.chance, result.samples, result.template_sha256)
 
 
 @pytest.fixture
@@ -83,32 +130,44 @@ def test_image_features_are_the_models_own_in_order(model: InferenceModel, image
     pixels_BCHW = torch.stack([resize_center_crop(decode_image(image.path.read_bytes()), 32) for image in images])
     with torch.no_grad():
         expected_ND = model.clip.encode_image(normalize_pixels(pixels_BCHW))
-    torch.testing.assert_close(encoder_of(model).encode_images(images), expected_ND)
+    torch.testing.assert_close(encode(encoder_of(model), images), expected_ND)
 
 
 def test_masked_features_depend_on_the_image_alone(model: InferenceModel, images: list[ImageFile]) -> None:
     masking = MaskingConfig(strategy="cluster", target_mask_ratio=0.5)
-    masked = replace(encoder_of(model, batch_size=3), masking=masking).encode_images(images)
-    in_other_batches = replace(encoder_of(model, batch_size=8), masking=masking).encode_images(images[::-1])
+    masking_encoder = replace(encoder_of(model), masking=masking)
+    masked = encode(masking_encoder, images)
+    in_other_batches = encode(masking_encoder, images[::-1], batch_size=8)
     torch.testing.assert_close(masked, in_other_batches.flip(0))
     assert masked.norm(dim=1) == pytest.approx(torch.ones(8))
-    assert (masked - encoder_of(model).encode_images(images)).abs().max() > 1e-3
-    nothing_hidden = replace(encoder_of(model), masking=MaskingConfig(strategy="none")).encode_images(images)
-    torch.testing.assert_close(nothing_hidden, encoder_of(model).encode_images(images))
+    whole = encode(encoder_of(model), images)
+    assert (masked - whole).abs().max() > 1e-3
+    nothing_hidden = encode(replace(encoder_of(model), masking=MaskingConfig(strategy="none")), images)
+    torch.testing.assert_close(nothing_hidden, whole)
 
 
 def test_text_features_do_not_depend_on_the_batch(model: InferenceModel) -> None:
     texts = ["a", "a red square", "three discs left of a cross", "b", "a red square"]
-    one_by_one = encoder_of(model, batch_size=1).encode_texts(texts)
-    torch.testing.assert_close(encoder_of(model, batch_size=4).encode_texts(texts), one_by_one)
+    one_by_one = encode(encoder_of(model), texts, batch_size=1)
+    torch.testing.assert_close(encode(encoder_of(model), texts, batch_size=4), one_by_one)
     assert one_by_one.norm(dim=1) == pytest.approx(torch.ones(5))
 
 
-@pytest.mark.parametrize("total", [0, 1, 2, 7, 100])
-def test_shares_of_the_ranks_follow_one_another(total: int) -> None:
-    shares = [range(total)[rank_share(total, Ranks(rank, rank, 3, CPU))] for rank in range(3)]
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 4))
+def test_shares_of_slices_and_ranks_follow_one_another(total: int, count: int, world_size: int) -> None:
+    shares = [
+        Slice(index, count).share(total, Ranks(rank, rank, world_size, CPU))
+        for index in range(count)
+        for rank in range(world_size)
+    ]
     assert [item for share in shares for item in share] == list(range(total))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 5))
+def test_consecutive_numbers_become_ranges(numbers: set[int], longest: int) -> None:
+    ranges = list(consecutive(sorted(numbers), longest))
+    assert [number for part in ranges for number in part] == sorted(numbers)
+    assert all(0 < len(part) <= longest for part in ranges)
 
 
 def test_distinct_is_undone_by_its_index() -> None:
@@ -120,39 +179,38 @@ def test_distinct_is_undone_by_its_index() -> None:
 def test_an_image_that_does_not_decode_stops_the_evaluation(model: InferenceModel, images: list[ImageFile]) -> None:
     images[5].path.write_bytes(b"\xff\xd8\xff\xe0 not a jpeg" + bytes(40))
     with pytest.raises(UserError, match=r"5\.png does not decode"):
-        encoder_of(model).encode_images([*images[:5], ImageFile.whole(images[5].path)])
+        encode(encoder_of(model), [*images[:5], ImageFile.whole(images[5].path)])
 
 
 def test_features_that_are_not_finite_stop_the_evaluation(model: InferenceModel, images: list[ImageFile]) -> None:
     broken = CLIP(model.clip.config)
     with torch.no_grad():
         broken.visual.proj.fill_(torch.nan)
-    with pytest.raises(UserError, match="not finite for 8 of 8 images"):
-        encoder_of(replace(model, clip=broken)).encode_images(images)
+    with pytest.raises(UserError, match=r"step_7 gives features that are not finite for 8 of 8 images"):
+        encode(encoder_of(replace(model, clip=broken)), images)
 
 
-def test_scores_of_each_task(model: InferenceModel, images: list[ImageFile]) -> None:
-    encoder = encoder_of(model)
+def test_scores_of_each_task(model: InferenceModel, images: list[ImageFile], tmp_path: Path) -> None:
     classes = ClassificationSet(
         "c", ("one", "two"), ("a {c}",), tuple(ClassificationSample(image, i % 2) for i, image in enumerate(images))
     )
-    scores = program.evaluate(encoder, classes)
+    scores = scores_of(model, classes, tmp_path)
     assert scores.metrics.keys() == scores.chance.keys() == {"acc1", "mean_per_class_recall"}
     assert scores.template_sha256 is not None
 
     # with the text "one" as the only difference, the prediction is the nearer of two prompts
-    text_features_CD = encoder.encode_texts(["a one", "a two"])
-    predicted_N = (encoder.encode_images(images) @ text_features_CD.T).argmax(dim=1)
+    text_features_CD = encode(encoder_of(model), ["a one", "a two"])
+    predicted_N = (encode(encoder_of(model), images) @ text_features_CD.T).argmax(dim=1)
     assert scores.metrics["acc1"] == pytest.approx((predicted_N == torch.arange(8) % 2).float().mean().item())
 
     pairs = RetrievalSet("r", tuple(RetrievalSample(image, (f"{i}", f"n {i}")) for i, image in enumerate(images)))
-    scores = program.evaluate(encoder, pairs)
+    scores = scores_of(model, pairs, tmp_path)
     assert scores.metrics.keys() == scores.chance.keys()
     assert scores.metrics["image_retrieval_recall@10"] == 1
     assert scores.chance["image_retrieval_recall@1"] == pytest.approx(1 / 8)
 
     hard = CompositionSet("h", tuple(CompositionSample(image, "swap_att", "ab", "ba") for image in images))
-    scores = program.evaluate(encoder, hard)
+    scores = scores_of(model, hard, tmp_path)
     assert scores.chance == {"acc": 0.5, "acc/swap_att": 0.5}
     assert scores.samples == 8
 
@@ -239,4 +297,98 @@ def test_a_rank_stops_when_another_fails(model: InferenceModel, images: list[Ima
             return True
 
     with pytest.raises(UserError, match="another rank"):
-        replace(encoder_of(model), ranks=FailingElsewhere(0, 0, 1, CPU)).encode_images(images)
+        encode(replace(encoder_of(model), ranks=FailingElsewhere(0, 0, 1, CPU)), images)
+
+
+def retrieval_set(directory: Path, images: Sequence[ImageFile]) -> Path:
+    (directory / "test").mkdir(parents=True)
+    for shard, part in enumerate((images[:5], images[5:])):
+        with tarfile.open(directory / "test" / f"{shard}.tar", "w") as tar:
+            for image in part:
+                caption = f"picture {image.path.stem}\nanother {image.path.stem}\nthe same\n".encode()
+                for name, data in ((f"{image.path.stem}.png", image.read()), (f"{image.path.stem}.txt", caption)):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+    (directory / "test" / "nshards.txt").write_text("2\n")
+    return directory
+
+
+def measured(line: str) -> str:
+    return json.dumps({name: value for name, value in json.loads(line).items() if name != "wall_time_s"})
+
+
+@pytest.mark.slow
+def test_any_slicing_gives_the_same_bytes(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = retrieval_set(tmp_path / "pictures", images)
+    rng = random.Random(5)
+    outcomes = set()
+    for trial in range(100):
+        output = tmp_path / f"out{trial}"
+        job = make_job(model.identity, data, open_evaluation_set(data), None, batch_size=2, masking=None)
+        count = rng.randint(1, 6)
+        world_size = rng.randint(1, 3)
+        order = [(index, rank) for index in range(count) for rank in range(world_size)]
+        rng.shuffle(order)
+        for index, rank in order:
+            encode_slice(job, encoder_of(model, rank, world_size), Slice(index, count), output)
+        assert report.main(["collect", str(output)]) == 0
+        (line,) = (output / "results.jsonl").read_text().splitlines()
+        outcomes.add(measured(line))
+    assert len(outcomes) == 1
+    capsys.readouterr()
+
+
+def test_collecting_too_early_names_what_is_missing(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = retrieval_set(tmp_path / "pictures", images), tmp_path / "out"
+    arguments = ("--data", str(data), "--output", str(output), "--batch-size", "2")
+    with pytest.raises(UserError, match="nothing to collect"):
+        report.main(["collect", str(output)])
+    assert run_program(monkeypatch, model, *arguments, "--slice", "0/3") == 0
+    assert run_program(monkeypatch, model, *arguments, "--slice", "2/3") == 0
+    with pytest.raises(UserError, match=r"2 of 8 images of pictures .*rows 2 to 3.* not ended: 1/3; run .*--slice 1/3"):
+        report.main(["collect", str(output)])
+    assert not (output / "results.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    # without --slice the rest is encoded, and what was there is used
+    assert run_program(monkeypatch, model, *arguments) == 0
+    assert before.items() < {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}.items()
+    assert len((output / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_pieces_that_overlap_are_no_number(tmp_path: Path, model: InferenceModel, images: list[ImageFile]) -> None:
+    store = FeatureStore(tmp_path, Collection("some", "images", images), {"name": "m"}, 2)
+    encoder_of(model).encode(store, Slice())
+    (piece,) = store.pieces()
+    store.write(1, torch.zeros(4, 64), [b"\0" * 32] * 4)
+    with pytest.raises(UserError, match="there twice"):
+        store.load()
+    (store.directory / "000000002-000000006.safetensors").unlink()
+    piece.path.write_bytes(piece.path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        store.load()
+
+
+def test_collecting_looks_at_the_set_again(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = retrieval_set(tmp_path / "pictures", images), tmp_path / "out"
+    arguments = ("--data", str(data), "--output", str(output), "--batch-size", "2")
+    assert run_program(monkeypatch, model, *arguments, "--slice", "0/1") == 0
+    (data / "test" / "1.tar").unlink()
+    with pytest.raises(UserError, match=r"missing shard .*1\.tar"):
+        report.main(["collect", str(output)])
+    (data / "test" / "nshards.txt").write_text("1\n")
+    with pytest.raises(UserError, match="have no features yet"):  # of the set as it is now
+        report.main(["collect", str(output)])
+    assert len(read_jobs(output)) == 1
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/3", "1", "a/b", "1/0"])
+def test_slices_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no slice"):
+        Slice.parse(text)
