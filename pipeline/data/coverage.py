@@ -43,7 +43,7 @@ def describe_coverage(what: str, data: TrainingData, order: MixedOrder, stretche
 
 
 def cover(order: MixedOrder, stretches: Sequence[range]) -> list[Coverage]:
-    """What reading some stretches of positions covers of each set; O(samples), about 20 s for 400 million."""
+    """What reading some stretches of positions covers of each set; O(samples), about 15 s for 400 million."""
     own_stretches = zip(*(order.by_set(positions) for positions in stretches), strict=True)
     return [
         Coverage(own.num_samples, sum(map(len, positions)), _count_unique(own, positions))

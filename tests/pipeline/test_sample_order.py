@@ -224,7 +224,11 @@ def test_a_step_reads_the_same_samples_at_any_world_size() -> None:
 
 
 def test_a_seek_is_no_walk() -> None:
-    """400 million samples: what precedes a position is never gone through."""
+    """Far into 400 million samples: only the windows around a position are ever drawn."""
     order = MixedOrder([SampleOrder((10_000,) * 40_000, 8, 0), SampleOrder((500,) * 3, 8, 0, 1)], (9, 1))
-    order.locate(12 * order.num_samples + 123_456_789)
-    assert [order.locate(position) for position in (0, 10**15)] == [order.locate(position) for position in (0, 10**15)]
+    first = 12 * order.num_samples + 123_456_789
+    places = [order.locate(first + number) for number in range(30)]
+    assert places == [order.locate(first + number) for number in range(30)]
+    for own in order.orders:
+        assert own._epoch.cache_info().misses == 1
+        assert own._window.cache_info().misses <= 2
