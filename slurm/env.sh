@@ -1,25 +1,36 @@
-# Settings of your cluster, read by every sbatch file here. Change them in this file, or export them before sbatch.
+# shellcheck shell=bash
+# Settings of your cluster and of one run, read by submit.sh and by every job. Change them here, or export them before.
+# All paths are on a file system that every node sees.
 
-# The checkout (jobs start where sbatch was called) and its environment.
-PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR}
+# The checkout (if not exported: where sbatch was called), its environment, and where jobs write their logs.
+PROJECT=${PROJECT:-${SLURM_SUBMIT_DIR:-$PWD}}
 VENV=${VENV:-$PROJECT/.venv}
+LOGS=${LOGS:-$PROJECT/logs}
 
-# What the stages read and write: a file system that all nodes see.
-SHARDS=${SHARDS:-$PROJECT/data/cc12m/shards}
-TOKENIZER=${TOKENIZER:-$PROJECT/data/cc12m/tokenizer.model}
-RUN=${RUN:-$PROJECT/runs/$SLURM_JOB_NAME}
-EVALUATION_SETS=${EVALUATION_SETS:-}
+# Options of sbatch for each kind of job: partition, account, nodes, time. They win over the #SBATCH lines.
+PREPARE_SBATCH=${PREPARE_SBATCH:-}
+TRAIN_SBATCH=${TRAIN_SBATCH:-}
+EVALUATE_SBATCH=${EVALUATE_SBATCH:-}
 
-# Preparation: a build file (its `output` gets shards/ and tokenizer.model), and the one stage to run, if not all.
+# Preparation: a build file; how many tasks share its download (0: one job does all); one stage alone, if not all.
 CONFIG=${CONFIG:-$PROJECT/examples/cc12m.yaml}
+DOWNLOAD_TASKS=${DOWNLOAD_TASKS:-8}
 STAGE=${STAGE:-}
 
-# Training: a recipe and further section.key=value options.
+# Training: data, recipe, further section.key=value options, the run directory; restarts.sh explains the two limits.
+SHARDS=${SHARDS:-$PROJECT/data/cc12m/shards}
+TOKENIZER=${TOKENIZER:-$PROJECT/data/cc12m/tokenizer.model}
 RECIPE=${RECIPE:-base}
 OPTIONS=${OPTIONS:-}
+RUN=${RUN:-$PROJECT/runs/$RECIPE}
+MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_STARTS_WITHOUT_PROGRESS=${MAX_STARTS_WITHOUT_PROGRESS:-5}
+
+# Evaluation: sets in CLIP_benchmark's layout, separated by spaces.
+EVALUATION_SETS=${EVALUATION_SETS:-}
 
 export PATH="$VENV/bin:$PATH"
-cd "$PROJECT"
+cd "$PROJECT" || exit
 
 # Rendezvous of all ranks: the first node, and a port that no other job of yours on it shares.
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then

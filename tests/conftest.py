@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_slurm
 from PIL import Image
+from slurm_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 # ranks of a test share the machine with other tests: one thread each, and no search for accelerators
@@ -138,6 +140,24 @@ def launch(free_port: Callable[[], int]) -> Callable[..., subprocess.CompletedPr
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A private Slurm of two nodes; it ends with the tests, however they end."""
+    missing = small_slurm.missing_programs()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: install Debian's slurm-wlm and munge (.ci/run does)")
+    directory = tmp_path_factory.mktemp("slurm")
+    command = [sys.executable, small_slurm.__file__, str(directory)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as guardian:
+        assert guardian.stdout is not None
+        assert guardian.stdout.readline() == "ready\n"
+        environment = RANK_ENVIRONMENT | {"VENV": str(Path(sys.executable).parents[1])}
+        yield Cluster(directory, ROOT, environment)
+        guardian.communicate()
 
 
 @pytest.fixture(scope="session")
