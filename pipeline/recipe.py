@@ -74,6 +74,8 @@ class DataSection(Section):
     )
     tokenizer: str = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
     workers: int = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
+    cache_directory: str = Field("", description="for copies of remote shards, and indexes; none: in $TMPDIR")
+    cache_gib: float = Field(64.0, description="of a node's disk that cache_directory may take", gt=0)
     window_shards: int = Field(8, description="samples are shuffled within windows of this many shards", ge=1)
     crop_min_area: float = Field(0.9, description="random crops keep at least this share of the image", gt=0, le=1)
     max_bad_ratio: float = Field(0.01, description="stop if more than this share of samples is unusable", ge=0, le=1)

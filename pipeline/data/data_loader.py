@@ -5,11 +5,10 @@ B pairs, C, H, W an image, N tokens of all captions
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,15 +17,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
-from pipeline.data.manifest import Shard
 from pipeline.data.mixture import MixedOrder
 from pipeline.data.sample_order import BatchPlan
-from pipeline.data.tar_index import SampleIndex
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.errors import UserError
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64
+# Micro-batches that each worker makes before they are asked for.
+BATCHES_AHEAD = 4
 
 
 class Sample(NamedTuple):
@@ -77,26 +77,12 @@ class Batch:
         return pack_tokens(self.tokens_N, self.cu_seqlens_B1, self.longest_caption)
 
 
-class OpenShard:
-    """A shard whose index is in memory and whose bytes are read on demand."""
-
-    def __init__(self, path: str, index: SampleIndex) -> None:
-        self.index = index
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
-
-    def read(self, sample: int) -> tuple[bytes, bytes]:
-        """(image, caption) bytes of the n-th usable sample."""
-        image_offset, image_size, text_offset, text_size = self.index.spans_n4[sample].tolist()
-        descriptor = self._file.fileno()
-        return os.pread(descriptor, image_size, image_offset), os.pread(descriptor, text_size, text_offset)
-
-
 class TrainingSet(Dataset[Sample]):
     """Samples by their position in the stream: all of one, crop and tokens included, follows from that and the seed."""
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: ShardReader,
         order: MixedOrder,
         seed: int,
         text_masker: TextMasker,
@@ -109,8 +95,6 @@ class TrainingSet(Dataset[Sample]):
         self._text_masker = text_masker
         self._image_size = image_size
         self._crop_min_area = crop_min_area
-        # two windows' worth: a batch may reach from the end of one into the next
-        self._open_shard = lru_cache(maxsize=2 * order.window_shards)(self._open)
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position; an unusable one is replaced by the next in its shard, so that batches stay full.
@@ -118,33 +102,21 @@ class TrainingSet(Dataset[Sample]):
         Raises UserError if a shard is missing or changed, or if nothing near the sample can be used.
         """
         shard_number, first = self._order.locate(position)
-        shard = self._open_shard(shard_number)
+        shard = self._shards.open(shard_number, partial(self._order.windows_at, position))
         problems: list[str] = []
         rng = random.Random(f"{self._seed}/{position}")
         text_rng = random.Random(f"{self._seed}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
             sample = (first + distance) % len(shard.index.keys)
-            key = f"{self._shards[shard_number].url}: {shard.index.keys[sample]}"
+            key = f"{shard.url}: {shard.index.keys[sample]}"
             try:
                 image, caption = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
                 token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
                 return Sample(key, crop_CHW, token_ids, problems)
-            except (ImageError, UnicodeDecodeError, OSError) as error:
+            except (ImageError, UnicodeDecodeError) as error:
                 problems.append(f"{key}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
-
-    def _open(self, number: int) -> OpenShard:
-        path, index = self._shards[number].read_index()
-        return OpenShard(str(path), index)
-
-    def __getstate__(self) -> dict[str, object]:
-        # for worker processes that are not forked: the cache of open files stays behind
-        return {name: value for name, value in self.__dict__.items() if name != "_open_shard"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._open_shard = lru_cache(maxsize=2 * self._order.window_shards)(self._open)
 
 
 def _decode_caption(caption: bytes) -> str:
@@ -192,5 +164,5 @@ def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_m
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=BATCHES_AHEAD if workers else None,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.data.manifest import MANIFEST, read_manifest
+from pipeline.data.shard_index import index_tar
 from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet, open_evaluation_set
@@ -79,7 +80,9 @@ def _images_of_evaluation_set(directory: Path, count: int) -> list[CaptionedImag
 
 
 def _images_of_shard(directory: Path, count: int) -> list[CaptionedImage]:
-    path, index = read_manifest(str(directory)).shards[0].read_index()
+    shard = read_manifest(str(directory)).shards[0]
+    path = shard.local_path
+    index = index_tar(shard, path)
     images = []
     for position in _some(range(len(index.keys)), count, directory):
         image_offset, image_size, caption_offset, caption_size = map(int, index.spans_n4[position])

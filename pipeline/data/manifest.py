@@ -7,10 +7,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-from fsspec.core import url_to_fs
+from fsspec import AbstractFileSystem
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.data.tar_index import SampleIndex, index_samples
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.jsonl"
@@ -18,45 +18,30 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: where it is, its usable samples, its size, the keys of samples that are not to be used, and whether
-    `verify` found it cut off, so that only what precedes the damage is used.
+    """One tar: where it is, its usable samples, its size and SHA-256 (None if whoever wrote the manifest left it out),
+    the keys of samples that are not to be used, and whether `verify` found it cut off, so that only what precedes the
+    damage is used.
     """
 
     url: str
     samples: int
     size_bytes: int
+    sha256: str | None
     skip: frozenset[str]
     truncated: bool
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the tar is a file of this machine, or of a filesystem that it mounts."""
+        return split_protocol(self.url)[0] in (None, "file", "local")
+
+    @property
     def local_path(self) -> Path:
-        """The tar as a local file; a remote one is fetched once into fsspec's cache."""
-        filesystem, path = url_to_fs(self.url)
-        if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-            return Path(path)
-        return Path(fsspec.open_local(f"filecache::{self.url}"))
-
-    def read_index(self) -> tuple[Path, SampleIndex]:
-        """Where the usable samples lie; raises UserError if the shard is not the one that was verified."""
-        try:
-            path = self.local_path()
-            size_bytes = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"shard {self.url} is in the manifest but cannot be read: {error}") from error
-        if size_bytes != self.size_bytes:
-            raise UserError(f"{self.url} has {size_bytes} bytes, not {self.size_bytes}: {_VERIFY_AGAIN}")
-        try:
-            index = index_samples(path, self.skip, self.truncated)
-        except Exception as error:
-            raise UserError(f"{self.url} cannot be read as a tar ({error}): {_VERIFY_AGAIN}") from error
-        if self.truncated:
-            # what ended verify's reading, a wrong checksum say, need not end this reader's
-            index = SampleIndex(index.keys[: self.samples], index.spans_n4[: self.samples])
-        if len(index.keys) != self.samples:
-            raise UserError(f"{self.url} holds {len(index.keys)} samples, not {self.samples}: {_VERIFY_AGAIN}")
-        return path, index
+        """Where a local tar is."""
+        return Path(LocalFileSystem._strip_protocol(self.url))
 
 
-_VERIFY_AGAIN = "it changed since it was verified; run `data-prep verify` on its directory again"
+VERIFY_AGAIN = "it changed since it was verified; run `data-prep verify` on its directory again"
 
 
 @dataclass(frozen=True)
@@ -83,14 +68,10 @@ def read_manifest(directory: str) -> Manifest:
         raise UserError("no training data: give data.train=SHARD_DIRECTORY (make one with `data-prep`)")
     try:
         filesystem, path = url_to_fs(directory)
-        if not filesystem.exists(path):
-            raise UserError(f"no shard directory at {directory}: check data.train, or make it with `data-prep`")
-        if not filesystem.exists(f"{path}/{MANIFEST}"):
-            advice = f"run `data-prep verify {directory}` first"
-            if not filesystem.glob(f"{path}/*.tar"):
-                advice = "it holds no *.tar either; make shards with `data-prep download` or `data-prep pack`"
-            raise UserError(f"{directory} has no {MANIFEST}: {advice}")
-        content: bytes = filesystem.cat_file(f"{path}/{MANIFEST}")
+        try:
+            content: bytes = filesystem.cat_file(f"{path}/{MANIFEST}")
+        except FileNotFoundError:
+            raise UserError(_what_is_missing(directory, filesystem, path)) from None
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot read {directory}/{MANIFEST}: {error}") from error
     shards = tuple(_parse_line(directory, number, line) for number, line in enumerate(content.splitlines(), 1))
@@ -98,6 +79,15 @@ def read_manifest(directory: str) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{directory} holds no usable sample; `data-prep verify {directory}` says why")
     return manifest
+
+
+def _what_is_missing(directory: str, filesystem: AbstractFileSystem, path: str) -> str:
+    if not filesystem.exists(path):
+        return f"no shard directory at {directory}: check data.train, or make it with `data-prep`"
+    advice = f"run `data-prep verify {directory}` first"
+    if not filesystem.glob(f"{path}/*.tar"):
+        advice = "it holds no *.tar either; make shards with `data-prep download` or `data-prep pack`"
+    return f"{directory} has no {MANIFEST}: {advice}"
 
 
 def _parse_line(directory: str, number: int, line: bytes) -> Shard:
@@ -110,6 +100,7 @@ def _parse_line(directory: str, number: int, line: bytes) -> Shard:
             url=f"{directory}/{name}",
             samples=int(fields["samples"]),
             size_bytes=int(fields["bytes"]),
+            sha256=fields.get("sha256"),
             skip=frozenset(fields.get("skip", ())),
             truncated=bool(fields.get("truncated", False)),
         )

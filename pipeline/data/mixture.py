@@ -61,6 +61,16 @@ class MixedOrder:
         shard, index = self.orders[number].locate(position)
         return self._first_shards[number] + shard, index
 
+    def windows_at(self, position: int) -> tuple[list[int], list[int]]:
+        """Shards of all sets from which samples are drawn at a position of the stream, and those that come next."""
+        now: list[int] = []
+        following: list[int] = []
+        counts = self._proportions.counts(position)
+        for order, first_shard, own_position in zip(self.orders, self._first_shards, counts, strict=False):
+            for shards, numbers in zip((now, following), order.windows_at(own_position), strict=True):
+                shards.extend(first_shard + number for number in numbers)
+        return now, following
+
     def by_set(self, positions: range) -> list[range]:
         """Which positions of each set's own stream stand at a stretch of positions."""
         starts, stops = self._proportions.counts(positions.start), self._proportions.counts(positions.stop)

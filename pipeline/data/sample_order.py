@@ -62,6 +62,13 @@ class SampleOrder:
             yield self._epoch(epoch).windows[window][0], drawn
             position += len(drawn)
 
+    def windows_at(self, position: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Shards of the window at a position, and of the window after it."""
+        epoch, window, _ = self._find(position)
+        windows = self._epoch(epoch).windows
+        following = windows[window + 1] if window + 1 < len(windows) else self._epoch(epoch + 1).windows[0]
+        return windows[window][0], following[0]
+
     def _find(self, position: int) -> tuple[int, int, int]:
         """(epoch, window, position within the window)."""
         epoch, position = divmod(position, self.num_samples)

@@ -22,6 +22,8 @@ _MAY_CHANGE = {
     "model.start_from",  # likewise (start_weights.py)
     "text_masking.word_counts",  # likewise
     "data.workers",
+    "data.cache_directory",
+    "data.cache_gib",
     "data.max_bad_ratio",
     "loss.exchange",
     "loss.tile_size",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from model.config import CLIPConfig
 from model.flops import step_flops
 from model.masking import MaskingConfig
+from pipeline.data.data_loader import BATCHES_AHEAD
 from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -59,6 +60,13 @@ class Stage:
     def num_samples(self) -> int:
         """Pairs that this stage trains on, repetitions counted."""
         return self.samples(self.end_step) - self.starts[-1].samples_seen
+
+    @property
+    def samples_ahead(self) -> int:
+        """How far the loader processes may be ahead of the step, all ranks together."""
+        return (
+            max(1, self.recipe.data.workers) * BATCHES_AHEAD * self.batches.micro_batch_size * self.batches.world_size
+        )
 
     @property
     def seed(self) -> int:

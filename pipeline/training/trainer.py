@@ -15,6 +15,8 @@ import torch
 from model.clip import CLIP
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.training_data import TrainingData
@@ -125,11 +127,11 @@ class StageTrainer:
     def _batches(self) -> Iterator[Batch]:
         captions = TextMasker(self._run.tokenizer, self._recipe.text_masking)
         image_size = self._stage.model.vision.image_size
-        crop_min_area = self._recipe.data.crop_min_area
-        shards, seed = self._run.data.shards, self._stage.seed
-        dataset = TrainingSet(shards, self._order, seed, captions, image_size, crop_min_area)
+        data = self._recipe.data
+        shards = ShardReader(self._run.data.shards, make_cache(data))
+        dataset = TrainingSet(shards, self._order, self._stage.seed, captions, image_size, data.crop_min_area)
         places = MicroBatches(self._plan, self._ranks.rank, self._progress.step, self._stage.end_step)
-        loader = make_loader(dataset, places, self._recipe.data.workers, self._ranks.device.type == "cuda")
+        loader = make_loader(dataset, places, data.workers, self._ranks.device.type == "cuda")
         try:
             yield from loader
         except UserError as error:

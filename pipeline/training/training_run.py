@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.data.coverage import describe_coverage
+from pipeline.data.shard_cache import check_room
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
@@ -76,6 +77,7 @@ class TrainingRun:
         sha256 = None
         for stage, config in zip(self._stages, self._configs, strict=True):
             self._context.data.check_batch(stage.batches.global_batch_size)
+            check_room(self._context.data.shards, stage.recipe.data, len(self._context.data.sets), stage.samples_ahead)
             check_config(config, self._ranks)
             check_optimizer(stage.recipe.optimizer, config)
             check_computable(stage, self._ranks.device, config)

@@ -14,6 +14,8 @@ from conftest import jpeg_bytes, write_shards, write_tar
 from pipeline.data.data_loader import MicroBatches, TrainingSet, collate, make_loader
 from pipeline.data.manifest import read_manifest
 from pipeline.data.sample_order import BatchPlan
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.tar_index import index_samples, read_members
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
@@ -26,7 +28,9 @@ def dataset(directory: Path | str, tokenizer_file: Path, seed: int = 0) -> Train
     section = DataSection(train=str(directory), window_shards=2)
     data = read_training_data(section)
     text_masker = TextMasker(load_tokenizer(str(tokenizer_file), 64), TextMaskingSection())
-    return TrainingSet(data.shards, data.order(section, seed), seed, text_masker, 16, 0.9)
+    return TrainingSet(
+        ShardReader(data.shards, make_cache(section)), data.order(section, seed), seed, text_masker, 16, 0.9
+    )
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

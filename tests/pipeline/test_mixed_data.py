@@ -14,6 +14,8 @@ from conftest import write_shards
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
@@ -35,7 +37,9 @@ def two_sets(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSect
 def training_set(two_sets: DataSection, tokenizer_file: Path) -> TrainingSet:
     data = read_training_data(two_sets)
     captions = TextMasker(load_tokenizer(str(tokenizer_file), 64), TextMaskingSection())
-    return TrainingSet(data.shards, data.order(two_sets, SEED), SEED, captions, 16, 0.9)
+    return TrainingSet(
+        ShardReader(data.shards, make_cache(two_sets)), data.order(two_sets, SEED), SEED, captions, 16, 0.9
+    )
 
 
 def read_steps(dataset: TrainingSet, plan: BatchPlan, steps: range, workers: int = 0) -> list[list[Batch]]:

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.data_loader import MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import (
     TextMasker,
     WordMasker,
@@ -263,7 +265,9 @@ def test_what_has_no_word_that_fits_is_truncated(
 def training_set(shards: Path, text_masker: TextMasker, seed: int = 0, crop_min_area: float = 0.5) -> TrainingSet:
     section = DataSection(train=str(shards), window_shards=2)
     data = read_training_data(section)
-    return TrainingSet(data.shards, data.order(section, seed), seed, text_masker, 16, crop_min_area)
+    return TrainingSet(
+        ShardReader(data.shards, make_cache(section)), data.order(section, seed), seed, text_masker, 16, crop_min_area
+    )
 
 
 @pytest.mark.parametrize("strategy", ["random", "block", "frequency"])
