@@ -189,6 +189,22 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
 
 
+class FaultsSection(Section):
+    """What a run does when something goes wrong (docs/reliability.md)."""
+
+    on_non_finite: Literal["skip", "roll_back", "stop"] = Field(
+        "skip", description="loss or gradients not finite; no rank applies them: skip | roll_back | stop"
+    )
+    max_skipped_steps: int = Field(10, description="stop if more steps are skipped", ge=0)
+    skip_window_steps: int = Field(1000, description="within so many steps", gt=0)
+    on_spike: Literal["warn", "roll_back", "stop"] = Field(
+        "warn", description="a loss far above those before: warn | roll_back | stop"
+    )
+    spike_deviations: float = Field(10.0, description="far above: median plus so many robust deviations", gt=0)
+    spike_window_steps: int = Field(200, description="of the losses of so many steps", ge=4)
+    max_roll_backs: int = Field(3, description="a stage goes back to a checkpoint so often, then stops", ge=0)
+
+
 class Recipe(Section):
     """All options of a run."""
 
@@ -199,6 +215,7 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    faults: FaultsSection = FaultsSection()
     stages: tuple[dict[str, Any], ...] = ()
 
     def by_stage(self) -> list[tuple[str | None, Recipe]]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_json
-from pipeline.recipe import Recipe
+from pipeline.recipe import FaultsSection, Recipe
 from pipeline.recipe_files import read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 
-# Options that change neither what is computed, to the bit, nor in which order; all others are fixed for a run's life.
+# Options that change neither what is computed, to the bit, nor in which order (unless something goes wrong); all others
+# are fixed for a run's life.
 _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
@@ -32,6 +33,7 @@ _MAY_CHANGE = {
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    *(f"faults.{name}" for name in FaultsSection.model_fields),
 }
 _PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")
 

@@ -17,6 +17,7 @@ from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.objective import TrainingObjective
+from pipeline.training.step_guard import spread_non_finite
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -70,7 +71,7 @@ def train_step(
     for number in range(len(micro_batches)):
         encoded = encode(number)
         loss = loss_of(number, encoded.output)
-        engine.backward(loss)  # divides by the number of micro-batches
+        engine.backward(spread_non_finite(loss))  # divides by the number of micro-batches
         engine.step()  # updates at the last of them
         reports.append(_report(loss, encoded))
     masks.follow()

@@ -23,8 +23,10 @@ from pipeline.data.training_data import TrainingData
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import resume, save_checkpoint
+from pipeline.training.checkpoint import checkpoint_directory, newest_checkpoint, resume, save_checkpoint
 from pipeline.training.engine import make_engine, release
+from pipeline.training.fault_log import FaultLog
+from pipeline.training.fault_policy import FaultPolicy
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.objective import make_objective
@@ -33,6 +35,7 @@ from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
+from pipeline.training.step_guard import StepGuard
 from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 
 
@@ -45,6 +48,7 @@ class RunContext:
     data: TrainingData
     tokenizer: Tokenizer
     bad_samples: BadSamples
+    faults: FaultLog
     stop_requested: Callable[[], bool]
     start_s: float
 
@@ -69,6 +73,8 @@ class StageTrainer:
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
         self._objective = make_objective(stage.recipe.loss, run.ranks)
         self._progress = stage.reached(stage.first_step)
+        self._guard = StepGuard(self._engine, run.ranks)
+        self._policy = FaultPolicy(stage.recipe.faults)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
@@ -94,30 +100,34 @@ class StageTrainer:
                 step,
                 self._stage.progress(step),
             )
-            window.add(report)
+            window.add(report, self._guard.end_step(step + 1, report[0], micro_batches))
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
             self._progress = self._stage.reached(step + 1)
             self._report_coverage(step)
 
             is_last = step + 1 == self._stage.end_step
+            saves = is_last or (step + 1) % self._recipe.train.save_every_steps == 0
             if is_last or (step + 1) % self._recipe.train.log_every_steps == 0:
                 metrics = self._metrics(window, lr)
                 if logger:
                     logger.log(metrics)
-                self._check(metrics)
+                self._run.bad_samples.check(metrics["bad_samples"])  # every rank sees the same figures
+                self._judge_steps()
                 if self._ranks.any(self._run.stop_requested()):
                     self._save()
                     break
                 window = MetricsWindow(self._ranks)
-            if is_last or (step + 1) % self._recipe.train.save_every_steps == 0:
+            if saves:
+                self._judge_steps()  # no checkpoint holds a step that nobody has looked at
                 self._save()
         return self._progress
 
     def close(self) -> None:
         """Give back the memory of model, optimiser and gradients, for the next stage's."""
+        self._guard.close()
         release(self._engine)
-        del self._engine, self._masks
+        del self._engine, self._masks, self._guard
         gc.collect()
         # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
         torch.compiler.reset()
@@ -151,8 +161,8 @@ class StageTrainer:
         means, seconds, data_wait_share = window.close()
         bad_samples = means.new_tensor([self._run.bad_samples.count])
         values = self._ranks.mean(torch.cat((means, bad_samples))).tolist()
-        report = dict(zip((*REPORT_NAMES, "bad_samples"), values, strict=True))
-        report |= {name: None for name in OPTIONAL_NAMES if math.isnan(report[name])}
+        report = dict(zip((*REPORT_NAMES, "skipped_steps", "bad_samples"), values, strict=True))
+        report |= {name: None for name in ("loss", *OPTIONAL_NAMES) if math.isnan(report[name])}
         micro_batches_per_s = window.steps * self._plan.accumulation_steps * self._ranks.world_size / seconds
         grad_norm = self._engine.get_global_grad_norm()
         return {
@@ -162,9 +172,10 @@ class StageTrainer:
             "samples_seen": self._progress.samples_seen,
             **self._samples_seen_by_set(),
             **report,
+            "skipped_steps": round(report["skipped_steps"]),
             "bad_samples": round(report["bad_samples"] * self._ranks.world_size),
             "lr": lr,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "grad_norm": float(grad_norm) if grad_norm is not None and math.isfinite(grad_norm) else None,
             "samples_per_s": window.steps * self._plan.global_batch_size / seconds,
             "tokens_per_s": (report["image_tokens"] + report["text_tokens"]) * micro_batches_per_s,
             "data_wait_share": data_wait_share,
@@ -180,14 +191,29 @@ class StageTrainer:
         counts = self._order.samples_by_set(self._stage.positions(self._progress.step))
         return {"samples_seen_by_set": dict(zip(self._run.data.names, counts, strict=True))}
 
-    def _check(self, metrics: dict[str, Any]) -> None:
-        """Stop on a loss that is no number or on too many bad samples; every rank sees the same figures."""
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss is {metrics['loss']} at step {metrics['step']}: lower optimizer.lr or lengthen "
-                "optimizer.warmup_steps; the last checkpoint is intact"
-            )
-        self._run.bad_samples.check(metrics["bad_samples"])
+    def _judge_steps(self) -> None:
+        """Look at the steps since the last time and do what the recipe says about those that went wrong. Collective."""
+        faults = self._policy.judge(self._guard.read())
+        for fault in faults:
+            self._run.faults.note(fault)
+        worst = {fault.action: fault for fault in faults}
+        if "stop" in worst:
+            raise UserError(f"{worst['stop'].text}; nothing is saved, the last checkpoint is intact")
+        if "roll_back" in worst:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Weights and optimiser of the last checkpoint; the place in the data, steps and schedules go on."""
+        checkpoint = newest_checkpoint(self._run.directory)
+        if checkpoint is None or checkpoint == checkpoint_directory(self._run.directory, self._stage.first_step):
+            self._run.print("no checkpoint of this stage to roll back to: going on")
+            return
+        resume(self._engine, checkpoint, self._masks)
+        self._policy.rolled_back(self._progress.step)
+        self._run.print(
+            f"rolled back to the weights of {checkpoint}; data and steps go on from step {self._progress.step:,}"
+        )
+        self._save()  # the way back is not taken again by a run that is interrupted now
 
     def _save(self) -> None:
         start_s = time.perf_counter()

@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import check_world_size, checkpoint_directory, newest_checkpoint, read_progress
 from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
+from pipeline.training.fault_log import FaultLog
 from pipeline.training.optimizer import check_optimizer
 from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
@@ -53,6 +54,7 @@ class TrainingRun:
             data=data,
             tokenizer=tokenizer,
             bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, " ".join(data.names)),
+            faults=FaultLog(directory, ranks),
             stop_requested=lambda: self._stop_requested,
             start_s=start_s,
         )

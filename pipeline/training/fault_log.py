@@ -1,0 +1,41 @@
+"""Where faults are said: a line each on the terminal, and in faults_rankR.jsonl with the samples they concern."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pipeline.ranks import Ranks
+from pipeline.training.fault_policy import Fault
+
+_SAMPLES_SHOWN = 3
+
+
+class FaultLog:
+    """Those of one rank; it names its own samples, and the main rank also says what happened to all."""
+
+    def __init__(self, run_directory: Path, ranks: Ranks) -> None:
+        self._file = run_directory / f"faults_rank{ranks.rank}.jsonl"
+        self._ranks = ranks
+
+    def note(self, fault: Fault) -> None:
+        """One fault."""
+        outcome = fault.outcome
+        if self._ranks.is_main:
+            print(f"warning: {fault.text}", flush=True)
+        if outcome.suspects and not outcome.features_finite:
+            shown = ", ".join(outcome.suspects[:_SAMPLES_SHOWN])
+            more = f" and {len(outcome.suspects) - _SAMPLES_SHOWN} more" * (len(outcome.suspects) > _SAMPLES_SHOWN)
+            print(f"warning: rank {self._ranks.rank}: not finite in step {outcome.step:,}: {shown}{more}", flush=True)
+        if outcome.suspects or self._ranks.is_main:
+            line = {
+                "step": outcome.step,
+                "kind": fault.kind,
+                "action": fault.action,
+                # JSON knows neither infinity nor NaN
+                "loss": outcome.loss if math.isfinite(outcome.loss) else str(outcome.loss),
+                "samples": list(outcome.suspects),
+            }
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")

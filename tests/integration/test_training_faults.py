@@ -1,0 +1,86 @@
+"""Training when something goes wrong, through its program: steps that are not finite, spikes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import faulty_train
+import pytest
+import torch
+from forked_ranks import Program, start_program
+from safetensors.torch import load_file
+
+Faults = dict[str, list[tuple[int, int]]]
+
+
+@pytest.fixture
+def options(tiny_options: list[str]) -> list[str]:
+    """Ten steps on two ranks, a checkpoint after every third."""
+    return [
+        *tiny_options,
+        "train.deepspeed_config=zero1_bf16",
+        "train.max_steps=10",
+        "train.save_every_steps=3",
+        "train.keep_checkpoints=9",
+    ]
+
+
+def start(directory: Path, options: Sequence[str], faults: Faults, world_size: int = 2) -> Program:
+    arguments = [*options, f"train.output={directory / 'run'}"]
+    return start_program(faulty_train.main, arguments, world_size, directory, {"FAULTS": json.dumps(faults)})
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same_weights(run: Path, first_step: int, second_step: int) -> bool:
+    first, second = (load_file(run / f"checkpoints/step_{n:08d}/model.safetensors") for n in (first_step, second_step))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_skipped_step_is_counted_and_its_samples_named(tmp_path: Path, options: list[str]) -> None:
+    program = start(tmp_path, options, {"nan": [(3, 1)]})
+    assert program.wait() == [0, 0], program.output()
+    run = tmp_path / "run"
+    figures = lines(run / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in figures] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert [line["loss"] is None for line in figures] == [line["step"] == 4 for line in figures]
+    assert all(line["mask_ratio"] == 0.5 for line in figures)
+    assert "warning: step 4: the loss is nan, features are not finite, no rank applied the update" in program.output(0)
+    (fault,) = lines(run / "faults_rank1.jsonl")
+    assert fault["action"] == "go_on"
+    assert len(fault["samples"]) == 1
+    assert f"warning: rank 1: not finite in step 4: {fault['samples'][0]}" in program.output(1)
+    assert lines(run / "faults_rank0.jsonl")[0]["samples"] == []
+
+
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, options: list[str]) -> None:
+    program = start(tmp_path, [*options, "faults.max_skipped_steps=1"], {"nan": [(1, 0), (7, 1)]})
+    assert program.wait() == [2, 2], program.output()
+    assert "error: step 8: the loss is nan" in program.output(0)
+    assert "2 such steps among 1000 (faults.max_skipped_steps)" in program.output(0)
+    assert "Traceback" not in program.output(0) + program.output(1)
+    assert not (tmp_path / "run/checkpoints/step_00000009").exists()
+
+
+def test_rolling_back_takes_the_weights_of_the_last_checkpoint(tmp_path: Path, options: list[str]) -> None:
+    """Before the first checkpoint there is nothing to go back to; afterwards data and steps go on."""
+    program = start(tmp_path, [*options, "faults.on_non_finite=roll_back"], {"nan": [(1, 0), (7, 1)]})
+    assert program.wait() == [0, 0], program.output()
+    run = tmp_path / "run"
+    assert "no checkpoint of this stage to roll back to" in program.output(0)
+    assert f"rolled back to the weights of {run / 'checkpoints/step_00000006'}" in program.output(0)
+    assert same_weights(run, 6, 8)
+    assert not same_weights(run, 8, 9)
+    assert [line["samples_seen"] for line in lines(run / "metrics.jsonl")] == [16 * step for step in range(1, 11)]
+
+
+def test_a_spike_is_said_and_may_stop_the_run(tmp_path: Path, options: list[str]) -> None:
+    sensitive = [*options, "faults.spike_window_steps=16", "faults.spike_deviations=3", "faults.on_spike=stop"]
+    program = start(tmp_path, sensitive, {"spike": [(7, 0)]}, world_size=1)
+    assert program.wait() == [2], program.output()
+    assert "error: step 8: the loss is" in program.output(0)
+    assert "(faults.spike_deviations)" in program.output(0)
