@@ -25,7 +25,7 @@ from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.registry import TASKS, tasks_of
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.evaluation.slices import Slice
-from pipeline.inference import load_for_inference
+from pipeline.foreign_models import load_any_model
 from pipeline.ranks import Ranks, init_ranks
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     datasets = _open(arguments.data, options)
     ranks = init_ranks()
     for checkpoint in arguments.checkpoint:
-        model = load_for_inference(checkpoint, ranks.device, arguments.tokenizer)
+        model = load_any_model(checkpoint, ranks.device, arguments.tokenizer, arguments.model)
         masking = model.masking if arguments.mask_images else None
         if masking is not None:
             check_maskable(masking)
@@ -90,7 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: deepspeed pipeline/evaluate.py --checkpoint runs/demo --data eval/zeroshot eval/retrieval "
         "--output runs/demo/evaluation",
     )
-    parser.add_argument("--checkpoint", required=True, nargs="+", metavar="RUN", help="run or checkpoint directories")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="MODEL",
+        help="runs, checkpoints, models of open_clip or transformers",
+    )
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="DIR", help="evaluation sets (docs/evaluation.md)"
     )
@@ -119,8 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="checked to be the one the model was trained with; the checkpoint brings its own",
+        help="of open_clip's models (default: clip-bpe); a checkpoint brings its own, and is checked to be of this one",
     )
+    parser.add_argument("--model", metavar="NAME", help="what an open_clip file without a configuration is: ViT-B-16 …")
     parser.add_argument(
         "--mask-images",
         action="store_true",

@@ -27,8 +27,8 @@ class ModelIdentity:
 
     name: str
     checkpoint: str
-    step: int
-    samples_seen: int
+    step: int | None
+    samples_seen: int | None
     image_size: int
     weights_sha256: str
     tokenizer_sha256: str
@@ -36,15 +36,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model in evaluation mode with its tokenizer, and where it comes from."""
+    """A model in evaluation mode with its tokenizer, and where it comes from; step and samples seen if it is ours."""
 
     clip: CLIP
     tokenizer: Tokenizer
     image_size: int
     name: str
     checkpoint: str
-    step: int
-    samples_seen: int
+    step: int | None
+    samples_seen: int | None
     weights_sha256: str
     masking: MaskingConfig
 

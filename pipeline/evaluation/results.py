@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.files import write_atomically, write_json
 
 RESULTS_FILE = "results.jsonl"
 
@@ -89,7 +90,7 @@ def _parse_result(line: str, where: str) -> Result:
 
 
 def write_results(directory: Path, results: Iterable[Result]) -> Path:
-    """Merge results into DIRECTORY/results.jsonl, atomically; returns the file.
+    """Merge results into DIRECTORY/results.jsonl, atomically, and write CLIP_benchmark's files; returns the first.
 
     A result takes the place of the one with the same key. Other jobs may write to the same file meanwhile.
     Raises UserError, and leaves the file as it is, if it holds something else than results.
@@ -100,7 +101,25 @@ def write_results(directory: Path, results: Iterable[Result]) -> Path:
         merged = {result.key: result for result in (read_results(file) if file.exists() else [])}
         merged.update({result.key: result for result in results})
         write_atomically(file, "".join(f"{result.to_json()}\n" for result in merged.values()))
+        write_clip_benchmark_files(directory, merged.values())
     return file
+
+
+def write_clip_benchmark_files(directory: Path, results: Iterable[Result]) -> None:
+    """One file per result under DIRECTORY/clip_benchmark/, as `clip_benchmark eval` writes and `build` reads them."""
+    folder = directory / "clip_benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        fields = {
+            "dataset": result.dataset,
+            "model": result.model,
+            "pretrained": result.checkpoint,
+            "task": result.task,
+            "metrics": result.metrics,
+            "language": "en",
+        }
+        name = f"{result.dataset}_{result.checkpoint}_{result.model}_en_{result.task}"
+        write_json(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[-200:]}.json", fields)
 
 
 @contextmanager

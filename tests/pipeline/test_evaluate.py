@@ -225,7 +225,7 @@ def write_composition_set(directory: Path) -> None:
 
 
 def run_program(monkeypatch: pytest.MonkeyPatch, model: InferenceModel, *arguments: str) -> int:
-    monkeypatch.setattr(program, "load_for_inference", lambda path, device, tokenizer: model)
+    monkeypatch.setattr(program, "load_any_model", lambda path, device, tokenizer, name: model)
     monkeypatch.setattr(program, "init_ranks", lambda: Ranks(0, 0, 1, CPU))
     return program.main(["--checkpoint", "runs/test", *arguments])
 
