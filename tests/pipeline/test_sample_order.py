@@ -177,6 +177,21 @@ def test_no_more_shards_than_a_window_are_open(sizes: list[int], window: int, se
         assert len({places[p][0] for p in range(positions[0], positions[-1] + 1)}) <= window
 
 
+@given(world=worlds())
+@settings(max_examples=60, deadline=None)
+def test_what_is_read_next_was_announced(world: World) -> None:
+    """A shard is open when a sample of it comes, and is fetched at the latest one window of its set before."""
+    order = world.order()
+    announced: list[int] = []
+    for position in range(2 * world.num_samples):
+        shard, _ = order.locate(position)
+        now, following = order.windows_at(position)
+        assert shard in now
+        assert len(now) <= world.window_shards * len(world.sets)
+        assert set(now) <= set(announced) or not announced
+        announced = [*now, *following]
+
+
 @given(weights=st.lists(st.integers(1, 10**7), min_size=1, max_size=8), position=st.integers(0, 10**10))
 @settings(max_examples=200, deadline=None)
 def test_every_prefix_of_a_mixture_is_near_its_weights(weights: list[int], position: int) -> None:
