@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -106,3 +107,21 @@ class TorchTiles:
                 shape = (r.stop - r.start, c.stop - c.start)
                 logits_rc = memory[: shape[0] * shape[1]].view(shape)
                 yield r, c, torch.mm(scaled_rD, columns_CD[c].T, out=logits_rc)
+
+
+Kernel = Literal["auto", "torch", "triton"]
+
+
+def make_tiles(device: torch.device, size: int = 1024, kernel: Kernel = "auto") -> Tiles:
+    """Fused kernels on a CUDA device where Triton is installed (a CUDA torch brings it along), else torch's tiles.
+
+    Raises ValueError if Triton is asked for and cannot be had.
+    """
+    has_triton = device.type == "cuda" and find_spec("triton") is not None
+    if kernel == "triton" and not has_triton:
+        raise ValueError("kernel triton needs a CUDA device and the package triton")
+    if kernel == "torch" or not has_triton:
+        return TorchTiles(size)
+    from model.kernels.triton_tiles import TritonTiles
+
+    return TritonTiles()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.loss import LossKind
+from model.loss_tiles import Kernel
 from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
 from pipeline.errors import UserError
 from pipeline.recipe_stages import merge_stages
@@ -142,7 +143,8 @@ class LossSection(Section):
     exchange: Literal["gather", "ring"] = Field(
         "gather", description="gather: each rank holds all image features | ring: one rank's at a time"
     )
-    tile_size: int = Field(1024, description="logits are computed in tiles of this many rows and columns", ge=16)
+    kernel: Kernel = Field("auto", description="auto: triton's fused one on CUDA, else torch's | torch | triton")
+    tile_size: int = Field(1024, description="torch's kernel computes so many rows and columns at a time", ge=16)
     cache_gradients: bool = Field(
         False,
         description="negatives from all micro-batches of a step, for a second forward pass (GradCache)",

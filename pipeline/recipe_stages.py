@@ -16,7 +16,7 @@ _MAY_DIFFER: dict[str, tuple[str, ...] | None] = {
     "data": ("crop_min_area",),
     "masking": None,
     "text_masking": ("strategy", "max_tokens", "frequency_threshold"),
-    "loss": ("exchange", "tile_size", "cache_gradients"),
+    "loss": ("exchange", "kernel", "tile_size", "cache_gradients"),
     "optimizer": None,
     "train": (
         "epochs",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.clip import CLIPOutput
 from model.loss import Exchange, Objective, OwnColumns
-from model.loss_tiles import TorchTiles
+from model.loss_tiles import make_tiles
+from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.training.feature_exchange import GatheredColumns, RingColumns
@@ -43,4 +44,8 @@ def make_objective(section: LossSection, ranks: Ranks) -> TrainingObjective:
     exchange: Exchange = GatheredColumns if section.exchange == "gather" else RingColumns
     if ranks.world_size == 1:
         exchange = OwnColumns
-    return TrainingObjective(Objective(section.kind, exchange, TorchTiles(section.tile_size)), section.cache_gradients)
+    try:
+        tiles = make_tiles(ranks.device, section.tile_size, section.kernel)
+    except ValueError as error:
+        raise UserError(f"loss.kernel: {error}; leave it at auto") from error
+    return TrainingObjective(Objective(section.kind, exchange, tiles), section.cache_gradients)

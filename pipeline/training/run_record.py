@@ -27,6 +27,7 @@ _MAY_CHANGE = {
     "data.cache_gib",
     "data.max_bad_ratio",
     "loss.exchange",
+    "loss.kernel",
     "loss.tile_size",
     "train.output",
     "train.activation_checkpointing",
