@@ -1,0 +1,1 @@
+"""What a run will need before it is started: operations, memory, communication, time; closed forms, docs/plan.md."""

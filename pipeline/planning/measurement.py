@@ -1,0 +1,114 @@
+"""Counting what the closed forms predict: bytes of tensors that are alive on a CPU, bytes that collectives carry."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_MARK = "planning/"
+_OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "alltoall_base_": "all_to_all",
+}
+
+
+class Mark(NamedTuple):
+    """Bytes alive at a moment, and the most that were alive since the mark before."""
+
+    name: str
+    live_bytes: int
+    peak_bytes: int
+
+
+class TensorMemory:
+    """Every allocation and release of CPU tensors within a `with` block, temporaries of operations included.
+
+    Unlike the process's size it depends on neither the allocator nor the libraries: the same run gives the same bytes.
+    """
+
+    def __init__(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.marks: list[Mark] = []
+
+    def __enter__(self) -> TensorMemory:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.mark("end")
+        self._profile.__exit__(kind, error, trace)
+        self.marks = _read_marks(self._profile)
+
+    def mark(self, name: str) -> None:
+        """Name this moment; its figures are in `marks` after the block."""
+        with record_function(_MARK + name):
+            pass
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that were alive at once."""
+        return max(mark.peak_bytes for mark in self.marks)
+
+
+def _read_marks(finished: profile) -> list[Mark]:
+    profiler: Any = finished.profiler
+    events: list[tuple[int, int, str]] = []
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            events.append((event.start_ns(), event.nbytes(), ""))
+        elif event.name().startswith(_MARK):
+            events.append((event.start_ns(), 0, event.name().removeprefix(_MARK)))
+    marks, live, peak = [], 0, 0
+    for _, size, name in sorted(events, key=lambda event: event[0]):
+        live += size
+        peak = max(peak, live)
+        if name:
+            marks.append(Mark(name, live, peak))
+            peak = live
+    return marks
+
+
+class CollectiveVolume(TorchDispatchMode):
+    """Payload bytes by operation, of whoever calls torch.distributed: the whole tensor that is reduced or gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload_bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Counted, then done as ever."""
+        if function.namespace == "c10d":
+            name = function.__name__.partition(".")[0]
+            operation = _OPERATIONS.get(name, name)
+            sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.payload_bytes[operation] += _payload(operation, sizes)
+            self.calls[operation] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _payload(operation: str, sizes: Sequence[int]) -> int:
+    if operation in ("all_gather", "reduce_scatter"):
+        # of the two sides the whole one; in a coalesced call each is a list
+        return sum(sizes) - min(sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :]))
+    return sum(sizes)

@@ -1,0 +1,190 @@
+"""Memory of one rank by part, at each moment of a step that can be its peak; docs/plan.md.
+
+W ranks, B pairs of a micro-batch, G = B * W, E embed_dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.planning.activations import TowerMemory, text_memory, vision_memory
+from pipeline.planning.workload import Workload
+
+_FP32, _FP64, _INDEX = 4, 8, 8
+_MIB = 1 << 20
+# Of a GPU and outside of what tensors occupy: the CUDA context, NCCL's buffers, libraries' workspaces.
+RESERVED_BYTES = 1536 * _MIB
+# Share of the tensors' bytes that the allocator cannot use between them.
+FRAGMENTATION = 0.03
+# Without ZeRO gradients are copied together, so many elements at a time.
+_ENGINE_BUCKET = 500_000_000
+# What cuBLAS keeps as a tensor, for one stream.
+_WORKSPACE_BYTES = 32 * _MIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak: `parts` by name, and the moment; `host_bytes` is what is offloaded to the CPU."""
+
+    moment: str
+    parts: dict[str, int]
+    host_bytes: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """With what lies beside the tensors on a GPU."""
+        return round(self.tensor_bytes * (1 + FRAGMENTATION)) + RESERVED_BYTES
+
+
+def estimate_memory(load: Workload, on_gpu: bool = True) -> Memory:
+    """The largest of the moments that can be the peak: backward begins, in the image tower, ends; update."""
+    states = _states(load)
+    host_bytes = _move_to_host(load, states)
+    vision, text = vision_memory(load), text_memory(load)
+    buckets = _buckets(load)
+    batch = {"batch": _batch(load)}
+    loss = {"loss": _loss(load)}
+    workspace = {"workspace": _WORKSPACE_BYTES if on_gpu else 0}
+    text_gradients = load.weight_bytes * load.parameters.text
+    moments = {
+        "the backward pass begins": {
+            **states,
+            **batch,
+            **loss,
+            **_split_activations(vision.saved, text),
+            **buckets,
+            **workspace,
+        },
+        "the backward pass is in the image tower": {
+            **states,
+            **batch,
+            **_split_activations(0, vision),
+            "gradients": states.get("gradients", 0) + _held_gradients(load, text_gradients),
+            **buckets,
+            **workspace,
+        },
+        "the backward pass ends": {
+            **states,
+            **batch,
+            "gradients": states.get("gradients", 0)
+            + _held_gradients(load, load.weight_bytes * load.parameters.trained)
+            + _on_the_way(load),
+            **buckets,
+            **workspace,
+        },
+        "the weights are updated": {**states, **batch, **_update(load, states), **workspace},
+    }
+    moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
+    return Memory(moment, {name: size for name, size in parts.items() if size}, host_bytes)
+
+
+def _split_activations(others: int, tower: TowerMemory) -> dict[str, int]:
+    return {
+        "activations": others + tower.saved,
+        "backward pass": tower.transient,
+    }
+
+
+def _states(load: Workload) -> dict[str, int]:
+    """What is there between steps."""
+    sizes, W, width = load.parameters, load.world_size, load.weight_bytes
+    # matrices in bf16, kept from the forward pass to the backward pass
+    is_cast = load.precision == "autocast" and not load.checkpoint_blocks
+    extra = {
+        "cast weights": 2 * (sizes.total - sizes.embeddings) if is_cast else 0,
+        "attentive copy": _FP32 * sizes.vision if load.attentive else 0,
+    }
+    master, moments = _FP32 * sizes.trained, _FP32 * (2 * sizes.trained - sizes.with_muon)
+    if load.zero_stage == 0:
+        parts = {"weights": width * sizes.total, "master weights": master * (width == 2), "optimizer states": moments}
+        return parts | extra
+    # DeepSpeed keeps a master copy of a share that is in fp32 already
+    shares = {"master weights": master // W, "optimizer states": moments // W}
+    if load.zero_stage < 3:
+        return {"weights": width * sizes.total} | shares | extra
+    whole = width * sizes.persistent if W > 1 else 0
+    parts = {
+        "weights": width * sizes.total // W + whole,
+        "gathered weights": width * min(sizes.total - sizes.persistent, load.max_live) if W > 1 else 0,
+        "gradients": width * sizes.trained // W,
+    }
+    return parts | shares | extra
+
+
+def _move_to_host(load: Workload, states: dict[str, int]) -> int:
+    """Take what is offloaded out of `states`; returns its bytes."""
+    moved = 0
+    if load.offload_optimizer:
+        moved += states.pop("master weights") + states.pop("optimizer states")
+        moved += _FP32 * load.parameters.trained // load.world_size  # the gradients that the CPU updates from
+    if load.offload_parameters:
+        moved += states.pop("weights")
+    return moved
+
+
+def _buckets(load: Workload) -> dict[str, int]:
+    """Where gradients wait to be averaged; DeepSpeed allocates them whole, however small the model."""
+    if load.zero_stage == 0:
+        return {}
+    copies = 2 if load.overlaps_reduction and load.zero_stage < 3 else 1
+    if load.precision == "autocast":
+        copies *= 2  # gradients in bf16 have buckets of their own
+    return {"communication buckets": copies * load.weight_bytes * load.reduce_bucket}
+
+
+def _held_gradients(load: Workload, so_far: int) -> int:
+    """Of the gradients computed so far those that a rank keeps, outside of buckets."""
+    if load.zero_stage == 3:
+        return 0  # in the flat buffer that is there already
+    if load.zero_stage == 0:
+        return so_far
+    whole = load.zero_stage == 1 and load.accumulation_steps > 1
+    kept = so_far if whole else so_far // load.world_size + _straddling(load)
+    return min(kept, so_far)
+
+
+def _on_the_way(load: Workload) -> int:
+    """Gradients that are copied to be averaged: without ZeRO many together, else one, or a bucket's."""
+    sizes, width = load.parameters, load.weight_bytes
+    if load.zero_stage == 0:
+        return width * min(sizes.trained, _ENGINE_BUCKET)
+    if load.zero_stage == 3 and load.world_size > 1:
+        return width * min(sizes.trained, max(load.reduce_bucket, sizes.largest))
+    return width * sizes.largest
+
+
+def _straddling(load: Workload) -> int:
+    """A tensor across the border of two ranks' shares is held whole by both."""
+    return load.weight_bytes * load.parameters.largest if load.world_size > 1 else 0
+
+
+def _update(load: Workload, states: dict[str, int]) -> dict[str, int]:
+    """The gradients in fp32 of the group that is updated, or the copy in fp64 for the norm of the largest tensor."""
+    size, W, width = load.parameters.trained, load.world_size, load.weight_bytes
+    held = states.get("gradients", 0) + _held_gradients(load, width * size)
+    if load.zero_stage == 0:
+        return {"gradients": held, "update": _FP32 * size if width == 2 else 0}
+    share = load.parameters.largest_group // W
+    largest = min(load.parameters.largest, share) if load.zero_stage < 3 else load.parameters.largest // W
+    parts = {"gradients": held, "update": max(share * (width + (_FP32 if width == 2 else 0)), _FP64 * largest)}
+    if load.zero_stage == 3:
+        parts |= {"gathered weights": 0} | _buckets(load)
+    return parts
+
+
+def _batch(load: Workload) -> int:
+    """Images in bytes, indices and ids; the kept patches are among what the image tower keeps."""
+    return load.micro_batch_size * 3 * load.model.vision.image_size**2 + _INDEX * (load.patches + load.text.tokens)
+
+
+def _loss(load: Workload) -> int:
+    """Features of all ranks and the gradients at them, both sides' own gradients, three tiles of logits."""
+    B, G, E = load.micro_batch_size, load.global_micro_batch, load.model.embed_dim
+    columns = G if load.exchange == "gather" else min(G, 4 * B)
+    tile = min(load.tile_size, B) * min(load.tile_size, columns)
+    return _FP32 * (2 * columns * E + 2 * B * E + 3 * tile)

@@ -1,0 +1,176 @@
+"""The plan of a whole run: its stages one after the other, what each needs, and what would suit the hardware better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.planning.communication import Traffic, step_traffic
+from pipeline.planning.hardware import Accelerator, Interconnect
+from pipeline.planning.memory import Memory, estimate_memory
+from pipeline.planning.step_time import StepTime, step_time
+from pipeline.planning.workload import Workload, workload_of
+from pipeline.recipe import Recipe
+from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.stage_plan import Stage, plan_stages
+
+# What a core decodes, crops and scales of 256-pixel JPEGs per second (benchmarks/loader.py).
+IMAGES_PER_CORE_S = 450
+_DAY_S, _HOUR_S = 86_400, 3_600
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is planned for. `mfu`: the utilisation to assume instead of estimating it."""
+
+    gpus: int
+    accelerator: Accelerator
+    network: Interconnect
+    mfu: float | None = None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Options that make a step of the same batch cheaper, or make it fit."""
+
+    options: dict[str, str | int | bool]
+    memory: Memory
+    time: StepTime
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage needs."""
+
+    stage: Stage
+    load: Workload
+    memory: Memory
+    traffic: list[Traffic]
+    time: StepTime
+    fits: bool
+    suggestion: Suggestion | None
+
+    @property
+    def seconds(self) -> float:
+        """All steps, without stops and evaluations."""
+        return self.stage.num_steps * self.time.step_s
+
+    @property
+    def images_per_s_per_gpu(self) -> float:
+        """What the loader of each rank has to deliver."""
+        return self.load.micro_batch_size * self.load.accumulation_steps / self.time.step_s
+
+    @property
+    def loader_cores(self) -> float:
+        """CPU cores a rank needs for that."""
+        return self.images_per_s_per_gpu / IMAGES_PER_CORE_S
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All stages. `caption_tokens` is what was assumed of captions."""
+
+    hardware: Hardware
+    caption_tokens: float
+    stages: list[StagePlan]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the device's memory."""
+        return all(plan.fits for plan in self.stages)
+
+    @property
+    def days(self) -> float:
+        """Of training, all stages."""
+        return sum(plan.seconds for plan in self.stages) / _DAY_S
+
+    @property
+    def gpu_hours(self) -> float:
+        """Devices times hours."""
+        return sum(plan.seconds for plan in self.stages) / _HOUR_S * self.hardware.gpus
+
+
+def plan_run(
+    recipe: Recipe,
+    hardware: Hardware,
+    num_samples: int,
+    caption_tokens: float,
+    vocab_size: int,
+    eot_token_id: int,
+) -> RunPlan:
+    """Plan a recipe for data of `num_samples` pairs; raises UserError for what a run would refuse."""
+    stages = plan_stages(recipe, num_samples, hardware.gpus, vocab_size, eot_token_id)
+    return RunPlan(hardware, caption_tokens, [_plan_stage(stage, hardware, caption_tokens) for stage in stages])
+
+
+def _plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> StagePlan:
+    load = _load(stage, caption_tokens)
+    memory, time = estimate_memory(load), _time(load, hardware)
+    fits = memory.device_bytes <= hardware.accelerator.memory_bytes
+    suggestion = suggest(stage, hardware, caption_tokens)
+    if suggestion is not None and fits and suggestion.time.step_s > 0.97 * time.step_s:
+        suggestion = None
+    return StagePlan(stage, load, memory, step_traffic(load), time, fits, suggestion)
+
+
+def suggest(stage: Stage, hardware: Hardware, caption_tokens: float) -> Suggestion | None:
+    """The fastest way to the same batch that fits, of ZeRO's lower stages if there is one.
+
+    Micro-batches that keep the number of negatives go first: others train another loss.
+    """
+    found: list[tuple[tuple[bool, bool, float, int, bool], Suggestion]] = []
+    for options, variant in _variants(stage):
+        load = _load(variant, caption_tokens)
+        memory = estimate_memory(load)
+        if memory.device_bytes > hardware.accelerator.memory_bytes:
+            continue
+        time = _time(load, hardware)
+        fewer_negatives = load.global_micro_batch < stage.batches.micro_batch_size * hardware.gpus
+        unlike = fewer_negatives and not load.cache_gradients
+        # what many small gathers of stage 3 wait for is not estimated: only where nothing else fits
+        rank = (unlike, load.zero_stage == 3, round(time.step_s, 3), load.zero_stage, load.checkpoint_blocks)
+        found.append((rank, Suggestion(options, memory, time)))
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def _variants(stage: Stage) -> Iterator[tuple[dict[str, str | int | bool], Stage]]:
+    """The stage with every micro-batch, ZeRO stage and way to keep activations that its batch allows."""
+    per_rank = stage.batches.global_batch_size // stage.batches.world_size
+    for micro_batch_size in _divisors(per_rank):
+        batches = replace(stage.batches, micro_batch_size=micro_batch_size)
+        for template in _templates(stage.recipe.train.deepspeed_config):
+            for checkpointing in (False, True):
+                changes: dict[str, str | int | bool] = {
+                    "micro_batch_size": micro_batch_size,
+                    "deepspeed_config": template,
+                    "activation_checkpointing": checkpointing,
+                }
+                train = stage.recipe.train.model_copy(update=changes)
+                recipe = stage.recipe.model_copy(update={"train": train})
+                yield (
+                    {f"train.{name}": value for name, value in changes.items()},
+                    replace(stage, recipe=recipe, batches=batches),
+                )
+
+
+def _divisors(number: int) -> list[int]:
+    """Halves of a number while they are whole, and the number itself: micro-batches that fill a batch."""
+    found = [number]
+    while found[-1] % 2 == 0:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _templates(chosen: str) -> Sequence[str]:
+    """The recipe's own template first, then those that share out more or less."""
+    others = ("zero1_bf16", "zero2_bf16", "zero3_bf16")
+    return (chosen, *(name for name in others if name != chosen)) if chosen in others else (chosen,)
+
+
+def _load(stage: Stage, caption_tokens: float) -> Workload:
+    config = deepspeed_config(stage.recipe, stage.batches, stage.recipe.train.deepspeed_config)
+    return workload_of(stage, config, caption_tokens)
+
+
+def _time(load: Workload, hardware: Hardware) -> StepTime:
+    return step_time(load, hardware.accelerator, hardware.network, hardware.mfu)

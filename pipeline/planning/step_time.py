@@ -1,0 +1,90 @@
+"""How long a step takes: products and memory traffic of the device, the host, collectives; docs/plan.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.flops import step_flops
+from pipeline.planning.activations import text_memory, vision_memory
+from pipeline.planning.communication import Traffic, step_traffic
+from pipeline.planning.hardware import Accelerator, Interconnect
+from pipeline.planning.workload import Workload
+
+# Four constants fitted to the 14 steps of benchmarks/results/gpu_throughput.json: the share of the data sheet's
+# products per second; how often what the forward pass keeps crosses the memory's interface at its full rate; what a
+# block costs the device whatever its size; and what launching its kernels, forward and backward, costs the host.
+PRODUCT_EFFICIENCY = 0.615
+TRAFFIC_PER_SAVED_BYTE = 9.8
+DEVICE_S_PER_BLOCK = 0.92e-3
+HOST_S_PER_BLOCK = 3.4e-3
+# Assumed: what collectives reach of a link's rate.
+LINK_EFFICIENCY = 0.8
+_BACKWARD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimiser step. `flops` counts each product of the model once, recomputation not at all."""
+
+    flops: int
+    compute_s: float
+    host_s: float
+    communication_s: float
+    exposed_s: float
+    step_s: float
+    mfu: float
+
+
+def step_time(load: Workload, accelerator: Accelerator, network: Interconnect, mfu: float | None = None) -> StepTime:
+    """The estimate; with `mfu` computing takes what that utilisation says."""
+    peak = accelerator.fp32_flops_per_s if load.precision == "fp32" else accelerator.bf16_flops_per_s
+    flops = micro_batch_flops(load) * load.accumulation_steps
+    again = 1 + (load.checkpoint_blocks + load.cache_gradients) / 3  # forward passes are a third
+    blocks = (load.vision.layers + load.text.layers) * load.accumulation_steps
+    host_s = again * HOST_S_PER_BLOCK * blocks
+    if mfu is None:
+        products_s = flops / (PRODUCT_EFFICIENCY * peak)
+        moved_bytes = TRAFFIC_PER_SAVED_BYTE * _saved_bytes(load) * load.accumulation_steps
+        compute_s = again * (products_s + moved_bytes / accelerator.memory_bytes_per_s + DEVICE_S_PER_BLOCK * blocks)
+        busy_s = max(compute_s, host_s)
+    else:
+        compute_s = busy_s = flops / (mfu * peak)
+    communication_s, exposed_s = _communication(load, accelerator, network, busy_s)
+    step_s = busy_s + exposed_s
+    return StepTime(flops, compute_s, host_s, communication_s, exposed_s, step_s, flops / (step_s * peak))
+
+
+def micro_batch_flops(load: Workload) -> int:
+    """Operations of one rank for one micro-batch, with all ranks' columns in its loss."""
+    pairs = load.micro_batch_size
+    kept = [load.patches // pairs] * pairs
+    lengths = [round(load.text.tokens / pairs)] * pairs
+    others = load.global_micro_batch - pairs
+    return step_flops(load.model, kept, lengths) + 4 * 2 * pairs * others * load.model.embed_dim
+
+
+def _saved_bytes(load: Workload) -> int:
+    stored = load.without_recomputation()
+    return vision_memory(stored).saved + text_memory(stored).saved
+
+
+def _communication(
+    load: Workload, accelerator: Accelerator, network: Interconnect, busy_s: float
+) -> tuple[float, float]:
+    """(all collectives, what of them is not hidden behind the backward pass)."""
+    hidden_s = shown_s = 0.0
+    for traffic in step_traffic(load):
+        seconds = traffic.wire_bytes(load.world_size) / _bandwidth(traffic, load.world_size, accelerator, network)
+        if traffic.overlapped:
+            hidden_s += seconds
+        else:
+            shown_s += seconds
+    return hidden_s + shown_s, shown_s + max(0.0, hidden_s - _BACKWARD_SHARE * busy_s)
+
+
+def _bandwidth(traffic: Traffic, world_size: int, accelerator: Accelerator, network: Interconnect) -> float:
+    """Of a ring: within a node its links; between nodes all ports of a node, or one where neighbours send."""
+    if world_size <= accelerator.per_node:
+        return LINK_EFFICIENCY * accelerator.link_bytes_per_s
+    ports = 1 if traffic.operation == "send" else accelerator.per_node
+    return LINK_EFFICIENCY * min(accelerator.link_bytes_per_s, ports * network.bytes_per_s)

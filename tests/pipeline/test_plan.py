@@ -1,0 +1,192 @@
+"""The planner's command line, its decisions, and what its closed forms must satisfy whatever their constants."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.clip import CLIP
+from model.config import config_from_name
+from pipeline import plan
+from pipeline.errors import UserError
+from pipeline.planning.activations import text_memory, vision_memory
+from pipeline.planning.communication import Traffic, step_traffic
+from pipeline.planning.hardware import find_accelerator, find_interconnect
+from pipeline.planning.memory import estimate_memory
+from pipeline.planning.run_plan import Hardware, plan_run
+from pipeline.planning.step_time import micro_batch_flops, step_time
+from pipeline.planning.workload import Workload, workload_of
+from pipeline.recipe_files import load_recipe
+from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.stage_plan import plan_stages
+
+SAMPLES = 10_970_000
+NETWORK = find_interconnect("ndr")
+
+
+def load_of(gpus: int = 8, micro_batch_size: int = 64, template: str = "zero1_bf16", *options: str) -> Workload:
+    """What a rank of the base recipe computes."""
+    sizes = [f"train.micro_batch_size={micro_batch_size}", f"train.global_batch_size={micro_batch_size * gpus}"]
+    recipe = load_recipe("base", [*sizes, f"train.deepspeed_config={template}", *options])
+    [stage] = plan_stages(recipe, SAMPLES, gpus, 49408, 49407)
+    return workload_of(stage, deepspeed_config(stage.recipe, stage.batches, template), 16.0)
+
+
+def test_a_plan_is_printed_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "base", "--gpus", "8", "--gpu", "a100", "--samples", str(SAMPLES)]
+    assert plan.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert plan.main([*arguments, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    [stage] = values["stages"]
+    assert f"{values['gpu_hours']:,.0f} GPU-hours" in text
+    assert f"{stage['step_s']:.3f} s a step" in text
+    assert stage["parameters"] == sum(p.numel() for p in CLIP(config_from_name("ViT-B-16")).parameters())
+    assert stage["memory"]["tensor_bytes"] == sum(stage["memory"]["parts_bytes"].values())
+    assert values["gpu_hours"] == pytest.approx(stage["steps"] * stage["step_s"] * 8 / 3600)
+
+
+def test_stages_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "efficient_vit_b16", "--gpus", "8", "--gpu", "h100", "--samples", str(SAMPLES), "--json"]
+    assert plan.main(arguments) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in values["stages"]] == ["low", "full"]
+    assert values["days"] * 86_400 == pytest.approx(sum(s["steps"] * s["step_s"] for s in values["stages"]))
+
+
+def test_samples_come_from_the_manifest(shards: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"data.train={shards}", f"data.tokenizer={tokenizer_file}", "train.epochs=2"]
+    arguments = ["--recipe", "demo", "--gpus", "1", "--gpu", "a100", "--json", "train.global_batch_size=16"]
+    assert plan.main([*arguments, "train.micro_batch_size=16", *options]) == 0
+    [stage] = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["samples"] == 2 * 96
+    assert stage["communication"] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--gpu", "h10"], "no data of a GPU 'h10': did you mean 'h100'"),
+        (["--interconnect", "nrd"], "did you mean 'ndr'"),
+        (["--gpus", "7"], "take 1792, or another micro_batch_size"),
+        (["data.train=/nowhere"], "no shard directory at /nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(changed: list[str], message: str) -> None:
+    samples = [] if "data.train=/nowhere" in changed else ["--samples", str(SAMPLES)]
+    with pytest.raises(UserError, match=message) as error:
+        plan.main(["--recipe", "base", "--gpus", "8", "--gpu", "a100", *samples, *changed])
+    assert "\n" not in str(error.value)
+
+
+def test_without_data_the_number_of_samples_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"give --samples N, or data\.train="):
+        plan.main(["--recipe", "base", "--gpus", "8", "--gpu", "a100"])
+
+
+def test_what_does_not_fit_is_said_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["model.name=ViT-H-14", "train.micro_batch_size=512", "train.global_batch_size=4096"]
+    arguments = ["--recipe", "base", "--gpus", "8", "--gpu", "a100", "--samples", str(SAMPLES), "--json"]
+    assert plan.main([*arguments, *options]) == 1
+    values = json.loads(capsys.readouterr().out)
+    [stage] = values["stages"]
+    suggestion = stage["suggestion"]
+    assert stage["memory"]["device_bytes"] > values["memory_bytes"] > suggestion["device_bytes"]
+    chosen = [f"{name}={str(value).lower()}" for name, value in suggestion.items() if name.startswith("train.")]
+    assert plan.main([*arguments, *options, *chosen]) == 0
+    [followed] = json.loads(capsys.readouterr().out)["stages"]
+    assert followed["step_s"] == pytest.approx(suggestion["step_s"])
+    assert followed["micro_batch_size"] == 512  # as many negatives as before
+
+
+def test_nothing_fits_a_tiny_memory() -> None:
+    tiny = dataclasses.replace(find_accelerator("a100"), memory_bytes=1 << 31)
+    recipe = load_recipe("base", ["model.name=ViT-H-14"])
+    plans = plan_run(recipe, Hardware(8, tiny, NETWORK), SAMPLES, 16.0, 49408, 49407)
+    assert not plans.fits
+    assert plans.stages[0].suggestion is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    small=st.integers(1, 512),
+    more=st.integers(1, 512),
+    checkpointing=st.booleans(),
+    precision=st.sampled_from(["bf16", "autocast", "fp32"]),
+)
+def test_memory_and_operations_grow_with_the_micro_batch(
+    small: int, more: int, checkpointing: bool, precision: str
+) -> None:
+    options = [f"train.activation_checkpointing={checkpointing}", f"train.precision={precision}"]
+    less, larger = (load_of(8, size, "zero1_bf16", *options) for size in (small, small + more))
+    assert estimate_memory(less).tensor_bytes < estimate_memory(larger).tensor_bytes
+    assert micro_batch_flops(less) < micro_batch_flops(larger)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-L-14", "ViT-H-14"])
+def test_sharing_out_more_takes_less(name: str) -> None:
+    loads = {
+        stage: dataclasses.replace(
+            load_of(64, 8, "zero0_fp32", f"model.name={name}"),
+            zero_stage=stage,
+            reduce_bucket=1_000_000,
+            max_live=10_000_000,  # DeepSpeed's own default keeps weights up to a billion gathered
+        )
+        for stage in range(4)
+    }
+    totals = [estimate_memory(load).tensor_bytes for load in loads.values()]
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast", "fp32"])
+def test_recomputation_takes_less_memory_and_more_time(precision: str) -> None:
+    stored = load_of(8, 256, "zero1_bf16", f"train.precision={precision}")
+    again = dataclasses.replace(stored, checkpoint_blocks=True)
+    assert estimate_memory(again).tensor_bytes < 0.7 * estimate_memory(stored).tensor_bytes
+    h100 = find_accelerator("h100")
+    assert step_time(again, h100, NETWORK).compute_s == pytest.approx(
+        4 / 3 * step_time(stored, h100, NETWORK).compute_s
+    )
+
+
+def test_a_frozen_tower_keeps_nothing() -> None:
+    load = load_of(8, 64, "zero1_bf16", "optimizer.image_lr_ratio=0")
+    assert vision_memory(load).saved == 0
+    assert text_memory(load).saved == text_memory(load_of()).saved
+    assert load.parameters.trained == load.parameters.text + 1  # and the temperature
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"), [("all_reduce", 1.5), ("all_gather", 0.75), ("reduce_scatter", 0.75), ("send", 1.0)]
+)
+def test_a_ring_of_four_sends(operation: str, expected: float) -> None:
+    assert Traffic("x", operation, 1000).wire_bytes(4) == expected * 1000  # type: ignore[arg-type]
+
+
+def test_collectives_that_do_not_overlap_are_waited_for() -> None:
+    slow = find_interconnect("0.1")
+    accelerator = find_accelerator("h100")
+    load = load_of(64, 64)
+    estimate = step_time(load, accelerator, slow)
+    assert estimate.exposed_s == pytest.approx(estimate.communication_s)
+    hidden = step_time(load_of(64, 64, "zero2_bf16"), accelerator, slow)
+    assert 0 < hidden.exposed_s < hidden.communication_s
+    assert step_time(load_of(1, 64), accelerator, slow).communication_s == 0
+
+
+def test_a_given_utilisation_is_taken() -> None:
+    estimate = step_time(load_of(1), find_accelerator("h100"), NETWORK, mfu=0.4)
+    assert estimate.mfu == pytest.approx(0.4)
+
+
+def test_gathers_happen_once_a_step_with_cached_gradients() -> None:
+    options = ["train.global_batch_size=2048", "loss.cache_gradients=true"]
+    cached = load_of(8, 64, "zero1_bf16", *options)
+    per_micro_batch = dataclasses.replace(cached, cache_gradients=False)
+    assert cached.accumulation_steps == 4
+    assert step_traffic(cached) == step_traffic(per_micro_batch)  # the same rows, in one call or in four
