@@ -50,11 +50,6 @@ class MixedOrder:
         self._proportions = Proportions(weights)
         self._first_shards = list(accumulate((len(order.shard_sizes) for order in orders), initial=0))
 
-    @property
-    def window_shards(self) -> int:
-        """Shards of all sets from which samples are drawn at a time."""
-        return sum(order.window_shards for order in self.orders)
-
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, index within the shard) of the sample at a position of the stream, from 0 up."""
         number, position = self._proportions.locate(position)
