@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_shards
+from conftest import jpeg_bytes, write_shards
 
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
@@ -33,13 +33,16 @@ def two_sets(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSect
     return DataSection.model_validate({"train": [{"path": str(shards)}, {"path": str(other)}], "window_shards": 2})
 
 
+def make_set(section: DataSection, tokenizer_file: Path, crop_min_area: float) -> TrainingSet:
+    data = read_training_data(section)
+    captions = TextMasker(load_tokenizer(str(tokenizer_file), 64), TextMaskingSection())
+    shards = ShardReader(data.shards, make_cache(section))
+    return TrainingSet(shards, data.order(section, SEED), SEED, captions, 16, crop_min_area)
+
+
 @pytest.fixture(scope="module")
 def training_set(two_sets: DataSection, tokenizer_file: Path) -> TrainingSet:
-    data = read_training_data(two_sets)
-    captions = TextMasker(load_tokenizer(str(tokenizer_file), 64), TextMaskingSection())
-    return TrainingSet(
-        ShardReader(data.shards, make_cache(two_sets)), data.order(two_sets, SEED), SEED, captions, 16, 0.9
-    )
+    return make_set(two_sets, tokenizer_file, 0.9)
 
 
 def read_steps(dataset: TrainingSet, plan: BatchPlan, steps: range, workers: int = 0) -> list[list[Batch]]:
@@ -78,6 +81,14 @@ def test_from_4_to_2_to_3_ranks_each_sample_comes_once(training_set: TrainingSet
     assert len(set(read)) == 108
     assert len(read) == 158  # and on into the next epoch, in another order
     assert read[108:] != read[:50]
+
+
+def test_the_same_image_is_cropped_otherwise_at_each_position(tmp_path: Path, tokenizer_file: Path) -> None:
+    same = {f"{number:08d}.jpg": jpeg_bytes(0) for number in range(20)}
+    section = DataSection(train=str(write_shards(tmp_path / "same", [20], same)))
+    data = make_set(section, tokenizer_file, 0.3)
+    crops = {data[position].image_CHW.numpy().tobytes() for position in range(60)}
+    assert len(crops) > 50
 
 
 def mixture(shards: Sequence[Path], weights: Sequence[float]) -> DataSection:

@@ -228,6 +228,8 @@ def test_a_run_goes_on_in_other_batches(
                 schedule[number].append(stage.progress(step))
                 progress = stage.reached(step + 1)
     assert progress.samples_seen == sum(map(len, positions.values()))
+    of_stages = planned(batches[0], progress)[-1].positions(progress.step)
+    assert [list(read) for read in of_stages] == list(positions.values())
     epoch = 0
     for number, length in enumerate(lengths):
         read = positions[number]
