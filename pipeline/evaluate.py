@@ -25,13 +25,14 @@ from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.registry import TASKS, tasks_of
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.evaluation.slices import Slice
+from pipeline.evaluation.sweep import read_sweep
 from pipeline.foreign_models import load_any_model
 from pipeline.ranks import Ranks, init_ranks
 
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate as the arguments say; returns the exit code. Raises UserError for everything that does not fit."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     options = None if arguments.tasks == "auto" else [task.strip() for task in arguments.tasks.split(",")]
     datasets = _open(arguments.data, options)
     ranks = init_ranks()
@@ -83,6 +84,19 @@ def _open(directories: Sequence[Path], options: Sequence[str] | None) -> dict[Pa
     return {directory: opened[directory] for directory, tasks in fitting.items() if tasks}
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, over what its sweep file says."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.sweep:
+        parser.set_defaults(**read_sweep(arguments.sweep))
+        arguments = parser.parse_args(argv)
+    for option in ("checkpoint", "data", "output"):
+        if not getattr(arguments, option):
+            parser.error(f"--{option} is missing, here and in --sweep")
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -92,15 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        required=True,
         nargs="+",
         metavar="MODEL",
         help="runs, checkpoints, models of open_clip or transformers",
     )
-    parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="DIR", help="evaluation sets (docs/evaluation.md)"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where results.jsonl grows")
+    parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="evaluation sets (docs/evaluation.md)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results.jsonl grows")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="YAML file that gives these options instead")
     parser.add_argument(
         "--tasks",
         default="auto",

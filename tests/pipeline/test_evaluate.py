@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -392,3 +393,35 @@ def test_collecting_looks_at_the_set_again(
 def test_slices_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no slice"):
         Slice.parse(text)
+
+
+def test_a_sweep_file_stands_for_options(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = retrieval_set(tmp_path / "pictures", images)
+    write_composition_set(tmp_path / "crepe")
+    loaded = []
+    monkeypatch.setattr(program, "load_any_model", lambda path, *_: loaded.append(path) or replace(model, name=path))
+    monkeypatch.setattr(program, "init_ranks", lambda: Ranks(0, 0, 1, CPU))
+    sweep = tmp_path / "sweep.yaml"
+    content = {"checkpoint": ["a", "b"], "data": [str(data), str(tmp_path / "crepe")], "output": str(tmp_path / "out")}
+    sweep.write_text(yaml.safe_dump(content | {"tasks": "retrieval"}))
+    assert program.main(["--sweep", str(sweep)]) == 0
+    assert loaded == ["a", "b"]
+    found = [(result.model, result.dataset) for result in read_results(tmp_path / "out" / "results.jsonl")]
+    assert found == [("a", "pictures"), ("b", "pictures")]
+    # the command line has the last word
+    assert program.main(["--sweep", str(sweep), "--checkpoint", "c", "--tasks", "auto"]) == 0
+    assert {result.dataset for result in read_results(tmp_path / "out" / "results.jsonl") if result.model == "c"} == {
+        "pictures",
+        "crepe",
+    }
+    for wrong, message in (
+        ({"checkpoints": ["a"]}, "unknown key 'checkpoints': did you mean 'checkpoint'"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
+    ):
+        sweep.write_text(yaml.safe_dump(content | wrong))
+        with pytest.raises(UserError, match=message):
+            program.main(["--sweep", str(sweep)])
+    with pytest.raises(SystemExit):
+        program.main(["--data", str(data), "--output", "x"])
