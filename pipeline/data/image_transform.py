@@ -77,12 +77,17 @@ def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
 def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
     """The evaluation transform: shorter side to `size`, then the middle square; uint8 [3, size, size].
 
-    Rounds as torchvision does (longer side down, offset to the nearest): open_clip sees the same picture.
+    Resized by Pillow and rounded as torchvision does (longer side down, offset to the nearest): the same pixels, to the
+    bit, as in open_clip's and CLIP_benchmark's evaluations.
     """
     longest = _MAX_ASPECT * min(image_CHW.shape[1:])
     image_CHW = _middle(image_CHW, min(image_CHW.shape[1], longest), min(image_CHW.shape[2], longest))
     _, H, W = image_CHW.shape
-    image_CHW = _resize(image_CHW, size * H // min(H, W), size * W // min(H, W))
+    height, width = size * H // min(H, W), size * W // min(H, W)
+    if (height, width) != (H, W):
+        picture = Image.fromarray(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
+        resized_HWC = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+        image_CHW = torch.from_numpy(resized_HWC).permute(2, 0, 1)
     return _middle(image_CHW, size, size).contiguous()
 
 

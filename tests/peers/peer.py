@@ -137,6 +137,37 @@ def transformers_inputs(folder: str, captions: str, image: str, output: str) -> 
     save_file({"tokens": inputs["input_ids"], "pixels": inputs["pixel_values"][0].contiguous()}, output)
 
 
+def clip_benchmark(folder: str, data: str, task: str, output: str) -> None:
+    """`clip_benchmark eval` of an exported folder on a webdataset, fp32; its JSON file."""
+    from unittest.mock import patch
+
+    from clip_benchmark import cli
+    from clip_benchmark.metrics import zeroshot_classification
+
+    # its own converts arrays of one element to numbers, which numpy 2.4 and later refuse
+    zeroshot_classification.accuracy = _topk_accuracy
+    arguments = ["eval", "--model", f"local-dir:{folder}", "--pretrained", "", "--task", task, "--no_amp", "--quiet"]
+    arguments += ["--dataset", "wds/set", "--dataset_root", data, "--output", output]
+    arguments += ["--num_workers", "0", "--recall_k", "1", "5", "10"]
+    with patch.object(sys, "argv", ["clip_benchmark", *arguments]):
+        cli.main()
+
+
+def _topk_accuracy(logits: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...]) -> list[float]:
+    correct = logits.topk(max(topk), 1, True, True)[1].t().eq(target.view(1, -1))
+    return [float(correct[:k].reshape(-1).float().sum()) / len(target) for k in topk]
+
+
+def clip_benchmark_table(files: str, output: str) -> None:
+    """`clip_benchmark build` of a folder of JSON files."""
+    from unittest.mock import patch
+
+    from clip_benchmark import cli
+
+    with patch.object(sys, "argv", ["clip_benchmark", "build", files, "--output", output]):
+        cli.main()
+
+
 def _open_clip_features(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.eval()
     images, texts = model.encode_image(tensors["images"]), model.encode_text(tensors["tokens"])
@@ -169,6 +200,8 @@ COMMANDS = {
         transformers_features,
         transformers_random,
         transformers_inputs,
+        clip_benchmark,
+        clip_benchmark_table,
     )
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the libraries that exports are checked against: setup.sh DIR
+# Make a virtual environment with the libraries that exports and evaluations are checked against: setup.sh DIR
 # Separate, because the project depends on none of them. PYTHON chooses the interpreter, PIP_OPTIONS goes to pip.
 set -euo pipefail
 directory=${1:?usage: setup.sh DIR}
@@ -9,8 +9,8 @@ pip() { "$directory/bin/python" -m pip install -q --disable-pip-version-check "$
 [ -x "$directory/bin/python" ] || "${PYTHON:-python3}" -m venv "$directory"
 pip 'torch==2.13.0'
 # --no-deps: what these would bring along is not needed to build and load models
-pip --no-deps 'torchvision==0.28.0' 'timm>=1.0.17,<2' 'open_clip_torch>=3.2,<4'
-pip ftfy regex 'huggingface_hub>=1,<2' safetensors tqdm pillow 'transformers>=5,<6'
+pip --no-deps 'torchvision==0.28.0' 'timm>=1.0.17,<2' 'open_clip_torch>=3.2,<4' 'clip-benchmark>=1.6,<2'
+pip ftfy regex 'huggingface_hub>=1,<2' safetensors tqdm pillow 'transformers>=5,<6' 'webdataset<2' scikit-learn pandas pycocoevalcap
 
 # torchvision has no CPU build of its own; the CUDA one imports where two operators are declared beforehand
 site=$("$directory/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -27,6 +27,6 @@ PYTHON
 
 "$directory/bin/python" - <<'PYTHON'
 import torchvision_cpu
-import open_clip, torch, transformers
+import clip_benchmark, open_clip, torch, transformers
 print(f"peers ready: open_clip {open_clip.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
 PYTHON
