@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -17,15 +18,18 @@ def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a program; a UserError becomes one line on stderr (of each rank that meets it) and exit code 2."""
+    """Run a program; a UserError becomes one line on stderr (of each rank that meets it) and its exit code."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -9,6 +9,14 @@ from collections.abc import Sequence
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line; shown without a traceback, exit code 2."""
 
+    exit_code = 2
+
+
+class PeerLostError(UserError):
+    """Another rank ended while this one waited for it. Its own code says why; that of this one is EX_UNAVAILABLE."""
+
+    exit_code = 69
+
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""

@@ -5,16 +5,33 @@ N, M rows on this rank and on all ranks, D columns
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import PeerLostError, UserError
+
+
+@dataclass(frozen=True)
+class PendingMaximum:
+    """A maximum over ranks that is being computed; `values` are on the host once `done` says so."""
+
+    values: Tensor
+    done: dist.Work | torch.cuda.Event | None
+
+    def read(self) -> list[int]:
+        """The maximum. Waits for what was asked of the device before it was started, and for no more."""
+        if isinstance(self.done, torch.cuda.Event):
+            self.done.synchronize()
+        elif self.done is not None:
+            self.done.wait()
+        return [int(value) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,21 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def start_maximum(self, values: Sequence[int]) -> PendingMaximum:
+        """Begin to find the largest of each value on any rank, without waiting for it."""
+        on_host = torch.tensor(values)
+        if self.world_size == 1:
+            return PendingMaximum(on_host, None)
+        if self.device.type == "cpu":
+            return PendingMaximum(on_host, dist.all_reduce(on_host, op=dist.ReduceOp.MAX, async_op=True))
+        on_host = on_host.pin_memory()
+        on_device = on_host.to(self.device, non_blocking=True)
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)  # on NCCL's stream, and this one waits for it
+        on_host.copy_(on_device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return PendingMaximum(on_host, copied)
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors on this rank's device with those of the main rank."""
         if self.world_size > 1:
@@ -74,6 +106,20 @@ class Ranks:
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+@contextlib.contextmanager
+def explain_lost_peers() -> Iterator[None]:
+    """Around what is collective: the error of a rank whose peer has ended becomes a PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise PeerLostError(
+                "another rank ended or cannot be reached, see its output for why; "
+                f"the last checkpoint is intact ({str(error).splitlines()[0][:200]})"
+            ) from error
+        raise
 
 
 def _free_port() -> int:

@@ -205,6 +205,12 @@ class FaultsSection(Section):
     spike_deviations: float = Field(10.0, description="far above: median plus so many robust deviations", gt=0)
     spike_window_steps: int = Field(200, description="of the losses of so many steps", ge=4)
     max_roll_backs: int = Field(3, description="a stage goes back to a checkpoint so often, then stops", ge=0)
+    compare_ranks_every_steps: int = Field(
+        100, description="steps after which weights are compared between ranks; not with ZeRO stage 3", gt=0
+    )
+    hang_timeout_s: float = Field(
+        600.0, description="without a step for so long, stacks of all ranks are written and the run ends", gt=0
+    )
 
 
 class Recipe(Section):

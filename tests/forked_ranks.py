@@ -203,6 +203,7 @@ def _run_program(
         os.dup2(descriptor, stream.fileno())
         stream.reconfigure(line_buffering=True)
     _join_world(rank, world_size, port)
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes: what a program by itself has
     os.environ.update(environment)
     sys.argv = [sys.modules[main.__module__].__file__ or "", *arguments]
     run(main)

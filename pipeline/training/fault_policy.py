@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from pipeline.recipe import FaultsSection
 from pipeline.training.step_guard import StepOutcome
@@ -45,6 +48,27 @@ class FaultPolicy:
         """The faults among these steps."""
         faults = [self._judge(outcome) for outcome in outcomes]
         return [fault for fault in faults if fault is not None]
+
+    @property
+    def name(self) -> str:
+        """Of its file in a checkpoint."""
+        return "faults"
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers, for a run that goes on from a checkpoint to judge as this one."""
+        return {
+            "losses": torch.tensor(list(self._losses), dtype=torch.float64),
+            "skipped_steps": torch.tensor(self._skipped, dtype=torch.int64),
+            "roll_backs": torch.tensor(self._roll_backs, dtype=torch.int64),
+            "in_spike": torch.tensor(self._in_spike),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what another did."""
+        self._losses.extend(state["losses"].tolist())
+        self._skipped = state["skipped_steps"].tolist()
+        self._roll_backs = state["roll_backs"].tolist()
+        self._in_spike = bool(state["in_spike"])
 
     def rolled_back(self, step: int) -> None:
         """Note that weights went back; losses from before say nothing about those to come."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import checkpoint_directory, newest_checkpoint, resume, save_checkpoint
 from pipeline.training.engine import make_engine, release
 from pipeline.training.fault_log import FaultLog
-from pipeline.training.fault_policy import FaultPolicy
+from pipeline.training.fault_watch import FaultWatch
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.objective import make_objective
@@ -35,21 +35,24 @@ from pipeline.training.progress import Progress
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
-from pipeline.training.step_guard import StepGuard
+from pipeline.training.step_vote import StepVote
+from pipeline.training.stop_request import StopRequest
 from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
+from pipeline.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the stages of a run share. `stop_requested` says whether this rank was asked to stop."""
+    """What the stages of a run share."""
 
     directory: Path
     ranks: Ranks
     data: TrainingData
     tokenizer: Tokenizer
     bad_samples: BadSamples
-    faults: FaultLog
-    stop_requested: Callable[[], bool]
+    fault_log: FaultLog
+    stop: StopRequest
+    watchdog: Watchdog
     start_s: float
 
     def print(self, text: str) -> None:
@@ -73,8 +76,8 @@ class StageTrainer:
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
         self._objective = make_objective(stage.recipe.loss, run.ranks)
         self._progress = stage.reached(stage.first_step)
-        self._guard = StepGuard(self._engine, run.ranks)
-        self._policy = FaultPolicy(stage.recipe.faults)
+        self._faults = FaultWatch(self._engine, stage.recipe.faults, run.fault_log, run.ranks)
+        self._vote = StepVote(run.ranks)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
@@ -82,7 +85,7 @@ class StageTrainer:
         self._progress = progress
 
     def train(self, logger: RunLogger | None) -> Progress:
-        """Train to the stage's end, or to the next logged step if asked to stop; saved either way."""
+        """Train to the stage's end, or for two more steps when a rank is asked to stop; saved either way."""
         batches = self._batches()
         window = MetricsWindow(self._ranks)
         while self._progress.step < self._stage.end_step:
@@ -100,34 +103,31 @@ class StageTrainer:
                 step,
                 self._stage.progress(step),
             )
-            window.add(report, self._guard.end_step(step + 1, report[0], micro_batches))
+            window.add(report, self._faults.end_step(step + 1, report[0], micro_batches))
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
             self._progress = self._stage.reached(step + 1)
             self._report_coverage(step)
+            self._run.watchdog.beat()
 
-            is_last = step + 1 == self._stage.end_step
-            saves = is_last or (step + 1) % self._recipe.train.save_every_steps == 0
-            if is_last or (step + 1) % self._recipe.train.log_every_steps == 0:
-                metrics = self._metrics(window, lr)
-                if logger:
-                    logger.log(metrics)
-                self._run.bad_samples.check(metrics["bad_samples"])  # every rank sees the same figures
-                self._judge_steps()
-                if self._ranks.any(self._run.stop_requested()):
-                    self._save()
-                    break
+            stops = self._vote.cast(step + 1, self._progress.samples_seen, stop=bool(self._run.stop))
+            ends = stops or step + 1 == self._stage.end_step
+            if ends or (step + 1) % self._recipe.train.log_every_steps == 0:
+                self._log(window, lr, logger)
                 window = MetricsWindow(self._ranks)
-            if saves:
+            if ends or (step + 1) % self._recipe.train.save_every_steps == 0:
                 self._judge_steps()  # no checkpoint holds a step that nobody has looked at
                 self._save()
+            if stops:
+                break
+        self._vote.close()
         return self._progress
 
     def close(self) -> None:
         """Give back the memory of model, optimiser and gradients, for the next stage's."""
-        self._guard.close()
+        self._faults.close()
         release(self._engine)
-        del self._engine, self._masks, self._guard
+        del self._engine, self._masks, self._faults
         gc.collect()
         # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
         torch.compiler.reset()
@@ -191,15 +191,16 @@ class StageTrainer:
         counts = self._order.samples_by_set(self._stage.positions(self._progress.step))
         return {"samples_seen_by_set": dict(zip(self._run.data.names, counts, strict=True))}
 
+    def _log(self, window: MetricsWindow, lr: float, logger: RunLogger | None) -> None:
+        """A line of metrics; stops the run if it shows what must not be. Collective."""
+        metrics = self._metrics(window, lr)
+        if logger:
+            logger.log(metrics)
+        self._run.bad_samples.check(metrics["bad_samples"])  # every rank sees the same figures
+        self._judge_steps()
+
     def _judge_steps(self) -> None:
-        """Look at the steps since the last time and do what the recipe says about those that went wrong. Collective."""
-        faults = self._policy.judge(self._guard.read())
-        for fault in faults:
-            self._run.faults.note(fault)
-        worst = {fault.action: fault for fault in faults}
-        if "stop" in worst:
-            raise UserError(f"{worst['stop'].text}; nothing is saved, the last checkpoint is intact")
-        if "roll_back" in worst:
+        if self._faults.judge(self._progress.step):
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -209,7 +210,7 @@ class StageTrainer:
             self._run.print("no checkpoint of this stage to roll back to: going on")
             return
         resume(self._engine, checkpoint, self._masks)
-        self._policy.rolled_back(self._progress.step)
+        self._faults.policy.rolled_back(self._progress.step)
         self._run.print(
             f"rolled back to the weights of {checkpoint}; data and steps go on from step {self._progress.step:,}"
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline.data.coverage import describe_coverage
@@ -16,7 +14,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, explain_lost_peers
 from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import check_world_size, checkpoint_directory, newest_checkpoint, read_progress
@@ -29,7 +27,9 @@ from pipeline.training.run_record import RECORD, check_unchanged, read_record, v
 from pipeline.training.stage_model import check_computable, count_parameters, make_model
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
 from pipeline.training.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.training.stop_request import StopRequest
 from pipeline.training.trainer import RunContext, StageTrainer
+from pipeline.training.watchdog import Watchdog
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75
@@ -44,7 +44,6 @@ class TrainingRun:
         start_s = time.perf_counter()
         self._recipe = recipe
         self._ranks = ranks
-        self._stop_requested = False
         directory = Path(recipe.train.output)
         data = read_training_data(recipe.data)
         tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
@@ -54,8 +53,9 @@ class TrainingRun:
             data=data,
             tokenizer=tokenizer,
             bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, " ".join(data.names)),
-            faults=FaultLog(directory, ranks),
-            stop_requested=lambda: self._stop_requested,
+            fault_log=FaultLog(directory, ranks),
+            stop=StopRequest(),
+            watchdog=Watchdog(directory, ranks, recipe.faults.hang_timeout_s),
             start_s=start_s,
         )
         encoder = tokenizer.encoder
@@ -100,13 +100,15 @@ class TrainingRun:
         if progress.step >= self._total_steps:
             self._context.print(f"{directory} is finished: {progress.step:,} of {self._total_steps:,} steps")
             return 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request_stop)
+        self._context.stop.listen()
         if ranks.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             write_record(directory, self._recipe, self._record(progress))
-        ranks.barrier()
-        progress = self._train(progress)
+        with explain_lost_peers():
+            ranks.barrier()
+            self._context.watchdog.start()
+            progress = self._train(progress)
+            self._context.watchdog.close()
         if progress.step < self._total_steps:
             self._context.print(f"stopped at step {progress.step:,} as asked; the same command continues from there")
             return EXIT_INTERRUPTED
@@ -121,7 +123,7 @@ class TrainingRun:
         for stage, config in zip(self._stages, self._configs, strict=True):
             if progress.step >= stage.end_step:
                 continue
-            if self._ranks.any(self._stop_requested):
+            if self._ranks.any(bool(self._context.stop)):
                 break
             trainer = self._begin(stage, config, progress)
             progress = trainer.train(logger)
@@ -133,6 +135,7 @@ class TrainingRun:
 
     def _begin(self, stage: Stage, config: dict[str, Any], progress: Progress) -> StageTrainer:
         """A trainer where the run stands: in the middle of the stage, or at its start with the weights so far."""
+        self._context.watchdog.expect_long()  # until its first step is done
         is_under_way = progress.step > stage.first_step
         before = None if is_under_way else self._checkpoint
         if before is not None:
@@ -144,9 +147,6 @@ class TrainingRun:
         if is_under_way and self._checkpoint is not None:
             trainer.resume(self._checkpoint, progress)
         return trainer
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop_requested = True
 
     def _record(self, progress: Progress) -> dict[str, Any]:
         context = self._context

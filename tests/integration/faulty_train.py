@@ -1,20 +1,28 @@
 """pipeline/train.py with faults at given steps, for start_program: FAULTS is JSON, {"nan": [[step, rank], …], …}.
 
-nan: an image's feature is none; steps count from 0
+Steps count from 0.
+nan: an image's feature is none
 spike: images are projected to where they do not belong, and the temperature is low, for that step
+flip: a weight changes on one rank alone
+kill, freeze: the rank sends itself SIGKILL or SIGSTOP
+slow_worker: a loader process never returns that step's batch
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline import train
+from pipeline.data import data_loader
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,13 +41,34 @@ def main(arguments: Sequence[str]) -> int:
             with torch.no_grad():
                 engine.module.logit_scale.fill_(4.6)
                 engine.module.visual.proj.mul_(-1)
+        for kind, number in (("kill", signal.SIGKILL), ("freeze", signal.SIGSTOP)):
+            if (step, rank) in faults.get(kind, []):
+                os.kill(os.getpid(), number)
         report = undisturbed_step(engine, *others)
+        if (step, rank) in faults.get("flip", []):
+            with torch.no_grad():
+                next(engine.module.parameters()).mul_(1.01)
         for hook in hooks:
             hook.remove()
         return report
 
     trainer.train_step = train_step
+    data_loader.collate = _slow_collate(
+        {step for step, slow_rank in faults.get("slow_worker", []) if slow_rank == rank}
+    )
     return train.main(arguments)
+
+
+def _slow_collate(steps: set[int]) -> Callable[[list[Any]], Any]:
+    """For a loader with one process and one micro-batch a step."""
+    collate, calls = data_loader.collate, itertools.count()
+
+    def slow(samples: list[Any]) -> Any:
+        if next(calls) in steps:
+            time.sleep(1000)
+        return collate(samples)
+
+    return slow
 
 
 def _nan_in_second_row(module: torch.nn.Module, inputs: Any, features_BD: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""Whether ranks that should hold the same weights do.
+
+P parameters, W ranks
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.ranks import Ranks
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NAMES_SHOWN = 3
+
+
+class RankCheck:
+    """Compares the weights that a forward pass uses, every so many steps; collective, waits for the device.
+
+    Under ZeRO stage 3 every rank has other pieces of them: nothing is compared.
+    """
+
+    def __init__(self, module: nn.Module, every_steps: int, ranks: Ranks) -> None:
+        self._module = module
+        self._every_steps = every_steps
+        self._next_step = 0
+        self._ranks = ranks
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+        self._is_needed = ranks.world_size > 1 and not is_sharded
+
+    def look(self, step: int) -> None:
+        """Compare if it is time; raises UserError that names the first parameters that differ, and the ranks."""
+        if not self._is_needed or step < self._next_step:
+            return
+        self._next_step = step + self._every_steps
+        sums_WP = self._ranks.gather_rows(bit_sums(self._module)[None])
+        differs_WP = sums_WP != sums_WP.mode(dim=0).values
+        if not differs_WP.any():
+            return
+        names = [name for name, _ in self._module.named_parameters()]
+        different = [name for name, differs in zip(names, differs_WP.any(0).tolist(), strict=True) if differs]
+        odd_ranks = differs_WP.any(1).nonzero().flatten().tolist()
+        more = f" and {len(different) - _NAMES_SHOWN} more" * (len(different) > _NAMES_SHOWN)
+        # of two ranks neither is in the majority
+        who = f"rank {', '.join(map(str, odd_ranks))}" if self._ranks.world_size > 2 else "ranks 0 and 1"
+        raise UserError(
+            f"step {step:,}: weights are no longer the same on all ranks: {', '.join(different[:_NAMES_SHOWN])}{more} "
+            f"on {who}; suspect that device, its memory or its network; nothing is saved, the last checkpoint is intact"
+        )
+
+
+@torch.no_grad()
+def bit_sums(module: nn.Module) -> Tensor:
+    """Of each parameter the sum of its elements' bits as integers, [P]: the same for the same bits, in any order."""
+    values = [parameter.detach() for parameter in module.parameters()]
+    return torch.stack([value.view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64) for value in values])

@@ -1,0 +1,109 @@
+"""A run that stands still ends, and leaves behind where each of its processes stood.
+
+Each rank's main thread beats once a step. When one has not for too long, it writes the stacks of its threads and of its
+loader processes to `stacks_rankR.txt` in the run directory, asks the other ranks through a file there to do the same,
+and ends with EXIT_HUNG.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from pipeline.ranks import Ranks
+
+# EX_SOFTWARE of sysexits.h. Nothing was saved, but the same command goes on from the last checkpoint.
+EXIT_HUNG = 70
+# The first step, saving and evaluation may take so many times as long as a step.
+_PATIENCE = 3
+_LOOK_EVERY_S = 1.0
+# Other ranks hear of it, and their stacks are on the disk, before the first one ends and they fail for want of it.
+_OTHERS_S = 10.0
+_REQUEST = "stacks_wanted"
+
+
+class Watchdog:
+    """Of one rank. Whatever stops the whole process, like SIGSTOP, is no hang of its own."""
+
+    def __init__(self, run_directory: Path, ranks: Ranks, hang_timeout_s: float) -> None:
+        self._ranks = ranks
+        self._timeout_s = hang_timeout_s
+        self._request = run_directory / _REQUEST
+        self._path = run_directory / f"stacks_rank{ranks.rank}.txt"
+        self._closed = threading.Event()
+        self._deadline_s = 0.0
+
+    def start(self) -> None:
+        """Watch from now on; the run directory exists, and a barrier follows before the first step."""
+        self.expect_long()
+        if self._ranks.is_main:
+            self._request.unlink(missing_ok=True)
+        # loader processes are forked from this one: they know the signal too, and write to the same file
+        self._file = self._path.open("a")
+        faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self) -> None:
+        """A step is done: the next is expected in time."""
+        self._deadline_s = time.monotonic() + self._timeout_s
+
+    def expect_long(self) -> None:
+        """What comes now may take longer than a step, up to the next beat."""
+        self._deadline_s = time.monotonic() + _PATIENCE * self._timeout_s
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around something that takes longer than a step."""
+        self.expect_long()
+        yield
+        self.beat()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        looked_s = time.monotonic()
+        while not self._closed.wait(_LOOK_EVERY_S):
+            now_s = time.monotonic()
+            self._deadline_s += max(0.0, now_s - looked_s - 2 * _LOOK_EVERY_S)  # this process did not run
+            looked_s = now_s
+            # should Python's lock be held for ever, this thread cannot run: then the interpreter's own timer ends it
+            faulthandler.dump_traceback_later(_PATIENCE * self._timeout_s + _OTHERS_S, exit=True, file=self._file)
+            if now_s > self._deadline_s:
+                self._request.touch()
+                self._end(f"no step within {self._timeout_s:g} s")
+            elif self._request.exists():
+                self._end("another rank stands still")
+
+    def _end(self, why: str) -> None:
+        start = self._path.stat().st_size
+        self._file.write(f"\n{time.strftime('%FT%TZ', time.gmtime())} rank {self._ranks.rank}: {why}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        for process in psutil.Process().children():
+            self._file.write(f"\nloader process {process.pid}\n")
+            self._file.flush()
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGUSR2)
+            time.sleep(0.2)
+        with self._path.open() as file:
+            file.seek(start)
+            sys.stderr.write(file.read())
+        sys.stderr.write(
+            f"error (rank {self._ranks.rank}): {why} (faults.hang_timeout_s): the stacks of all ranks are in "
+            f"{self._path.parent}/stacks_rank*.txt; ending with {EXIT_HUNG}, the last checkpoint is intact\n"
+        )
+        sys.stderr.flush()
+        time.sleep(min(_OTHERS_S, self._timeout_s))
+        os._exit(EXIT_HUNG)
