@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
@@ -147,7 +147,7 @@ def collate(samples: list[Sample]) -> Batch:
     """Stack the images, pack the captions."""
     lengths_B = torch.tensor([len(sample.token_ids) for sample in samples])
     return Batch(
-        torch.stack([sample.image_CHW for sample in samples]),
+        default_collate([sample.image_CHW for sample in samples]),  # in a worker, straight into shared memory
         torch.tensor([token for sample in samples for token in sample.token_ids]),
         lengths_to_cu_seqlens(lengths_B),
         int(lengths_B.max()),

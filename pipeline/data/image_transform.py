@@ -20,6 +20,9 @@ MAX_PIXELS = 25_000_000
 MAX_SIDE = 16_384
 # Of an image longer than this many times its width, only the middle is resized: all of it could be gigabytes.
 _MAX_ASPECT = 20
+# Width over height of random crops.
+_ASPECTS = (3 / 4, 4 / 3)
+_LOG_ASPECTS = (math.log(_ASPECTS[0]), math.log(_ASPECTS[1]))
 
 
 class ImageError(ValueError):
@@ -65,13 +68,13 @@ def decode_image(data: bytes) -> Tensor:
 
 
 def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic on uint8; within 0.05 grey levels of Pillow's on photographs."""
+    """Antialiased bicubic on uint8, within 0.05 grey levels of Pillow's on photographs; channels last in memory."""
     if image_CHW.shape[1:] == (height, width):
-        return image_CHW.contiguous()
+        return image_CHW
     resized = F.interpolate(
         image_CHW.unsqueeze(0), (height, width), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.squeeze(0).contiguous()
+    return resized.squeeze(0)
 
 
 def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
@@ -96,14 +99,23 @@ def _middle(image_CHW: Tensor, height: int, width: int) -> Tensor:
     return image_CHW[:, top : top + height, left : left + width]
 
 
-def random_resized_crop(image_CHW: Tensor, size: int, min_area: float, rng: random.Random) -> Tensor:
-    """The training transform: a random crop of at least `min_area` of the image, sides within 3:4, to `size`."""
-    _, H, W = image_CHW.shape
+def random_crop_box(height: int, width: int, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop of at least `min_area` of an image, sides within 3:4.
+
+    Where ten draws do not fit, the largest middle with sides within 3:4, as in torchvision.
+    """
     for _ in range(10):
-        area = H * W * rng.uniform(min_area, 1.0)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= W and 0 < height <= H:
-            top, left = rng.randint(0, H - height), rng.randint(0, W - width)
-            return _resize(image_CHW[:, top : top + height, left : left + width], size, size)
-    return resize_center_crop(image_CHW, size)
+        area = height * width * rng.uniform(min_area, 1.0)
+        aspect = math.exp(rng.uniform(*_LOG_ASPECTS))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    h, w = max(1, min(height, round(width / _ASPECTS[0]))), max(1, min(width, round(height * _ASPECTS[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(image_CHW: Tensor, size: int, min_area: float, rng: random.Random) -> Tensor:
+    """The training transform: a random crop to `size`, uint8 [3, size, size]."""
+    _, H, W = image_CHW.shape
+    top, left, height, width = random_crop_box(H, W, min_area, rng)
+    return _resize(image_CHW[:, top : top + height, left : left + width], size, size)

@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg_bytes
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop, resize_center_crop
+from pipeline.data.image_transform import (
+    ImageError,
+    decode_image,
+    random_crop_box,
+    random_resized_crop,
+    resize_center_crop,
+)
 
 
 def encoded(mode: str, file_format: str) -> bytes:
@@ -89,6 +97,26 @@ def test_random_crops_follow_their_generator_and_keep_their_area() -> None:
         width, height = (int(crop[c].max() - crop[c].min()) for c in (0, 1))
         assert width * height > 0.55 * 200 * 200
         assert 0.65 < width / height < 1.55
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.floats(0.05, 1, exclude_min=True), st.integers(0, 10**6))
+def test_crop_boxes_lie_inside_and_keep_their_area(height: int, width: int, min_area: float, seed: int) -> None:
+    top, left, h, w = random_crop_box(height, width, min_area, random.Random(seed))
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h > 0
+    assert w > 0
+    # of an image within 3:4, a crop never falls short of the area, but for rounding; a middle is all of it
+    if 3 * height <= 4 * width and 3 * width <= 4 * height:
+        assert (h + 1) * (w + 1) > min_area * height * width
+    assert 3 * (h - 1) <= 4 * (w + 1)
+    assert 3 * (w - 1) <= 4 * (h + 1)
+
+
+def test_a_wide_image_that_no_crop_fits_gives_its_middle() -> None:
+    """As torchvision: of 4:1, at least 90 % within 3:4 is impossible."""
+    assert random_crop_box(100, 400, 0.9, random.Random(0)) == (0, 133, 100, 133)
+    assert random_crop_box(400, 100, 0.9, random.Random(0)) == (133, 0, 133, 100)
 
 
 def test_a_sliver_is_cropped_before_it_is_enlarged() -> None:
