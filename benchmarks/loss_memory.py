@@ -2,11 +2,11 @@
 
     python benchmarks/loss_memory.py [--width 512] [--rounds 5]
 
-The matrix is used as open_clip's ClipLoss uses it: a product for each direction, then cross-entropy. Peak memory is the
-growth of a process of its own beyond what it held with the features in place (VmHWM - VmRSS); `peak_share_at_32k` our
-peak at 32,768 pairs over a single such matrix in fp32, 4 GiB; gradients of the features alone are 3 % of that. What
-open_clip takes is measured up to 16,384 pairs, and taken for four times that at 32,768. `time_ratio_at_8k` is the median
-of the ratios of neighbouring calls.
+The matrix is used as in open_clip's ClipLoss: a product for each direction, then cross-entropy. Peak memory is the
+growth of a process of its own beyond what it held with the features in place (VmHWM - VmRSS). `peak_share_at_32k` is
+the peak at 32,768 pairs over a single matrix in fp32, 4 GiB; the gradients of the features alone are 3 % of that. What
+open_clip takes is measured up to 16,384 pairs, and taken for four times as much at 32,768. `time_ratio_at_8k` is the
+median of the ratios of neighbouring calls.
 """
 
 from __future__ import annotations
