@@ -35,7 +35,7 @@ GIB = 2**30
 
 def open_clip_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, _: Tensor) -> Tensor:
     """InfoNCE on two matrices of logits."""
-    target_B = torch.arange(len(image_BD))
+    target_B = torch.arange(len(image_BD), device=image_BD.device)
     per_image_BB = scale * image_BD @ text_BD.T
     per_text_BB = scale * text_BD @ image_BD.T
     return (F.cross_entropy(per_image_BB, target_B) + F.cross_entropy(per_text_BB, target_B)) / 2
