@@ -6,6 +6,7 @@ B pairs, C, H, W an image, N tokens of all captions
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,4 +166,14 @@ def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_m
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=BATCHES_AHEAD if workers else None,
+        worker_init_fn=_outlast_signals,
     )
+
+
+def _outlast_signals(worker: int) -> None:
+    """A signal to the whole process tree, as launchers send it, is for the training process: it needs its loader still.
+
+    Loader processes end when that process tells them to, or when it is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
