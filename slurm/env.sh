@@ -26,8 +26,9 @@ RUN=${RUN:-$PROJECT/runs/$RECIPE}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_STARTS_WITHOUT_PROGRESS=${MAX_STARTS_WITHOUT_PROGRESS:-5}
 
-# Evaluation: sets in CLIP_benchmark's layout, separated by spaces.
+# Evaluation: sets in CLIP_benchmark's layout, separated by spaces, and how many tasks share each of them.
 EVALUATION_SETS=${EVALUATION_SETS:-}
+EVALUATION_TASKS=${EVALUATION_TASKS:-4}
 
 export PATH="$VENV/bin:$PATH"
 cd "$PROJECT" || exit

@@ -41,7 +41,7 @@ end_start() {
         echo "error: training ended with $code after MAX_RESTARTS=$MAX_RESTARTS restarts: not queued again" >&2
     else
         echo "training ended with $code at $(newest_checkpoint): queued again"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || echo "error: Slurm does not queue it again: submit it again" >&2
     fi
     exit "$code"
 }

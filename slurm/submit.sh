@@ -23,8 +23,7 @@ for stage in "$@"; do
 done
 stages=" $* "
 wants() { [[ $stages == *" $1 "* ]]; }
-read -r -a sets <<<"$EVALUATION_SETS"
-if wants evaluate && [ ${#sets[@]} -eq 0 ]; then
+if wants evaluate && [ -z "$EVALUATION_SETS" ]; then
     echo "error: nothing to evaluate: set EVALUATION_SETS, or name the stages: slurm/submit.sh prepare train" >&2
     exit 2
 fi
@@ -49,6 +48,12 @@ submit() {
     fi
     jobs+=("$job")
 }
+# submit_array NAME TASKS OPTION… FILE: the same, each task with a log of its own
+submit_array() {
+    local name=$1 tasks=$2
+    shift 2
+    submit "$name" --array="0-$((tasks - 1))" --output="$LOGS/%x-%A_%a.log" "$@"
+}
 take_back() {
     local code=$?
     if [ "$code" -ne 0 ] && [ -z "$dry_run" ] && [ ${#jobs[@]} -gt 0 ]; then
@@ -64,7 +69,7 @@ mkdir -p "$LOGS"
     if wants prepare; then
         if [ "$DOWNLOAD_TASKS" -gt 0 ]; then
             STAGE=ingest submit ingest $PREPARE_SBATCH slurm/prepare.sbatch
-            STAGE=download submit download $PREPARE_SBATCH --array="0-$((DOWNLOAD_TASKS - 1))" slurm/prepare.sbatch
+            STAGE=download submit_array download "$DOWNLOAD_TASKS" $PREPARE_SBATCH slurm/prepare.sbatch
         fi
         submit prepare $PREPARE_SBATCH slurm/prepare.sbatch
     fi
@@ -72,7 +77,7 @@ mkdir -p "$LOGS"
         submit train $TRAIN_SBATCH slurm/train.sbatch
     fi
     if wants evaluate; then
-        submit evaluate $EVALUATE_SBATCH --array="0-$((${#sets[@]} - 1))" slurm/evaluate.sbatch
+        submit_array evaluate "$EVALUATION_TASKS" $EVALUATE_SBATCH slurm/evaluate.sbatch
         submit collect $PREPARE_SBATCH slurm/collect.sbatch
     fi
 }
