@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,9 @@ class PendingMaximum:
         elif self.done is not None:
             self.done.wait()
         return [int(value) for value in self.values]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,27 @@ class Ranks:
         digest = torch.tensor(list(bytes.fromhex(sha256).ljust(32, b"\0")), dtype=torch.uint8, device=self.device)
         self.broadcast([digest])
         return bytes(digest.tolist()).hex() if digest.any() else ""
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small value of each rank, in rank order, on all. They are pickled: of this program's own making only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What the main rank makes, on all ranks; if it raises UserError there, all do, so that none waits for ever."""
+        made: tuple[Any, str] = (None, "")
+        if self.is_main:
+            try:
+                made = (make(), "")
+            except UserError as error:
+                made = (None, str(error))
+        result, error_text = self.gather_objects(made)[0]
+        if error_text:
+            raise UserError(error_text)
+        return cast(T, result)
 
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""

@@ -188,7 +188,10 @@ class TrainSection(Section):
     compile: bool = Field(False, description="torch.compile the transformer blocks around attention")
     log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)
     save_every_steps: int = Field(1000, description="steps between checkpoints; the last step always saves", gt=0)
+    save_every_minutes: float | None = Field(None, description="save also when this long nothing was saved", gt=0)
     keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
+    keep_every_steps: int | None = Field(None, description="keep a checkpoint of each so many steps for good", gt=0)
+    resume: str = Field("auto", description="auto | never | a run or checkpoint to go on from (docs/reliability.md)")
 
 
 class FaultsSection(Section):

@@ -27,6 +27,7 @@ _MAY_DIFFER: dict[str, tuple[str, ...] | None] = {
         "compile",
         "log_every_steps",
         "save_every_steps",
+        "save_every_minutes",
     ),
 }
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

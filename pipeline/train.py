@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe in pipeline/recipes/, or a YAML file")
     parser.add_argument("--deepspeed_config", help="template in ds_configs/ or JSON file; over train.deepspeed_config")
+    parser.add_argument("--resume", metavar="auto|never|PATH", help="where to go on from; over train.resume")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
     add_launcher_argument(parser)
     return parser
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     overrides = list(options.overrides)
     if options.deepspeed_config:  # an option like any other, so that a resumed run is held to it
         overrides.append(f"train.deepspeed_config={options.deepspeed_config}")
+    if options.resume:
+        overrides.append(f"train.resume={options.resume}")
     recipe = load_recipe(options.recipe, overrides)
 
     from pipeline.ranks import init_ranks

@@ -167,6 +167,7 @@ def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_m
         pin_memory=pin_memory,
         prefetch_factor=BATCHES_AHEAD if workers else None,
         worker_init_fn=_outlast_signals,
+        generator=torch.Generator(),  # its own: workers' seeds, which nothing uses, are not drawn from the process's
     )
 
 

@@ -1,39 +1,83 @@
-"""Checkpoints: written by all ranks, published by one, complete or not there at all.
+"""What a checkpoint is: a directory that is complete, or does not count.
 
-A checkpoint is a directory `RUN/checkpoints/step_00001000` with DeepSpeed's files (to resume), `model.safetensors`,
-`model.json` and `tokenizer.bin` (to evaluate: nothing is unpickled), and for `masking.strategy: attentive` its moving
-average, `attentive_copy.safetensors` (to resume). It counts once COMPLETE.json, written last, names every file with its
-size. DeepSpeed's own `latest` is not crash-safe and is not used.
+`RUN/checkpoints/step_00001000` holds `model.safetensors`, `model.json` and `tokenizer.bin`, to evaluate, and to resume
+`rank_00000.safetensors`, … (the optimizer's state in parts, random number generators) and a file for each `Carried`.
+COMPLETE.json, written last, names every file with its size and sha256. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from model.clip import CLIP
 from model.masking import MaskingConfig
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
-from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
-from pipeline.ranks import Ranks
-from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.files import sha256_of_file
 from pipeline.training.progress import Progress
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+FORMAT_VERSION = 2
 COMPLETE = "COMPLETE.json"
 WEIGHTS, MODEL_CARD, TOKENIZER = "model.safetensors", "model.json", "tokenizer.bin"
-ATTENTIVE_COPY = "attentive_copy.safetensors"
+
+
+class Carried(Protocol):
+    """What the rest of a run depends on beside engine and place: kept in `NAME.safetensors`, the same on all ranks."""
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to keep, none if it keeps nothing in this run. Collective."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a stage trains, as far as a checkpoint keeps it; `precision` is that of the engine."""
+
+    engine: DeepSpeedEngine
+    precision: str
+    masking: MaskingConfig
+    carried: Sequence[Carried]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What COMPLETE.json says of a file."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What COMPLETE.json says of a checkpoint; `recipe` and `versions` are those of the run that wrote it."""
+
+    progress: Progress
+    world_size: int
+    zero_stage: int
+    precision: str
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    files: dict[str, FileRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of COMPLETE.json."""
+        fields = asdict(self)
+        return {"format_version": FORMAT_VERSION, **fields.pop("progress"), **fields}
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -46,154 +90,93 @@ def checkpoint_directory(run_directory: Path, step: int) -> Path:
     return checkpoints_directory(run_directory) / f"step_{step:08d}"
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    run_directory: Path,
-    progress: Progress,
-    tokenizer: Tokenizer,
-    masks: MaskDrawer,
-    keep: int,
-    ranks: Ranks,
-) -> Path:
-    """Save on all ranks (collective), publish, then delete all but the newest `keep` checkpoints.
-
-    So the last checkpoint of a stage stays at least until the next stage has one.
-    """
-    directory = checkpoint_directory(run_directory, progress.step)
-    if ranks.is_main and directory.exists():
-        shutil.rmtree(directory)  # what a killed run left of the same step
-    ranks.barrier()
-    engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
-    weights = full_weights(engine.module)
-    if ranks.is_main:
-        _write_model_files(directory, engine.module, weights, progress, tokenizer, masks.config)
-        if masks.copy:  # the same on all ranks
-            _save_weights(masks.state(), directory / ATTENTIVE_COPY)
-    ranks.barrier()
-    if ranks.is_main:
-        _publish(directory, progress, ranks.world_size)
-        for old in complete_checkpoints(run_directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    ranks.barrier()
-    return directory
+def step_of(checkpoint: Path) -> int:
+    """After how many steps a checkpoint of a run was saved, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
-def full_weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The fp32 weights of a model that DeepSpeed trains, whatever the ZeRO stage. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter.detach() if full is None else full).float().cpu().contiguous()
-    return weights
+def rank_file(rank: int) -> str:
+    """The name of what one rank writes."""
+    return f"rank_{rank:05d}.safetensors"
 
 
-def _write_model_files(
-    directory: Path,
-    clip: CLIP,
-    weights: dict[str, Tensor],
-    progress: Progress,
-    tokenizer: Tokenizer,
-    masking: MaskingConfig,
-) -> None:
-    _save_weights(weights, directory / WEIGHTS)
-    (directory / TOKENIZER).write_bytes(tokenizer.source)
-    card = {
-        "format_version": 1,
-        "model": clip.config.to_dict(),
-        "masking": asdict(masking),
-        "tokenizer_sha256": tokenizer.sha256,
-        "weights_sha256": sha256_of_file(directory / WEIGHTS),
-        **asdict(progress),
-    }
-    (directory / MODEL_CARD).write_text(json.dumps(card, indent=2) + "\n")
+def carried_file(carried: Carried) -> str:
+    """The name of the file that keeps it."""
+    return f"{carried.name}.safetensors"
 
 
-def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(weights, path)
-    path.chmod(mode)  # safetensors makes files for their owner alone
+def read_contents(checkpoint: Path) -> Contents:
+    """COMPLETE.json; raises UserError that says why it does not count."""
+    try:
+        content: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+    except FileNotFoundError:
+        why = f"no {COMPLETE}: the run stopped while saving it" if checkpoint.is_dir() else "it is gone"
+        raise UserError(why) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{COMPLETE} cannot be read: {error}") from None
+    try:
+        version = content.pop("format_version", 1)
+        if version != FORMAT_VERSION:
+            raise UserError(f"it has format {version}, and this version reads {FORMAT_VERSION}")
+        progress = Progress.from_record({name: content.pop(name) for name in Progress.__dataclass_fields__})
+        files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+        return Contents(progress=progress, files=files, **content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{COMPLETE} is damaged: {type(error).__name__} {error}") from None
 
 
-def _publish(directory: Path, progress: Progress, world_size: int) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    for path in files:
-        flush_to_disk(path)
-    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
-    write_json(directory / COMPLETE, {**asdict(progress), "world_size": world_size, "files": sizes})
-    flush_to_disk(directory)
-    write_atomically(directory.parent / "latest", directory.name + "\n")
+def find_damage(checkpoint: Path, files: Mapping[str, FileRecord], hashed: Collection[str] = ()) -> str | None:
+    """What is wrong with files of a checkpoint, None if nothing: all have their size, `hashed` their content too."""
+    for name, record in files.items():
+        path = checkpoint / name
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes != record.size_bytes:
+                return f"{name} has {size_bytes:,} bytes, not {record.size_bytes:,}"
+            if name in hashed and sha256_of_file(path) != record.sha256:
+                return f"{name} has another sha256 than when it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
 
 
-def what_is_missing(directory: Path) -> str | None:
+def what_is_missing(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if it is complete: every file there, at its recorded size."""
     try:
-        complete = json.loads((directory / COMPLETE).read_text())
-    except (OSError, ValueError):
-        return f"no readable {COMPLETE}: the run stopped while saving it"
-    for name, size in complete["files"].items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-    return None
+        return find_damage(checkpoint, read_contents(checkpoint).files)
+    except UserError as error:
+        return str(error)
+
+
+def list_checkpoints(run_directory: Path) -> list[Path]:
+    """All of a run's, usable or not, oldest first."""
+    return sorted(checkpoints_directory(run_directory).glob("step_[0-9]*"))
 
 
 def complete_checkpoints(run_directory: Path) -> list[Path]:
     """Usable checkpoints of a run, oldest first."""
-    candidates = sorted(checkpoints_directory(run_directory).glob("step_*"))
-    return [directory for directory in candidates if what_is_missing(directory) is None]
+    return [checkpoint for checkpoint in list_checkpoints(run_directory) if what_is_missing(checkpoint) is None]
 
 
 def newest_checkpoint(run_directory: Path) -> Path | None:
     """The newest usable checkpoint, or None if the run never saved one.
 
-    Raises UserError if checkpoints exist but none is usable: starting afresh would silently throw the run away.
+    Raises UserError if checkpoints exist but none is usable.
     """
     complete = complete_checkpoints(run_directory)
     if complete:
         return complete[-1]
-    broken = sorted(checkpoints_directory(run_directory).glob("step_*"))
-    finished = [directory for directory in broken if (directory / COMPLETE).exists()]
+    finished = [checkpoint for checkpoint in list_checkpoints(run_directory) if (checkpoint / COMPLETE).exists()]
     if finished:
-        raise UserError(
-            f"{finished[-1]} cannot be used: {what_is_missing(finished[-1])}; restore it, or choose another "
-            "train.output to start afresh"
-        )
+        raise UserError(f"{finished[-1]} cannot be used: {what_is_missing(finished[-1])}")
     return None
 
 
-def check_world_size(checkpoint: Path, ranks: Ranks) -> None:
-    """Raise UserError if a run cannot go on with these ranks."""
-    record = json.loads((checkpoint / COMPLETE).read_text())
-    if record["world_size"] != ranks.world_size:
-        raise UserError(
-            f"{checkpoint} was written by {record['world_size']} ranks and now there are {ranks.world_size}: "
-            f"start the same number, or choose another train.output"
-        )
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """How far a run had come at a checkpoint."""
-    record: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text())
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file, by name; raises UserError if it cannot be read."""
     try:
-        return Progress.from_record(record)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{checkpoint} was written by a version that read the data in another order; choose another train.output"
-        ) from error
-
-
-def resume(engine: DeepSpeedEngine, checkpoint: Path, masks: MaskDrawer) -> None:
-    """Load weights and optimiser into the engine, and what masks depend on (collective)."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(f"DeepSpeed could not load {checkpoint}")
-    if masks.copy:
-        try:
-            masks.load_state(load_file(checkpoint / ATTENTIVE_COPY))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{checkpoint / ATTENTIVE_COPY} cannot be read: {error}") from error
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine; the only module, with checkpoint.py, that knows DeepSpeed."""
+"""The DeepSpeed engine; the only module, with fragments.py, that knows DeepSpeed."""
 
 from __future__ import annotations
 

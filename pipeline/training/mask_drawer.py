@@ -26,6 +26,8 @@ class MaskDrawer:
     resumed run draws the same ones, and so does a second pass over the same batch.
     """
 
+    name = "attentive_copy"
+
     def __init__(
         self, config: MaskingConfig, visual: VisionTransformer, patch_size: int, seed: int, ranks: Ranks
     ) -> None:

@@ -15,8 +15,8 @@ from pipeline.recipe_files import read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 
-# Options that change neither what is computed, to the bit, nor in which order (unless something goes wrong); all others
-# are fixed for a run's life.
+# Options that change neither what is learnt nor from which samples in which order (unless something goes wrong), though
+# batch and precision change the bits; all others are fixed for a run's life.
 _MAY_CHANGE = {
     "data.train",  # the manifest's hash is compared instead
     "data.tokenizer",  # likewise
@@ -30,10 +30,17 @@ _MAY_CHANGE = {
     "loss.kernel",
     "loss.tile_size",
     "train.output",
+    "train.global_batch_size",  # ranks may be others, and the steps go on from the number of samples
+    "train.micro_batch_size",
+    "train.deepspeed_config",
+    "train.precision",
     "train.activation_checkpointing",
     "train.log_every_steps",
     "train.save_every_steps",
+    "train.save_every_minutes",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.resume",
     *(f"faults.{name}" for name in FaultsSection.model_fields),
 }
 _PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")

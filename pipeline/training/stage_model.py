@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import WEIGHTS
+from pipeline.training.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.engine_config import precision_of, zero_stage
+from pipeline.training.rng_state import seed_generators
 from pipeline.training.stage_plan import Stage
 
 _POSITIONS = "visual.positional_embedding"
@@ -31,7 +30,7 @@ def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> C
 
     checkpoint: the last one of the stage before; of another image size, if its positional embeddings are resized
     """
-    torch.manual_seed(stage.recipe.train.seed)
+    seed_generators(stage.seed)
     clip = CLIP(stage.model)
     if checkpoint is not None:
         _load_weights(clip, checkpoint / WEIGHTS)
@@ -39,10 +38,7 @@ def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> C
 
 
 def _load_weights(clip: CLIP, file: Path) -> None:
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    weights = read_tensors(file)
     weights[_POSITIONS] = resize_grid(weights[_POSITIONS], clip.config.vision.num_patches)
     clip.load_state_dict(weights)
 

@@ -23,8 +23,10 @@ from pipeline.data.training_data import TrainingData
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import checkpoint_directory, newest_checkpoint, resume, save_checkpoint
+from pipeline.training.checkpoint import TrainingState, checkpoint_directory, newest_checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.engine import make_engine, release
+from pipeline.training.engine_config import precision_of
 from pipeline.training.fault_log import FaultLog
 from pipeline.training.fault_watch import FaultWatch
 from pipeline.training.mask_drawer import MaskDrawer
@@ -32,7 +34,9 @@ from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.objective import make_objective
 from pipeline.training.optimizer import learning_rate, set_learning_rate
 from pipeline.training.progress import Progress
+from pipeline.training.resume import restore
 from pipeline.training.run_logger import RunLogger, timestamp
+from pipeline.training.save_schedule import SaveSchedule
 from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
 from pipeline.training.step_vote import StepVote
@@ -51,6 +55,7 @@ class RunContext:
     tokenizer: Tokenizer
     bad_samples: BadSamples
     fault_log: FaultLog
+    checkpoints: CheckpointWriter
     stop: StopRequest
     watchdog: Watchdog
     start_s: float
@@ -75,19 +80,21 @@ class StageTrainer:
         self._engine = make_engine(clip, stage.recipe, config, run.ranks)
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
         self._objective = make_objective(stage.recipe.loss, run.ranks)
+        self._state = TrainingState(self._engine, precision_of(config), stage.masking, carried=[self._masks])
         self._progress = stage.reached(stage.first_step)
         self._faults = FaultWatch(self._engine, stage.recipe.faults, run.fault_log, run.ranks)
         self._vote = StepVote(run.ranks)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
-        resume(self._engine, checkpoint, self._masks)
+        restore(self._state, checkpoint, self._ranks)
         self._progress = progress
 
     def train(self, logger: RunLogger | None) -> Progress:
         """Train to the stage's end, or for two more steps when a rank is asked to stop; saved either way."""
         batches = self._batches()
         window = MetricsWindow(self._ranks)
+        schedule = SaveSchedule(self._recipe.train, self._ranks)
         while self._progress.step < self._stage.end_step:
             step = self._progress.step
             lr = learning_rate(self._stage.schedule_step(step), self._stage.schedule_steps, self._recipe.optimizer)
@@ -112,12 +119,14 @@ class StageTrainer:
 
             stops = self._vote.cast(step + 1, self._progress.samples_seen, stop=bool(self._run.stop))
             ends = stops or step + 1 == self._stage.end_step
-            if ends or (step + 1) % self._recipe.train.log_every_steps == 0:
+            is_logged = ends or (step + 1) % self._recipe.train.log_every_steps == 0
+            if is_logged:
                 self._log(window, lr, logger)
                 window = MetricsWindow(self._ranks)
-            if ends or (step + 1) % self._recipe.train.save_every_steps == 0:
+            if ends or schedule.is_due(step + 1, is_logged):
                 self._judge_steps()  # no checkpoint holds a step that nobody has looked at
-                self._save()
+                self._save(must_succeed=ends)
+                schedule.saved()
             if stops:
                 break
         self._vote.close()
@@ -127,7 +136,7 @@ class StageTrainer:
         """Give back the memory of model, optimiser and gradients, for the next stage's."""
         self._faults.close()
         release(self._engine)
-        del self._engine, self._masks, self._faults
+        del self._engine, self._masks, self._faults, self._state
         gc.collect()
         # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
         torch.compiler.reset()
@@ -159,6 +168,8 @@ class StageTrainer:
     def _metrics(self, window: MetricsWindow, lr: float) -> dict[str, Any]:
         """Means over the steps since the last log, over all ranks. Waits for the device."""
         means, seconds, data_wait_share = window.close()
+        save_s = self._run.checkpoints.take_save_s()
+        seconds -= save_s
         bad_samples = means.new_tensor([self._run.bad_samples.count])
         values = self._ranks.mean(torch.cat((means, bad_samples))).tolist()
         report = dict(zip((*REPORT_NAMES, "skipped_steps", "bad_samples"), values, strict=True))
@@ -180,6 +191,8 @@ class StageTrainer:
             "tokens_per_s": (report["image_tokens"] + report["text_tokens"]) * micro_batches_per_s,
             "data_wait_share": data_wait_share,
             "seconds_per_step": seconds / window.steps,
+            "save_s": save_s,
+            "save_share": self._run.checkpoints.total_save_s / (time.perf_counter() - self._run.start_s),
             "wall_time_s": time.perf_counter() - self._run.start_s,
             "time": timestamp(),
         }
@@ -205,26 +218,17 @@ class StageTrainer:
 
     def _roll_back(self) -> None:
         """Weights and optimiser of the last checkpoint; the place in the data, steps and schedules go on."""
-        checkpoint = newest_checkpoint(self._run.directory)
+        checkpoint = self._ranks.from_main(lambda: newest_checkpoint(self._run.directory))
         if checkpoint is None or checkpoint == checkpoint_directory(self._run.directory, self._stage.first_step):
             self._run.print("no checkpoint of this stage to roll back to: going on")
             return
-        resume(self._engine, checkpoint, self._masks)
+        restore(self._state, checkpoint, self._ranks)
         self._faults.policy.rolled_back(self._progress.step)
         self._run.print(
             f"rolled back to the weights of {checkpoint}; data and steps go on from step {self._progress.step:,}"
         )
-        self._save()  # the way back is not taken again by a run that is interrupted now
+        self._save(must_succeed=False)  # the way back is not taken again by a run that is interrupted now
 
-    def _save(self) -> None:
-        start_s = time.perf_counter()
-        directory = save_checkpoint(
-            self._engine,
-            self._run.directory,
-            self._progress,
-            self._run.tokenizer,
-            self._masks,
-            self._recipe.train.keep_checkpoints,
-            self._ranks,
-        )
-        self._run.print(f"saved {directory} in {time.perf_counter() - start_s:.1f} s")
+    def _save(self, must_succeed: bool) -> None:
+        with self._run.watchdog.patient():
+            self._run.checkpoints.save(self._state, self._progress, must_succeed)

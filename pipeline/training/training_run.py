@@ -17,11 +17,13 @@ from pipeline.files import write_json
 from pipeline.ranks import Ranks, explain_lost_peers
 from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import check_world_size, checkpoint_directory, newest_checkpoint, read_progress
+from pipeline.training.checkpoint import checkpoint_directory, read_contents
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
 from pipeline.training.fault_log import FaultLog
 from pipeline.training.optimizer import check_optimizer
 from pipeline.training.progress import Progress
+from pipeline.training.resume import choose_checkpoint, set_aside_later
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.training.stage_model import check_computable, count_parameters, make_model
@@ -54,13 +56,14 @@ class TrainingRun:
             tokenizer=tokenizer,
             bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, " ".join(data.names)),
             fault_log=FaultLog(directory, ranks),
+            checkpoints=CheckpointWriter(directory, recipe, tokenizer, ranks),
             stop=StopRequest(),
             watchdog=Watchdog(directory, ranks, recipe.faults.hang_timeout_s),
             start_s=start_s,
         )
         encoder = tokenizer.encoder
-        self._checkpoint = newest_checkpoint(directory)
-        self._progress = Progress(0, 0) if self._checkpoint is None else read_progress(self._checkpoint)
+        self._checkpoint = choose_checkpoint(directory, recipe.train.resume, ranks)
+        self._progress = Progress(0, 0) if self._checkpoint is None else read_contents(self._checkpoint).progress
         self._stages = plan_stages(
             recipe, data.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
         )
@@ -68,9 +71,9 @@ class TrainingRun:
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
         ]
         self._word_counts_sha256 = self._check_stages()
-        if self._checkpoint is not None:
-            check_unchanged(directory, recipe, data.sha256, tokenizer.sha256, self._word_counts_sha256)
-        resumed = None if self._checkpoint is None else directory
+        resumed = None if self._checkpoint is None else self._checkpoint.parent.parent  # a run, this or another
+        if resumed is not None:
+            check_unchanged(resumed, recipe, data.sha256, tokenizer.sha256, self._word_counts_sha256)
         self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
         self._print_plan()
 
@@ -95,8 +98,8 @@ class TrainingRun:
         directory, ranks = self._context.directory, self._ranks
         progress = self._progress
         if self._checkpoint is not None:
-            check_world_size(self._checkpoint, ranks)
             self._context.print(f"resuming from {self._checkpoint} at step {progress.step:,}")
+            ranks.from_main(lambda: set_aside_later(directory, progress.step))
         if progress.step >= self._total_steps:
             self._context.print(f"{directory} is finished: {progress.step:,} of {self._total_steps:,} steps")
             return 0

@@ -245,7 +245,8 @@ def test_wrong_inputs_are_one_line_and_exit_code_2(
         "masking.stategy=none": "did you mean 'masking.strategy'?",
         f"train.output={finished_run}": "was started with",
     }
-    cases[f"--deepspeed_config=zero2_bf16 train.output={finished_run}"] = "train.deepspeed_config=zero1_fp32, now"
+    cases[f"--resume=never train.output={finished_run}"] = "holds a run, and train.resume=never"
+    cases["--resume=runs/absent"] = "no run or checkpoint there"
     for option, expected in cases.items():
         done = launch(TRAIN, *tiny_options, f"train.output={tmp_path / 'run'}", *option.split())
         assert done.returncode == 2, (option, done.stderr[-2000:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -13,7 +14,8 @@ from model.clip import CLIP
 from model.config import Pool, config_from_name
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer, _byte_symbols
-from pipeline.training.checkpoint import _publish, _write_model_files
+from pipeline.training.checkpoint import Contents
+from pipeline.training.checkpoint_writer import publish, write_model_files
 from pipeline.training.progress import Progress
 
 
@@ -37,6 +39,13 @@ def save_run(
     weights = dict(clip.state_dict())
     if diverged:
         weights["visual.ln_post.bias"] = torch.full((32,), torch.nan)
-    _write_model_files(directory, clip, weights, Progress(7, 112), tokenizer, MaskingConfig())
-    _publish(directory, Progress(7, 112), world_size=1)
+    save_model(directory, clip, weights, Progress(7, 112), tokenizer)
     return run
+
+
+def save_model(
+    directory: Path, clip: CLIP, weights: Mapping[str, torch.Tensor], progress: Progress, tokenizer: Tokenizer
+) -> None:
+    """A checkpoint as far as evaluation reads it."""
+    files = write_model_files(directory, clip, weights, progress, tokenizer, MaskingConfig())
+    publish(directory, Contents(progress, 1, 0, "fp32", {}, {"train": {}}, files))

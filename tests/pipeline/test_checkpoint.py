@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_runs import save_model
 
 from model.clip import CLIP
-from model.masking import MaskingConfig
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference import load_for_inference
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import _publish, _write_model_files, newest_checkpoint, what_is_missing
+from pipeline.training.checkpoint import newest_checkpoint, what_is_missing
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 
@@ -27,9 +27,7 @@ def save(run: Path, step: int, tokenizer_file: Path) -> Path:
     clip = CLIP(recipe.clip_config(tokenizer.encoder.vocab_size, tokenizer.encoder.end_token_id))
     directory = run / "checkpoints" / f"step_{step:08d}"
     directory.mkdir(parents=True)
-    progress = Progress(step, step * 16)
-    _write_model_files(directory, clip, dict(clip.state_dict()), progress, tokenizer, MaskingConfig())
-    _publish(directory, progress, world_size=1)
+    save_model(directory, clip, clip.state_dict(), Progress(step, step * 16), tokenizer)
     return directory
 
 
@@ -80,7 +78,7 @@ def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Pat
     damaged = json.dumps(card, indent=2) + "\n"
     card_path.write_text(damaged)
     complete = json.loads((directory / "COMPLETE.json").read_text())
-    complete["files"]["model.json"] = len(damaged)
+    complete["files"]["model.json"]["size_bytes"] = len(damaged)
     (directory / "COMPLETE.json").write_text(json.dumps(complete))
     with pytest.raises(UserError, match="belong to different models"):
         load_for_inference(str(directory), CPU)

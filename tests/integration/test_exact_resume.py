@@ -1,0 +1,68 @@
+"""SIGKILL and resume: the losses, weights and optimizer of a run that nothing disturbed, to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from forked_ranks import Program, start_program
+from safetensors.torch import load_file
+
+from pipeline import train
+
+STEPS = 12
+# bf16 without ZeRO is refused
+CASES = [(0, "fp32"), (0, "autocast"), *product((1, 2, 3), ("fp32", "bf16"))]
+
+
+def start(options: list[str], run: Path, world_size: int) -> Program:
+    return start_program(train.main, [*options, f"train.output={run}"], world_size, run.with_name(f"{run.name}_output"))
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    """Tensors of two checkpoints: weights, optimizer, generators."""
+    names = sorted(path.name for path in a.glob("*.safetensors"))
+    assert names == sorted(path.name for path in b.glob("*.safetensors"))
+    for name in names:
+        first, second = load_file(a / name), load_file(b / name)
+        assert first.keys() == second.keys()
+        different = [key for key in first if not torch.equal(first[key], second[key])]
+        assert not different, (name, different)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_killed_run_ends_as_if_nothing_had_happened(
+    stage: int, precision: str, world_size: int, tmp_path: Path, tiny_options: list[str]
+) -> None:
+    template = tmp_path / "zero.json"
+    template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    options = [
+        *tiny_options,
+        f"train.deepspeed_config={template}",
+        f"train.precision={precision}",
+        f"train.max_steps={STEPS}",
+        "train.save_every_steps=4",
+        "masking.strategy=attentive",
+    ]
+    undisturbed = start(options, tmp_path / "a", world_size)
+    assert undisturbed.wait() == [0] * world_size, undisturbed.output()
+    killed = start(options, tmp_path / "b", world_size)
+    killed.wait_for("step_00000004 in")
+    killed.send(signal.SIGKILL)
+    assert killed.wait() == [-signal.SIGKILL] * world_size
+    resumed = start(options, tmp_path / "b", world_size)
+    assert resumed.wait() == [0] * world_size, resumed.output()
+    assert "resuming from" in resumed.output()
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert len(losses(tmp_path / "a")) == STEPS
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert_same_files(tmp_path / "a" / last, tmp_path / "b" / last)
