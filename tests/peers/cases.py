@@ -77,6 +77,7 @@ CASES = [
     Case(small_config(), "open_clip"),
     Case(small_config(activation="quick_gelu"), "open_clip"),
     Case(small_config(pool="average"), "open_clip"),
+    Case(replace(small_config(), name="ViT-nano-14-sigmoid", init_logit_bias=-9.0), "open_clip"),
     Case(config_from_name("ViT-B-32"), "transformers"),
     Case(small_config(), "transformers"),
     Case(small_config(activation="quick_gelu"), "transformers"),
