@@ -89,7 +89,8 @@ class TorchTiles:
         softplus_R, sigmoid_R = rows_RD.new_zeros(2, len(rows_RD))
         at_columns_CD = torch.zeros_like(columns_CD)
         for r, c, logits_rc in self._logits(rows_RD, columns_CD, scale):
-            softplus_R[r] += F.softplus(logits_rc.add_(bias)).sum(1)
+            logits_rc += bias
+            softplus_R[r] -= F.logsigmoid(-logits_rc).sum(1)  # torch's softplus is x itself from 20 on
             weight_rc = logits_rc.sigmoid_()
             sigmoid_R[r] += weight_rc.sum(1)
             into_rows_RD[r].addmm_(weight_rc, columns_CD[c])

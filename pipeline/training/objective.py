@@ -32,7 +32,7 @@ class TrainingObjective:
 
         encode: called here too, without gradient, for every micro-batch of `cache_gradients`: it must repeat itself
         """
-        if not self.cache_gradients:
+        if not self.cache_gradients or num_micro_batches == 1:
             return lambda _, output: self.pairs(*output)
         with torch.no_grad():
             outputs = [encode(number) for number in range(num_micro_batches)]
