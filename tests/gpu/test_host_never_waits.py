@@ -1,4 +1,4 @@
-"""From masks to gradients and the report of a step: the host launches work and never asks for a result.
+"""From masks to the update and the report of a step: the host launches work and never asks for a result.
 
 On a CPU the operations that would make it wait are refused; on a GPU torch itself refuses to wait.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,7 @@ from model.packing import lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
+from pipeline.training.step_guard import StepGuard, spread_non_finite
 from pipeline.training.train_step import Encoded, _report
 
 # `cluster-reference` asks how many patches are kept, as the released code does
@@ -64,17 +67,22 @@ class Step(NamedTuple):
     drawer: MaskDrawer
     batch: Batch
     ranks: Ranks
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
 
 
 def run(step: Step) -> Tensor:
-    """Everything of a training step but DeepSpeed: masks, forward, loss, backward, the moving average; the report."""
+    """All of a training step but DeepSpeed: masks, forward, loss, backward, guarded update, moving average, report."""
     images, masks = step.drawer.draw(step.batch.images_BCHW, step=1, micro_batch=0, progress=0.5)
     with torch.autocast(step.ranks.device.type, dtype=torch.bfloat16):
         output = step.clip(images.gather(masks.selection.kept_K), masks.selection, step.batch.text)
     loss = Objective()(*output)
-    loss.backward()
+    spread_non_finite(loss).backward()
+    step.optimizer.step()
     step.drawer.follow()
-    return _report(loss, Encoded(step.batch, images, masks, output))
+    report = _report(loss, Encoded(step.batch, images, masks, output))
+    step.guard.end_step(1, report[0], [step.batch])
+    return report
 
 
 def make(device: str, strategy: str, pool: Pool = "class") -> Step:
@@ -89,7 +97,9 @@ def make(device: str, strategy: str, pool: Pool = "class") -> Step:
     lengths = torch.tensor([5, 3, 8, 4, 20, 2])
     tokens = torch.arange(1, int(lengths.sum()) + 1)
     batch = Batch(pixels, tokens, lengths_to_cu_seqlens(lengths), 20, [], [])
-    return Step(clip, drawer, batch.to(ranks.device), ranks)
+    optimizer = torch.optim.AdamW(clip.parameters(), fused=True)
+    engine = SimpleNamespace(module=clip, basic_optimizer=optimizer, optimizer=optimizer, fp16_enabled=lambda: False)
+    return Step(clip, drawer, batch.to(ranks.device), ranks, optimizer, StepGuard(engine, ranks))
 
 
 CASES = [(strategy, "class") for strategy in NEVER_WAIT] + [("cluster", "average"), ("cluster", "attention")]
@@ -103,6 +113,7 @@ def test_no_operation_needs_the_host(strategy: str, pool: Pool, monkeypatch: pyt
         report = run(step)
     assert report[0].isfinite()
     assert step.clip.visual.proj.grad is not None
+    assert not step.guard.read()[0].skipped
 
 
 def test_what_waits_is_refused() -> None:
@@ -130,3 +141,18 @@ def test_a_gpu_never_makes_the_host_wait(strategy: str, pool: Pool) -> None:
     with cuda_refuses_to_wait():
         report = run(step)
     assert report[0].isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_vote_does_not_wait_for_the_gpu() -> None:
+    """NCCL of one rank, which believes that there is another."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = Ranks(0, 0, 2, torch.device("cuda", 0))
+        assert ranks.start_maximum([3, -4]).read() == [3, -4]
+        with cuda_refuses_to_wait():
+            pending = ranks.start_maximum([5, -6])
+        assert pending.read() == [5, -6]
+    finally:
+        dist.destroy_process_group()
