@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ class StageTrainer:
         self._engine = make_engine(clip, stage.recipe, config, run.ranks)
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
         self._objective = make_objective(stage.recipe.loss, run.ranks)
-        self._state = TrainingState(self._engine, precision_of(config), stage.masking, carried=[self._masks])
-        self._progress = stage.reached(stage.first_step)
         self._faults = FaultWatch(self._engine, stage.recipe.faults, run.fault_log, run.ranks)
+        carried = (self._masks, self._faults.policy, run.bad_samples)
+        self._state = TrainingState(self._engine, precision_of(config), stage.masking, carried)
+        self._progress = stage.reached(stage.first_step)
         self._vote = StepVote(run.ranks)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
@@ -184,7 +185,7 @@ class StageTrainer:
             **self._samples_seen_by_set(),
             **report,
             "skipped_steps": round(report["skipped_steps"]),
-            "bad_samples": round(report["bad_samples"] * self._ranks.world_size),
+            "bad_samples": self._run.bad_samples.count_before + round(report["bad_samples"] * self._ranks.world_size),
             "lr": lr,
             "grad_norm": float(grad_norm) if grad_norm is not None and math.isfinite(grad_norm) else None,
             "samples_per_s": window.steps * self._plan.global_batch_size / seconds,
@@ -222,7 +223,7 @@ class StageTrainer:
         if checkpoint is None or checkpoint == checkpoint_directory(self._run.directory, self._stage.first_step):
             self._run.print("no checkpoint of this stage to roll back to: going on")
             return
-        restore(self._state, checkpoint, self._ranks)
+        restore(replace(self._state, carried=[self._masks]), checkpoint, self._ranks)
         self._faults.policy.rolled_back(self._progress.step)
         self._run.print(
             f"rolled back to the weights of {checkpoint}; data and steps go on from step {self._progress.step:,}"

@@ -54,7 +54,7 @@ class TrainingRun:
             ranks=ranks,
             data=data,
             tokenizer=tokenizer,
-            bad_samples=BadSamples(directory, ranks.rank, recipe.data.max_bad_ratio, " ".join(data.names)),
+            bad_samples=BadSamples(directory, ranks, recipe.data.max_bad_ratio, " ".join(data.names)),
             fault_log=FaultLog(directory, ranks),
             checkpoints=CheckpointWriter(directory, recipe, tokenizer, ranks),
             stop=StopRequest(),

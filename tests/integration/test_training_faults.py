@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import faulty_train
 import pytest
 import torch
+from conftest import write_shards
 from forked_ranks import Program, start_program
 from safetensors.torch import load_file
 
@@ -84,3 +87,24 @@ def test_a_spike_is_said_and_may_stop_the_run(tmp_path: Path, options: list[str]
     assert program.wait() == [2], program.output()
     assert "error: step 8: the loss is" in program.output(0)
     assert "(faults.spike_deviations)" in program.output(0)
+
+
+def test_bad_samples_are_named_and_count_over_all_starts(tmp_path: Path, tiny_options: list[str]) -> None:
+    """Eight of each pass over the data, in two ranks with loader processes; the second start goes on counting."""
+    bad = {f"{number:08d}.jpg": b"<html>404</html>" for number in range(0, 96, 12)}
+    data = write_shards(tmp_path / "shards", [48, 48], bad)
+    options = [*tiny_options, f"data.train={data}", "data.workers=1", "train.max_steps=12", "train.save_every_steps=6"]
+    program = start(tmp_path, [*options, "data.max_bad_ratio=0.5"], {"kill": [(7, 0)]})
+    assert program.wait() == [-signal.SIGKILL, 69], program.output(1)
+    run = tmp_path / "run"
+    named = "".join((run / f"bad_samples_rank{rank}.txt").read_text() for rank in range(2))
+    assert all(name.removesuffix(".jpg") in named for name in bad)
+    assert 1 <= program.output(1).count("warning: skipped") <= 5
+    first = [line["bad_samples"] for line in lines(run / "metrics.jsonl")]
+    assert first[5] >= 8
+
+    again = start(tmp_path, [*options, f"data.max_bad_ratio={(first[5] + 0.5) / 1000}"], {})
+    assert again.wait() == [2, 2], again.output(0)
+    stopped = re.search(r"error: (\d+) of \d+ samples could not be used, more than data.max_bad", again.output(0))
+    assert stopped is not None, again.output(0)
+    assert first[5] < int(stopped[1]) < first[5] + 8, "by itself the second start has no more than eight"

@@ -207,24 +207,6 @@ def test_kill_and_terminate_lose_nothing(tmp_path: Path, tiny_options: list[str]
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(tmp_path / "a")]
 
 
-@pytest.mark.slow
-def test_bad_samples_are_counted_within_the_budget(tmp_path: Path, launch: Callable, tiny_options: list[str]) -> None:
-    bad = {f"{number:08d}.jpg": b"<html>404</html>" for number in range(0, 96, 12)}
-    data = write_shards(tmp_path / "shards", [48, 48], bad)
-    options = [*tiny_options, f"data.train={data}", "train.max_steps=6", f"train.output={tmp_path / 'run'}"]
-    done = launch(TRAIN, *options, "data.max_bad_ratio=0.5", "data.workers=1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert metrics(tmp_path / "run")[-1]["bad_samples"] >= 8
-    named = (tmp_path / "run" / "bad_samples_rank0.txt").read_text()
-    assert all(name.removesuffix(".jpg") in named for name in bad)
-    assert done.stdout.count("warning: skipped") == 5
-
-    strict = launch(TRAIN, *options[:-1], f"train.output={tmp_path / 'strict'}", "data.max_bad_ratio=0.001")
-    assert strict.returncode == 2
-    assert "data.max_bad_ratio=0.001" in strict.stderr
-    assert "Traceback" not in strict.stderr
-
-
 def test_wrong_inputs_are_one_line_and_exit_code_2(
     tmp_path: Path, launch: Callable, tiny_options: list[str], finished_run: Path
 ) -> None:
