@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +19,19 @@ METRICS = "metrics.jsonl"
 
 
 class RunLogger:
-    """Writes on the main rank; what a resumed run will write again is removed first."""
+    """Writes on the main rank; what a resumed run will write again is removed first.
+
+    A disk that is full stops no training: lines wait until there is room, points of curves are lost.
+    """
 
     def __init__(self, run_directory: Path, first_step: int, stages: Sequence[Stage]) -> None:
         self._path = run_directory / METRICS
+        self._unwritten: list[str] = []
+        self._has_warned = False
         self._stages = stages
-        self._tensorboard = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
+        self._tensorboard: SummaryWriter | None = SummaryWriter(
+            str(run_directory / "tensorboard"), purge_step=first_step + 1
+        )
         kept = _drop_lines_after(self._path, first_step)
         self._wall_time_before_s = kept[-1].get("wall_time_s", 0.0) if kept else 0.0
 
@@ -32,17 +41,41 @@ class RunLogger:
         `wall_time_s` comes in counted from this start and goes out counted over all starts of the run.
         """
         metrics = {**metrics, "wall_time_s": self._wall_time_before_s + metrics["wall_time_s"]}
-        with self._path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name not in ("step", "time"):
-                self._tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
+        self._unwritten.append(json.dumps(metrics) + "\n")
+        try:
+            self._write_lines()
+            self._add_points(metrics)
+        except OSError as error:
+            if not self._has_warned:
+                print(f"warning: {self._path.parent} cannot be written: {error}; training goes on", flush=True)
+            self._has_warned = True
         eta_s = steps_left(self._stages, metrics["step"]) * metrics["seconds_per_step"]
         print(progress_line(metrics, self._stages[-1].end_step, eta_s), flush=True)
 
+    def _write_lines(self) -> None:
+        size_bytes = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError:
+            os.truncate(self._path, size_bytes)  # no half lines
+            raise
+        self._unwritten = []
+
+    def _add_points(self, metrics: dict[str, Any]) -> None:
+        writer, self._tensorboard = self._tensorboard, None
+        if writer is None:  # the thread of the one before died of the full disk
+            writer = SummaryWriter(str(self._path.parent / "tensorboard"))
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name not in ("step", "time"):
+                writer.add_scalar(f"train/{name}", value, metrics["step"])
+        self._tensorboard = writer
+
     def close(self) -> None:
         """Flush what is buffered."""
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
 
 def progress_line(metrics: dict[str, Any], total_steps: int, eta_s: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import resource
 import shutil
@@ -24,16 +26,20 @@ from pipeline.training.engine import make_engine
 from pipeline.training.engine_config import deepspeed_config
 from pipeline.training.progress import Progress
 from pipeline.training.resume import choose_checkpoint
+from pipeline.training.run_logger import RunLogger
+from pipeline.training.stage_plan import plan_stages
 
 
 @contextlib.contextmanager
-def full_disk(is_full: bool) -> Iterator[None]:
-    """Files cannot get larger than 4 KiB, as if there were no room; for root and everybody else."""
+def full_disk(is_full: bool, limit_bytes: int = 4096) -> Iterator[None]:
+    """Files cannot get larger, as if there were no room; for root and everybody else."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if is_full:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_with_one_disk_full(ranks: Ranks, directory: Path, tokenizer_file: Path) -> list[str]:
@@ -80,6 +86,26 @@ def test_a_failed_save_costs_no_checkpoint_and_no_rank_waits(tmp_path: Path, tok
         assert line.endswith("(rank 1); earlier checkpoints are intact")
     assert first[6].startswith(f"7: 1/4 {tmp_path}/checkpoints/step_00000007")
     assert first[7].startswith(f"8: 1/4 {tmp_path}/checkpoints/step_00000008")
+
+
+def log_with_a_full_disk(ranks: Ranks, directory: Path) -> None:
+    """Files cannot grow between the second and the fourth line."""
+    recipe = load_recipe("demo", ["model.name=ViT-test-8", "train.global_batch_size=64"])
+    stages = plan_stages(recipe, 96, ranks.world_size, 300, 3)
+    logger = RunLogger(directory, 0, stages)
+    names = ("epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "mask_ratio", "data_wait_share")
+    figures = dict.fromkeys((*names, "seconds_per_step", "wall_time_s"), 1.0)
+    for step in range(1, 6):
+        limit = (directory / "metrics.jsonl").stat().st_size + 20 if step in (3, 4) else None
+        with contextlib.redirect_stdout(io.StringIO()), full_disk(limit is not None, limit or 0):
+            logger.log({"step": step, **figures})
+    logger.close()
+
+
+def test_lines_of_metrics_wait_for_room(tmp_path: Path) -> None:
+    run_ranks(log_with_a_full_disk, 1, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 def choose_from_two_disks(ranks: Ranks, directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,12 @@ def start(options: list[str], run: Path, world_size: int) -> Program:
     return start_program(train.main, [*options, f"train.output={run}"], world_size, run.with_name(f"{run.name}_output"))
 
 
+def with_zero(directory: Path, stage: int, precision: str) -> list[str]:
+    template = directory / f"zero{stage}.json"
+    template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return [f"train.deepspeed_config={template}", f"train.precision={precision}"]
+
+
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -38,17 +45,15 @@ def assert_same_files(a: Path, b: Path) -> None:
         assert not different, (name, different)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_a_killed_run_ends_as_if_nothing_had_happened(
     stage: int, precision: str, world_size: int, tmp_path: Path, tiny_options: list[str]
 ) -> None:
-    template = tmp_path / "zero.json"
-    template.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     options = [
         *tiny_options,
-        f"train.deepspeed_config={template}",
-        f"train.precision={precision}",
+        *with_zero(tmp_path, stage, precision),
         f"train.max_steps={STEPS}",
         "train.save_every_steps=4",
         "masking.strategy=attentive",
@@ -66,3 +71,34 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert len(losses(tmp_path / "a")) == STEPS
     last = f"checkpoints/step_{STEPS:08d}"
     assert_same_files(tmp_path / "a" / last, tmp_path / "b" / last)
+
+
+@pytest.mark.slow
+def test_ranks_stage_and_precision_may_change_from_start_to_start(tmp_path: Path, tiny_options: list[str]) -> None:
+    """Killed three times, and each time something else goes on: the losses of one rank that nothing disturbed."""
+    options = [*tiny_options, f"train.max_steps={STEPS}", "train.save_every_steps=3", "masking.strategy=none"]
+    undisturbed = start([*options, "train.micro_batch_size=16", *with_zero(tmp_path, 1, "fp32")], tmp_path / "a", 1)
+    assert undisturbed.wait() == [0], undisturbed.output()
+    run = tmp_path / "b"
+    for until, world_size, stage, precision in [
+        (3, 2, 3, "fp32"),
+        (6, 1, 0, "fp32"),
+        (9, 2, 2, "fp32"),
+        (12, 2, 1, "bf16"),
+    ]:
+        micro = f"train.micro_batch_size={16 // world_size}"  # the same negatives
+        program = start([*options, micro, *with_zero(tmp_path, stage, precision)], run, world_size)
+        if until < STEPS:
+            program.wait_for(f"step_{until:08d} in")
+            program.send(signal.SIGKILL)
+            assert program.wait() == [-signal.SIGKILL] * world_size
+            for later in sorted((run / "checkpoints").glob("step_*"))[1:]:
+                if int(later.name[5:]) > until:
+                    shutil.rmtree(later)
+        else:
+            assert program.wait() == [0] * world_size, program.output()
+    expected = losses(tmp_path / "a")
+    assert losses(run)[:9] == pytest.approx(expected[:9], rel=1e-5)
+    assert losses(run)[9:] == pytest.approx(expected[9:], rel=2e-2)
+    complete = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "COMPLETE.json").read_text())
+    assert (complete["world_size"], complete["zero_stage"], complete["precision"]) == (2, 1, "bf16")
