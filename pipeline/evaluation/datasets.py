@@ -34,6 +34,16 @@ class ClassificationSet:
     templates: tuple[str, ...]
     samples: tuple[ClassificationSample, ...]
     expected_samples: int | None = None
+    directory: Path | None = None
+
+    def has_split(self, split: str) -> bool:
+        """Whether there is another split, `train` or `val`, beside the one for tests."""
+        return self.directory is not None and (self.directory / split / "nshards.txt").exists()
+
+    def read_split(self, split: str) -> tuple[ClassificationSample, ...]:
+        """The samples of another split. Raises UserError as `open_evaluation_set` does."""
+        assert self.directory is not None
+        return _labelled_samples(self.directory, split, len(self.class_names))
 
 
 @dataclass(frozen=True)
@@ -109,11 +119,13 @@ def _read_classification_set(directory: Path) -> ClassificationSet:
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"{directory / TEMPLATES}: template {template!r} has no {{c}} for the class name")
-    samples = tuple(
-        ClassificationSample(sample.require_image(), _label(sample, len(class_names)))
-        for sample in _test_samples(directory)
-    )
-    return ClassificationSet(directory.resolve().name, class_names, templates, samples)
+    samples = _labelled_samples(directory, "test", len(class_names))
+    return ClassificationSet(directory.resolve().name, class_names, templates, samples, directory=directory)
+
+
+def _labelled_samples(directory: Path, split: str, num_classes: int) -> tuple[ClassificationSample, ...]:
+    samples = _split_samples(directory / split)
+    return tuple(ClassificationSample(sample.require_image(), _label(sample, num_classes)) for sample in samples)
 
 
 def _label(sample: TarSample, num_classes: int) -> int:
@@ -126,7 +138,9 @@ def _label(sample: TarSample, num_classes: int) -> int:
 
 
 def _read_retrieval_set(directory: Path) -> RetrievalSet:
-    samples = tuple(RetrievalSample(sample.require_image(), _captions(sample)) for sample in _test_samples(directory))
+    samples = tuple(
+        RetrievalSample(sample.require_image(), _captions(sample)) for sample in _split_samples(directory / "test")
+    )
     return RetrievalSet(directory.resolve().name, samples)
 
 
@@ -167,19 +181,18 @@ def _category_samples(file: Path, images: Path) -> list[CompositionSample]:
     return samples
 
 
-def _test_samples(directory: Path) -> list[TarSample]:
-    """Samples of every shard that test/nshards.txt promises, no more and no fewer."""
-    test = directory / "test"
-    count_file = test / "nshards.txt"
+def _split_samples(split: Path) -> list[TarSample]:
+    """Samples of every shard that the split's nshards.txt promises, no more and no fewer."""
+    count_file = split / "nshards.txt"
     text = _read_text(count_file, "the number of shards 0.tar, 1.tar, … beside it").strip()
     if not (text.isascii() and text.isdigit()) or int(text) == 0:
         raise UserError(f"{count_file} must hold a positive integer, the number of shards; it holds {text!r}")
-    found = len(list(test.glob("*.tar")))
+    found = len(list(split.glob("*.tar")))
     if found > int(text):
-        raise UserError(f"{test} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
-    samples = [sample for shard in range(int(text)) for sample in read_tar_samples(test / f"{shard}.tar")]
+        raise UserError(f"{split} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
+    samples = [sample for shard in range(int(text)) for sample in read_tar_samples(split / f"{shard}.tar")]
     if not samples:
-        raise UserError(f"the shards in {test} hold no samples")
+        raise UserError(f"the shards in {split} hold no samples")
     return samples
 
 

@@ -135,6 +135,7 @@ def score_job(job: Job, output: Path) -> list[Result]:
                 step=job.model.step,
                 samples_seen=job.model.samples_seen,
                 batch_size=job.batch_size,
+                details=scores.details,
                 versions=versions(),
                 wall_time_s=round(_slice_seconds(job.directory(output)) + time.monotonic() - start_s, 3),
             )

@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
-from pipeline.evaluation import composition, retrieval, zero_shot
+from pipeline.evaluation import composition, linear_probe, retrieval, zero_shot
 from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.task import Task
 
-TASKS: dict[str, Task] = {task.option: task for task in (zero_shot.TASK, retrieval.TASK, composition.TASK)}
+TASKS: dict[str, Task] = {
+    task.option: task
+    for task in (
+        zero_shot.TASK,
+        retrieval.TASK,
+        composition.TASK,
+        linear_probe.TASK,
+        linear_probe.FEW_SHOT_TASK,
+    )
+}
 
 
 def tasks_of(dataset: EvaluationSet, options: Sequence[str] | None) -> tuple[Task, ...]:
-    """The tasks that fit a data set, or those of them that `options` name.
+    """The automatic tasks that fit a data set, or those that `options` name.
 
     Raises UserError for an unknown option.
     """
     for option in options or ():
         if option not in TASKS:
             raise UserError(f"unknown task {option!r}: --tasks takes auto, or a list of {', '.join(TASKS)}")
-    wanted = TASKS if options is None else options
+    wanted = [option for option, task in TASKS.items() if task.automatic] if options is None else options
     return tuple(TASKS[option] for option in wanted if TASKS[option].fits(dataset))

@@ -20,12 +20,16 @@ RESULTS_FILE = "results.jsonl"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a task measures: shares in [0, 1], each with the share that a model gets that knows nothing."""
+    """What a task measures: shares in [0, 1], each with the share that a model gets that knows nothing.
+
+    details: how the figures came about, e.g. the weight decay of a probe
+    """
 
     metrics: dict[str, float]
     chance: dict[str, float]
     samples: int
     template_sha256: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Result:
     step: int | None = None
     samples_seen: int | None = None
     batch_size: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     wall_time_s: float | None = None
 

@@ -24,6 +24,7 @@ class Task:
     fits: whether a data set has what the task needs
     collections: what features it needs; raises UserError for a data set that cannot be used
     score: the scores from those features, fp32 on the CPU
+    automatic: whether it is done where no task is named
     """
 
     name: str
@@ -31,3 +32,4 @@ class Task:
     fits: Callable[[EvaluationSet], bool]
     collections: Callable[[EvaluationSet], Mapping[str, Collection]]
     score: Callable[[EvaluationSet, Features], Scores]
+    automatic: bool = True

@@ -6,6 +6,7 @@ N images, C classes, T templates, U distinct prompts, D embed_dim
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +55,19 @@ def build_classifier(prompt_features_CTD: Tensor) -> Tensor:
 
 def classification_metrics(image_features_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, float]:
     """acc1, acc5 (from five classes on) and mean_per_class_recall, over the classes that occur in labels_N."""
-    num_classes = len(classifier_CD)
-    better, tied = [], []
-    for features_RD, labels_R in zip(
-        image_features_ND.split(_ROWS_AT_ONCE), labels_N.split(_ROWS_AT_ONCE), strict=True
-    ):
-        scores_RC = features_RD @ classifier_CD.T
-        label_scores_R1 = scores_RC.gather(1, labels_R[:, None])
+    parts = image_features_ND.split(_ROWS_AT_ONCE)
+    return metrics_of_scores((part_RD @ classifier_CD.T for part_RD in parts), labels_N)
+
+
+def metrics_of_scores(scores: Iterable[Tensor], labels_N: Tensor) -> dict[str, float]:
+    """The same from the scores of all classes, [R, C] for consecutive rows."""
+    better, tied, start = [], [], 0
+    for scores_RC in scores:
+        num_classes = scores_RC.shape[1]
+        label_scores_R1 = scores_RC.gather(1, labels_N[start : start + len(scores_RC), None])
         better.append((scores_RC > label_scores_R1).sum(dim=1))
         tied.append((scores_RC == label_scores_R1).sum(dim=1))
+        start += len(scores_RC)
     better_N, tied_N = torch.cat(better), torch.cat(tied)
     one_N = torch.ones_like(labels_N)
     hits1_N = hit_probability(better_N, tied_N, one_N, k=1)

@@ -8,7 +8,7 @@ import json
 import random
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +49,8 @@ from pipeline.ranks import Ranks
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class LetterTokenizer:
     """One token per letter; the end token is the largest id."""
@@ -59,15 +61,6 @@ class LetterTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Tensor:
         rows = [torch.tensor([*(1 + ord(letter) % 100 for letter in text), self.end_token_id]) for text in texts]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Batches this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -425,3 +418,41 @@ def test_a_sweep_file_stands_for_options(
             program.main(["--sweep", str(sweep)])
     with pytest.raises(SystemExit):
         program.main(["--data", str(data), "--output", "x"])
+
+
+def write_labelled(split: Path, images: Sequence[ImageFile], labels: Sequence[int]) -> None:
+    split.mkdir(parents=True)
+    with tarfile.open(split / "0.tar", "w") as tar:
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            for name, data in ((f"{number}.png", image.read()), (f"{number}.cls", str(label).encode())):
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    (split / "nshards.txt").write_text("1")
+
+
+def test_probes_are_done_when_asked_for_and_share_features(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "noise", tmp_path / "out"
+    write_labelled(data / "test", images, [0, 0, 0, 0, 1, 1, 1, 1])
+    write_labelled(data / "train", images * 2, [0, 0, 0, 0, 1, 1, 1, 1] * 2)
+    (data / "classnames.txt").write_text("faint\nstrong\n")
+    (data / "zeroshot_classification_templates.txt").write_text("{c} noise\n")
+    arguments = ("--data", str(data), "--output", str(output))
+    assert run_program(monkeypatch, model, *arguments) == 0
+    assert [result.task for result in read_results(output / "results.jsonl")] == ["zeroshot_classification"]
+    assert run_program(monkeypatch, model, *arguments, "--tasks", "linear_probe,few_shot") == 0
+    results = {result.task: result for result in read_results(output / "results.jsonl")}
+    assert results["linear_probe"].metrics["lp_acc1"] == 1  # the same pictures, and noise of other strength
+    assert results["linear_probe"].details["training_samples"] == 16
+    assert results["few_shot_linear_probe"].metrics.keys() == {"lp_acc1/1_shot", "lp_acc1/2_shot", "lp_acc1/4_shot"}
+    # images of the test split once, for both tasks; those of training beside them
+    assert len(list((output / "features").glob("noise-*"))) == 2
+    assert len(list((output / "features").glob("noise_train-*"))) == 1
+
+    write_labelled(tmp_path / "half" / "train", images, [0] * 8)
+    (data / "train").rename(tmp_path / "old")
+    (tmp_path / "half" / "train").rename(data / "train")
+    with pytest.raises(UserError, match=r"training split of noise has no sample of class 1 \(strong\)"):
+        run_program(monkeypatch, model, *arguments, "--tasks", "linear_probe")

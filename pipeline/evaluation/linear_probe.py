@@ -1,0 +1,155 @@
+"""Linear probes: logistic regression on frozen image features, its weight decay chosen on a validation split.
+
+After Radford et al. 2021 (A.3): L-BFGS, a coarse sweep and a finer one around its best value; features are of unit
+length, as in CLIP_benchmark. All weight decays of a sweep are one batched problem.
+
+N samples of a split, D columns of a feature, S weight decays, C classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.evaluation.datasets import ClassificationSample, ClassificationSet, EvaluationSet
+from pipeline.evaluation.feature_store import Collection
+from pipeline.evaluation.logistic import Solution, fit
+from pipeline.evaluation.results import Scores
+from pipeline.evaluation.task import Features, Task
+from pipeline.evaluation.zero_shot import classification_chance, metrics_of_scores
+
+SHOTS = (1, 2, 4, 8, 16)
+# Of few-shot training sets; their mean is the figure.
+_DRAWS = 5
+_COARSE = [10.0**exponent for exponent in range(-8, 1)]
+_FINE = [10.0 ** (exponent / 4) for exponent in range(-3, 4)]
+_VALIDATION_SHARE = 0.2
+_ROWS_AT_ONCE = 4096
+
+
+class Split(NamedTuple):
+    """Features [N, D] and classes [N]."""
+
+    features_ND: Tensor
+    labels_N: Tensor
+
+    def rows(self, index_n: Tensor) -> Split:
+        """Some of the samples."""
+        return Split(self.features_ND[index_n], self.labels_N[index_n])
+
+
+def probe(train: Split, validation: Split, test: Split, num_classes: int, refit: bool = True) -> Scores:
+    """Scores on `test` of a fit on `train` with the weight decay that is best on `validation`; `refit`: on both."""
+    decay, validation_acc1 = _sweep(train, validation, num_classes)
+    if refit:
+        train = Split(torch.cat((train.features_ND, validation.features_ND)), torch.cat((train[1], validation[1])))
+    solution = _fit(train, [decay], num_classes)
+    scores = (solution.logits(part_nD)[0] for part_nD in test.features_ND.split(_ROWS_AT_ONCE))
+    metrics = metrics_of_scores(scores, test.labels_N)
+    return Scores(
+        metrics={f"lp_{name}": value for name, value in metrics.items()},
+        chance={f"lp_{name}": value for name, value in classification_chance(num_classes).items()},
+        samples=len(test.labels_N),
+        details={
+            "weight_decay": decay,
+            "validation_acc1": validation_acc1,
+            "training_samples": len(train.labels_N),
+            "converged": bool(solution.converged_S.all()),
+        },
+    )
+
+
+def _sweep(train: Split, validation: Split, num_classes: int) -> tuple[float, float]:
+    """The weight decay with the best accuracy on `validation` (of equal ones the largest), and that accuracy."""
+    coarse, _ = _best(train, validation, num_classes, _COARSE)
+    return _best(train, validation, num_classes, [coarse * factor for factor in _FINE])
+
+
+def _best(train: Split, validation: Split, num_classes: int, decays: Sequence[float]) -> tuple[float, float]:
+    solution = _fit(train, decays, num_classes)
+    predicted = [solution.logits(part_nD).argmax(-1) for part_nD in validation.features_ND.split(_ROWS_AT_ONCE)]
+    acc1_S = (torch.cat(predicted, 1) == validation.labels_N).double().mean(1).tolist()
+    acc1, decay = max(zip(acc1_S, decays, strict=True))
+    return decay, acc1
+
+
+def _fit(train: Split, decays: Sequence[float], num_classes: int) -> Solution:
+    return fit(train.features_ND, train.labels_N, num_classes, torch.tensor(decays))
+
+
+def _splits(dataset: EvaluationSet, features: Features) -> tuple[Split, Split, Split, int]:
+    """Training, validation and test split, and the number of classes; without a `val` a fifth of `train` validates."""
+    assert isinstance(dataset, ClassificationSet)
+    train = Split(features["train"], _labels(_read(dataset, "train")))
+    if dataset.has_split("val"):
+        validation = Split(features["val"], _labels(_read(dataset, "val")))
+    else:
+        order_N = torch.randperm(len(train.labels_N), generator=torch.Generator().manual_seed(0))
+        count = round(_VALIDATION_SHARE * len(order_N))
+        train, validation = train.rows(order_N[count:].sort().values), train.rows(order_N[:count].sort().values)
+    return train, validation, Split(features["images"], _labels(dataset.samples)), len(dataset.class_names)
+
+
+def _labels(samples: Sequence[ClassificationSample]) -> Tensor:
+    return torch.tensor([sample.label for sample in samples])
+
+
+# Bounded: a set is asked for its collections and then scored.
+@lru_cache(maxsize=2)
+def _read(dataset: ClassificationSet, split: str) -> tuple[ClassificationSample, ...]:
+    return dataset.read_split(split)
+
+
+def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    assert isinstance(dataset, ClassificationSet)
+    splits = {"images": dataset.samples, "train": _read(dataset, "train")}
+    if dataset.has_split("val"):
+        splits["val"] = _read(dataset, "val")
+    missing = set(range(len(dataset.class_names))) - {sample.label for sample in splits["train"]}
+    if missing:
+        name = dataset.class_names[min(missing)]
+        raise UserError(f"the training split of {dataset.name} has no sample of class {min(missing)} ({name})")
+    names = {"images": dataset.name, "train": f"{dataset.name} train", "val": f"{dataset.name} val"}
+    return {
+        split: Collection(names[split], "images", [sample.image for sample in samples])
+        for split, samples in splits.items()
+    }
+
+
+def _score(dataset: EvaluationSet, features: Features) -> Scores:
+    return probe(*_splits(dataset, features))
+
+
+def _score_few_shot(dataset: EvaluationSet, features: Features) -> Scores:
+    train, validation, test, num_classes = _splits(dataset, features)
+    fewest = int(torch.bincount(train.labels_N, minlength=num_classes).min())
+    metrics, chance, deviations = {}, {}, {}
+    for shots in (shots for shots in SHOTS if shots <= fewest):
+        draws = [few_shot_rows(train.labels_N, shots, num_classes, seed) for seed in range(_DRAWS)]
+        scores = [probe(train.rows(rows_n), validation, test, num_classes, refit=False) for rows_n in draws]
+        name = f"lp_acc1/{shots}_shot"
+        acc1 = torch.tensor([score.metrics["lp_acc1"] for score in scores], dtype=torch.float64)
+        metrics[name], deviations[name] = acc1.mean().item(), acc1.std().item()
+        chance[name] = 1 / num_classes
+    details = {"draws": _DRAWS, "standard_deviation": deviations}
+    return Scores(metrics, chance, len(test.labels_N), details=details)
+
+
+def few_shot_rows(labels_N: Tensor, shots: int, num_classes: int, seed: int) -> Tensor:
+    """Indices of `shots` samples of each class, drawn at random, ascending."""
+    order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    rows = [order_N[labels_N[order_N] == label][:shots] for label in range(num_classes)]
+    return torch.cat(rows).sort().values
+
+
+def _fits(dataset: EvaluationSet) -> bool:
+    return isinstance(dataset, ClassificationSet) and dataset.has_split("train")
+
+
+TASK = Task("linear_probe", "linear_probe", _fits, _collections, _score, automatic=False)
+FEW_SHOT_TASK = Task("few_shot_linear_probe", "few_shot", _fits, _collections, _score_few_shot, automatic=False)
