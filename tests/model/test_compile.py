@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.utils import counters
 
 from model.clip import CLIP
 from model.config import config_from_name
@@ -54,7 +55,7 @@ def step(clip: CLIP, number: int, masking: MaskingConfig) -> list[Tensor]:
     """One pass over images and captions that differ from step to step: features, then all gradients."""
     generator = Generator().manual_seed(number)
     images = PatchedImages(torch.randn(B, 3, 32, 32, generator=generator), 8)
-    selection = choose_patches(images, masking, generator, Guidance(progress=number / STEPS)).selection
+    selection = choose_patches(images, masking, generator, Guidance(progress=min(1.0, number / STEPS))).selection
     lengths = torch.randint(2, 20, (B,), generator=generator)
     tokens = torch.randint(1, 49, (int(lengths.sum()),), generator=generator)
     output = clip(images.gather(selection.kept_K), selection, pack_tokens(tokens, lengths_to_cu_seqlens(lengths), 20))
@@ -74,15 +75,22 @@ def assert_equal_in_steady_state(compiled: CLIP, plain: CLIP, masking: MaskingCo
             assert torch.allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layers", "checkpointing"), [(2, False), (5, False), (3, True)])
-def test_one_compilation_per_half_block_whatever_the_depth(
-    layers: int, checkpointing: bool, without_compiler: None
+@pytest.mark.parametrize(
+    ("layers", "strategy", "checkpointing"), [(2, "cluster", False), (5, "none", False), (3, "cluster", True)]
+)
+def test_one_compilation_per_half_block_whatever_the_depth_and_the_steps(
+    layers: int, strategy: str, checkpointing: bool, without_compiler: None
 ) -> None:
     plain, compiled = make_clip(layers), make_clip(layers)
     compiled.compile_blocks()
     if checkpointing:
         compiled.checkpoint_blocks()
-    assert_equal_in_steady_state(compiled, plain, MaskingConfig())
+    masking = MaskingConfig(strategy)
+    assert_equal_in_steady_state(compiled, plain, masking)
+    graphs = counters["stats"]["unique_graphs"]
+    for number in range(STEPS, 50):
+        step(compiled, number, masking)
+    assert counters["stats"]["unique_graphs"] == graphs
     assert compilations() == COMPILATIONS
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
