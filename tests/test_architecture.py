@@ -63,5 +63,6 @@ def test_only_engine_and_fragments_know_deepspeed() -> None:
         if "deepspeed" in set(imported_packages(path.read_text()))
     }
     # the others name the engine's type and nothing else of it
-    named = {"checkpoint.py", "fault_watch.py", "optimizer_state.py", "step_guard.py", "train_step.py", "trainer.py"}
+    named = {"checkpoint.py", "fault_watch.py", "gradient_norm.py", "optimizer_state.py", "step_guard.py"}
+    named |= {"train_step.py", "trainer.py", "weight_average.py"}
     assert users <= {"engine.py", "fragments.py"} | named

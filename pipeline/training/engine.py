@@ -16,6 +16,7 @@ from model.clip import CLIP
 from pipeline.ranks import Ranks
 from pipeline.recipe import OptimizerSection, Recipe
 from pipeline.training.engine_config import offload_device
+from pipeline.training.gradient_norm import clip_gradients
 from pipeline.training.optimizer import freeze_towers, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     freeze_towers(clip, recipe.optimizer)
     optimizer = _make_optimizer(clip, recipe.optimizer, config)
     engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
+    clip_gradients(engine, recipe.optimizer.max_grad_norm)
     return engine
 
 

@@ -33,7 +33,7 @@ _PRECISION_BLOCKS: dict[Precision, tuple[str, dict[str, Any]]] = {
 
 
 def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str, Any]:
-    """A template of ds_configs/ (by name, or a path) completed with the recipe's batch sizes, clipping and precision.
+    """A template of ds_configs/ (by name, or a path) completed with the recipe's batch sizes and precision.
 
     Raises UserError if there is no such template, or if it sets what the recipe sets.
     """
@@ -41,11 +41,12 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str
     doubled = [key for key in _RECIPE_KEYS if key in config]
     if doubled:
         raise UserError(f"{template}: remove {', '.join(doubled)}: the recipe sets batch sizes, clipping and optimizer")
-    return _with_precision(config, recipe.train.precision) | {
+    config = _without_waits(_with_precision(config, recipe.train.precision))
+    return config | {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "gradient_clipping": 0.0,  # gradient_norm.py clips, on the device
         "zero_allow_untested_optimizer": True,  # torch's AdamW is the client optimizer
         "zero_force_ds_cpu_optimizer": False,  # on a CPU too: DeepSpeed's own would be compiled at the first start
         "steps_per_print": 1 << 62,  # the trainer reports its own progress
@@ -72,6 +73,18 @@ def _with_precision(config: dict[str, Any], precision: Precision | None) -> dict
     keys = [key for key, _ in _PRECISION_BLOCKS.values()]
     block = [_PRECISION_BLOCKS[precision]] if precision in _PRECISION_BLOCKS else []
     return {key: value for key, value in config.items() if key not in keys} | dict(block)
+
+
+def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
+    """Have DeepSpeed not ask the host, in every step, about what step_guard.py and gradient_norm.py see to."""
+    precision, zero = precision_of(config), dict(config.get("zero_optimization", {}))
+    if precision == "bf16":
+        config = config | {"bf16": {"check_grad_overflow": False} | config["bf16"]}
+    # what DeepSpeed can do without: not in fp16, offloaded, or with sums in another precision
+    is_plain = precision != "fp16" and offload_device(config, "optimizer") == "none" and "data_types" not in config
+    if is_plain and zero_stage(config) in (1, 2):
+        zero.setdefault("compute_grad_norm", False)
+    return config | {"zero_optimization": zero}
 
 
 def precision_of(config: dict[str, Any]) -> Precision:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
+from pipeline.training.gradient_norm import gradient_norm
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -115,22 +116,12 @@ class StepGuard:
 
     def _before_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before each of the optimizer's steps; ZeRO makes one for every group of parameters."""
-        skip = self._skip = (~self._gradient_norm(optimizer).isfinite()).float()
+        skip = self._skip = (~gradient_norm(self._engine, optimizer).isfinite()).float()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # torch's fused optimizers look at it on the device
         elif skip.item():  # others cannot, and the host waits
             for parameter in _parameters(optimizer):
                 parameter.grad = None
-
-    def _gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Of all gradients on all ranks, scalar; infinite or NaN where one of them is."""
-        norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
-        if norm is not None:
-            return torch.as_tensor(norm, dtype=torch.float32)
-        # without ZeRO in fp32 DeepSpeed keeps none; every rank has the averaged gradients of all
-        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return total
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
