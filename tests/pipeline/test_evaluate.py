@@ -444,7 +444,7 @@ def test_probes_are_done_when_asked_for_and_share_features(
     assert [result.task for result in read_results(output / "results.jsonl")] == ["zeroshot_classification"]
     assert run_program(monkeypatch, model, *arguments, "--tasks", "linear_probe,few_shot") == 0
     results = {result.task: result for result in read_results(output / "results.jsonl")}
-    assert results["linear_probe"].metrics["lp_acc1"] == 1  # the same pictures, and noise of other strength
+    assert results["linear_probe"].metrics["lp_acc1"] >= 0.75  # the same pictures
     assert results["linear_probe"].details["training_samples"] == 16
     assert results["few_shot_linear_probe"].metrics.keys() == {"lp_acc1/1_shot", "lp_acc1/2_shot", "lp_acc1/4_shot"}
     # images of the test split once, for both tasks; those of training beside them
