@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,17 @@ class ClassificationSet:
         """Whether there is another split, `train` or `val`, beside the one for tests."""
         return self.directory is not None and (self.directory / split / "nshards.txt").exists()
 
-    def read_split(self, split: str) -> tuple[ClassificationSample, ...]:
-        """The samples of another split. Raises UserError as `open_evaluation_set` does."""
+    @cached_property
+    def train(self) -> tuple[ClassificationSample, ...]:
+        """The samples of the split to train probes on. Raises UserError as `open_evaluation_set` does."""
+        return self._read_split("train")
+
+    @cached_property
+    def val(self) -> tuple[ClassificationSample, ...]:
+        """The samples of the split to choose by."""
+        return self._read_split("val")
+
+    def _read_split(self, split: str) -> tuple[ClassificationSample, ...]:
         assert self.directory is not None
         return _labelled_samples(self.directory, split, len(self.class_names))
 

@@ -9,7 +9,6 @@ N samples of a split, D columns of a feature, S weight decays, C classes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,9 +84,9 @@ def _fit(train: Split, decays: Sequence[float], num_classes: int) -> Solution:
 def _splits(dataset: EvaluationSet, features: Features) -> tuple[Split, Split, Split, int]:
     """Training, validation and test split, and the number of classes; without a `val` a fifth of `train` validates."""
     assert isinstance(dataset, ClassificationSet)
-    train = Split(features["train"], _labels(_read(dataset, "train")))
+    train = Split(features["train"], _labels(dataset.train))
     if dataset.has_split("val"):
-        validation = Split(features["val"], _labels(_read(dataset, "val")))
+        validation = Split(features["val"], _labels(dataset.val))
     else:
         order_N = torch.randperm(len(train.labels_N), generator=torch.Generator().manual_seed(0))
         count = round(_VALIDATION_SHARE * len(order_N))
@@ -99,17 +98,11 @@ def _labels(samples: Sequence[ClassificationSample]) -> Tensor:
     return torch.tensor([sample.label for sample in samples])
 
 
-# Bounded: a set is asked for its collections and then scored.
-@lru_cache(maxsize=2)
-def _read(dataset: ClassificationSet, split: str) -> tuple[ClassificationSample, ...]:
-    return dataset.read_split(split)
-
-
 def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
     assert isinstance(dataset, ClassificationSet)
-    splits = {"images": dataset.samples, "train": _read(dataset, "train")}
+    splits = {"images": dataset.samples, "train": dataset.train}
     if dataset.has_split("val"):
-        splits["val"] = _read(dataset, "val")
+        splits["val"] = dataset.val
     missing = set(range(len(dataset.class_names))) - {sample.label for sample in splits["train"]}
     if missing:
         name = dataset.class_names[min(missing)]
