@@ -91,8 +91,8 @@ class FaultPolicy:
         )
 
     def _judge_skipped(self, outcome: StepOutcome) -> Fault:
-        self._skipped.append(outcome.step)
         recent = [step for step in self._skipped if step > outcome.step - self._section.skip_window_steps]
+        self._skipped = recent = [*recent, outcome.step]
         text = f"step {outcome.step:,}: the loss is {outcome.loss:.4g}, "
         text += "gradients are not finite, " if outcome.features_finite else "features are not finite, "
         text += "no rank applied the update"

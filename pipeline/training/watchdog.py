@@ -28,7 +28,7 @@ _PATIENCE = 3
 _LOOK_EVERY_S = 1.0
 # Other ranks hear of it, and their stacks are on the disk, before the first one ends and they fail for want of it.
 _OTHERS_S = 10.0
-_REQUEST = "stacks_wanted"
+_REQUEST = "stacks_wanted_"
 
 
 class Watchdog:
@@ -37,16 +37,19 @@ class Watchdog:
     def __init__(self, run_directory: Path, ranks: Ranks, hang_timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = hang_timeout_s
-        self._request = run_directory / _REQUEST
+        self._run_directory = run_directory
         self._path = run_directory / f"stacks_rank{ranks.rank}.txt"
         self._closed = threading.Event()
         self._deadline_s = 0.0
 
     def start(self) -> None:
-        """Watch from now on; the run directory exists, and a barrier follows before the first step."""
+        """Watch from now on; the run directory exists. Collective."""
         self.expect_long()
         if self._ranks.is_main:
-            self._request.unlink(missing_ok=True)
+            for old in self._run_directory.glob(f"{_REQUEST}*"):
+                old.unlink()
+        # a name of this start's: other nodes may still see what an earlier one left
+        self._request = self._run_directory / self._ranks.from_main(lambda: f"{_REQUEST}{time.time_ns()}")
         # loader processes are forked from this one: they know the signal too, and write to the same file
         self._file = self._path.open("a")
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
@@ -102,7 +105,7 @@ class Watchdog:
             sys.stderr.write(file.read())
         sys.stderr.write(
             f"error (rank {self._ranks.rank}): {why} (faults.hang_timeout_s): the stacks of all ranks are in "
-            f"{self._path.parent}/stacks_rank*.txt; ending with {EXIT_HUNG}, the last checkpoint is intact\n"
+            f"{self._run_directory}/stacks_rank*.txt; ending with {EXIT_HUNG}, the last checkpoint is intact\n"
         )
         sys.stderr.flush()
         time.sleep(min(_OTHERS_S, self._timeout_s))

@@ -22,9 +22,9 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import full_weights
 from pipeline.training.engine import make_engine, release
 from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.fragments import full_weights
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.objective import make_objective
 from pipeline.training.step_guard import StepGuard, StepOutcome, spread_non_finite
@@ -35,6 +35,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"zero{stage} fp32": {"zero_optimization": {"stage": stage}} for stage in range(4)},
     **{f"zero{stage} bf16": {"zero_optimization": {"stage": stage}, **BF16} for stage in range(4)},
     "zero2 autocast": {"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "zero1 bf16 muon": {"zero_optimization": {"stage": 1}, **BF16},
     # an optimizer of DeepSpeed's of its own
     "zero1 bf16 sums in fp32": {
         "zero_optimization": {"stage": 1},
@@ -89,7 +90,9 @@ def run_steps(
         report = train_step(engine, batches, masks, objective, ranks, seed, 0.5)
         guard.end_step(number, report[0], batches)
     outcomes = guard.read()
-    weights = full_weights(engine.module)
+    weights = full_weights(engine, ranks)
+    # and what this rank computes with: with ZeRO stage 3 nothing between passes
+    weights |= {f"module.{name}": value.detach().clone() for name, value in engine.module.named_parameters()}
     guard.close()
     release(engine)
     return weights, outcomes
@@ -102,7 +105,9 @@ def compare(ranks: Ranks, engines: Sequence[str], directory: str) -> dict[str, l
         path = Path(directory) / f"{name} {ranks.rank}.json"
         path.write_text(json.dumps(ENGINES[name]))
         plan = BatchPlan(1000, 2 * B * ranks.world_size, B, ranks.world_size)
-        recipe = load_recipe("demo", ["optimizer.lr=0.01", f"loss.cache_gradients={'bf16' in name}"])
+        kind = "muon" if "muon" in name else "adamw"
+        options = ["optimizer.lr=0.01", f"optimizer.name={kind}", f"loss.cache_gradients={'bf16' in name}"]
+        recipe = load_recipe("demo", options)
         config = deepspeed_config(recipe, plan, str(path))
         without, _ = run_steps(ranks, recipe, config, [(1, None), (3, None)])
         steps: list[Step] = [(0, "gradient"), (1, None), (2, "feature"), (3, None)]
@@ -113,9 +118,8 @@ def compare(ranks: Ranks, engines: Sequence[str], directory: str) -> dict[str, l
     return found
 
 
-@pytest.mark.parametrize(
-    ("world_size", "engines"), [(1, ["zero0 fp32", "zero1 bf16", "zero3 bf16"]), (2, list(ENGINES))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "engines"), [(1, ["zero0 fp32", "zero1 bf16"]), (2, list(ENGINES))])
 def test_faulty_steps_leave_no_trace(world_size: int, engines: list[str], tmp_path: Path) -> None:
     """Bit for bit: weights, and optimiser state in what follows from it."""
     for rank, found in enumerate(run_ranks(compare, world_size, engines, str(tmp_path))):

@@ -69,9 +69,13 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, options: list[str])
     assert not (tmp_path / "run/checkpoints/step_00000009").exists()
 
 
-def test_rolling_back_takes_the_weights_of_the_last_checkpoint(tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("template", ["zero1_bf16", "zero3_bf16"])
+def test_rolling_back_takes_the_weights_of_the_last_checkpoint(
+    template: str, tmp_path: Path, options: list[str]
+) -> None:
     """Before the first checkpoint there is nothing to go back to; afterwards data and steps go on."""
-    program = start(tmp_path, [*options, "faults.on_non_finite=roll_back"], {"nan": [(1, 0), (7, 1)]})
+    options = [*options, f"train.deepspeed_config={template}", "faults.on_non_finite=roll_back"]
+    program = start(tmp_path, options, {"nan": [(1, 0), (7, 1)]})
     assert program.wait() == [0, 0], program.output()
     run = tmp_path / "run"
     assert "no checkpoint of this stage to roll back to" in program.output(0)

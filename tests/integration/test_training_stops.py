@@ -27,9 +27,11 @@ def options(tiny_options: list[str]) -> list[str]:
     ]
 
 
-def start(directory: Path, options: Sequence[str], faults: dict[str, list[tuple[int, int]]]) -> Program:
+def start(
+    directory: Path, options: Sequence[str], faults: dict[str, list[tuple[int, int]]], world_size: int = 2
+) -> Program:
     arguments = [*options, f"train.output={directory / 'run'}"]
-    return start_program(faulty_train.main, arguments, 2, directory, {"FAULTS": json.dumps(faults)})
+    return start_program(faulty_train.main, arguments, world_size, directory, {"FAULTS": json.dumps(faults)})
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -75,20 +77,18 @@ def test_weights_that_differ_between_ranks_stop_the_run(tmp_path: Path, options:
     )
 
 
-@pytest.mark.parametrize("fault", ["freeze", "slow_worker"])
-def test_a_rank_that_stands_still_ends_the_run_and_leaves_stacks(
-    fault: str, tmp_path: Path, options: list[str]
-) -> None:
-    program = start(tmp_path, [*options, "faults.hang_timeout_s=4", "data.workers=1"], {fault: [(5, 1)]})
-    program.processes[0].join(60)
-    if fault == "freeze":
-        program.send(signal.SIGKILL, ranks=[1])
-    assert program.wait() == [70, -signal.SIGKILL if fault == "freeze" else 70], program.output(0)
+def test_ranks_that_stand_still_end_the_run_and_leave_stacks(tmp_path: Path, options: list[str]) -> None:
+    """Rank 1 is stopped whole; a loader process of rank 2 hangs; rank 0 waits for both."""
+    slow = [*options, "faults.hang_timeout_s=4", "data.workers=1", "train.global_batch_size=24"]
+    program = start(tmp_path, slow, {"freeze": [(5, 1)], "slow_worker": [(5, 2)]}, world_size=3)
+    for rank in (0, 2):
+        program.processes[rank].join(60)
+    program.send(signal.SIGKILL, ranks=[1])
+    assert program.wait() == [70, -signal.SIGKILL, 70], program.output(0)
     ended = program.output(0)
     assert "no step within 4 s" in ended or "another rank stands still" in ended
     assert "in train_step" in ended, "stacks are on the terminal too"
-    stacks = [(tmp_path / "run" / f"stacks_rank{rank}.txt").read_text() for rank in range(2)]
+    stacks = [(tmp_path / "run" / f"stacks_rank{rank}.txt").read_text() for rank in range(3)]
     assert "in train_step" in stacks[0]
-    if fault == "slow_worker":
-        assert "in timed_fetch" in stacks[1]
-        assert "in slow" in stacks[1].partition("loader process")[2]
+    assert "in timed_fetch" in stacks[2]
+    assert "in slow" in stacks[2].partition("loader process")[2]
