@@ -1,6 +1,6 @@
 """Saving, verifying and restoring a checkpoint, against DeepSpeed's own save and load of the same engine.
 
-    torchrun --nproc_per_node 2 benchmarks/checkpoints.py [--model ViT-B-32] [--template zero1_bf16] [--rounds 3]
+    torchrun --nproc_per_node 2 benchmarks/checkpoints.py [--model ViT-S-32] [--template zero1_bf16] [--rounds 3]
 
 Ours writes the fp32 weights whole (which evaluation reads), the moments and the generators, hashes all of it and
 flushes it to the disk; `deepspeed` is its save_checkpoint followed by the same flush, without hashes and without the
@@ -109,7 +109,7 @@ def measure(engine: Any, recipe: Any, tokenizer: Any, rounds: int, ranks: Ranks)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--model", default="ViT-S-32")
     parser.add_argument("--template", default="zero1_bf16")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

@@ -66,9 +66,8 @@ class CheckpointWriter:
     def save(self, state: TrainingState, progress: Progress, must_succeed: bool) -> None:
         """Save on all ranks (collective), publish, then delete what `train.keep_checkpoints` does not keep.
 
-        Nothing to do if this step is saved already.
-        A failure is a warning, and the next save tries again; it is a UserError if this one `must_succeed`, or if it
-        is the third in a row. Checkpoints that were there before stay.
+        Nothing to do if this step is saved already. A failure is a warning, and the next save tries again; it is a
+        UserError if this one `must_succeed`, or if it is the third in a row. Checkpoints that were there before stay.
         """
         start_s = time.perf_counter()
         directory = checkpoint_directory(self._run_directory, progress.step)
@@ -150,6 +149,7 @@ class CheckpointWriter:
         train = self._recipe.train
         complete = {step_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(self._run_directory)}
         for step in outdated(complete, train.keep_checkpoints, train.keep_every_steps):
+            (complete[step] / COMPLETE).unlink(missing_ok=True)  # first: half of it is none
             shutil.rmtree(complete[step], ignore_errors=True)
         for checkpoint in list_checkpoints(self._run_directory):
             if checkpoint != newest and not (checkpoint / COMPLETE).exists():  # what a killed run left

@@ -55,10 +55,12 @@ def _share(fragments: list[Fragment], ranks: Ranks) -> Iterable[Fragment]:
 def load_optimizer_state(engine: DeepSpeedEngine, files: Iterable[Path]) -> None:
     """Take this rank's part out of what `optimizer_state` gave on the ranks of some world, now in files.
 
-    Of a file that has nothing for this rank only the header is read. Raises UserError if elements are missing.
+    Files are read until this rank has all; of one that has nothing for it only the header. Raises UserError if
+    elements are missing.
     """
     fragments = find_fragments(engine)
     loaded: Counter[tuple[str, str]] = Counter()
+    incomplete: list[tuple[str, str]] = []
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  it is no mapping
@@ -69,9 +71,13 @@ def load_optimizer_state(engine: DeepSpeedEngine, files: Iterable[Path]) -> None
                 elif name in fragments:
                     state = engine.basic_optimizer.state.setdefault(fragments[name].holder, {})
                     loaded[kind, name] += _load_part(state, kind, fragments[name], file, key, int(start))
-    for (kind, name), length in loaded.items():
-        if length < fragments[name].length:
-            raise UserError(f"{kind} of {name} has {length:,} of {fragments[name].length:,} elements of this rank")
+        incomplete = [part for part, length in loaded.items() if length < fragments[part[1]].length]
+        if not incomplete and len({name for _, name in loaded}) == len(fragments):
+            return
+    if incomplete:
+        kind, name = incomplete[0]
+        found, wanted = loaded[kind, name], fragments[name].length
+        raise UserError(f"of {kind} of {name} there are {found:,} of the {wanted:,} elements that are this rank's")
 
 
 def _load_part(state: dict[str, Any], kind: str, fragment: Fragment, file: Any, key: str, start: int) -> int:

@@ -57,6 +57,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
         f"train.max_steps={STEPS}",
         "train.save_every_steps=4",
         "masking.strategy=attentive",
+        f"optimizer.name={'muon' if stage == 2 else 'adamw'}",
     ]
     undisturbed = start(options, tmp_path / "a", world_size)
     assert undisturbed.wait() == [0] * world_size, undisturbed.output()
