@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class PeerLostError(UserError):
-    """Another rank ended while this one waited for it. Its own code says why; that of this one is EX_UNAVAILABLE."""
+    """Another rank, or a loader process, ended while this rank needed it; EX_UNAVAILABLE of sysexits.h."""
 
     exit_code = 69
 

@@ -135,7 +135,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def explain_lost_peers() -> Iterator[None]:
-    """Around what is collective: the error of a rank whose peer has ended becomes a PeerLostError."""
+    """Around training: the error of a rank whose peer, or loader process, has ended becomes a PeerLostError."""
     try:
         yield
     except RuntimeError as error:
@@ -143,6 +143,11 @@ def explain_lost_peers() -> Iterator[None]:
             raise PeerLostError(
                 "another rank ended or cannot be reached, see its output for why; "
                 f"the last checkpoint is intact ({str(error).splitlines()[0][:200]})"
+            ) from error
+        if "DataLoader worker" in str(error):  # torch raises it wherever the main thread is
+            raise PeerLostError(
+                f"a loader process was killed, as the system does when memory runs out ({str(error).splitlines()[0]}); "
+                "the last checkpoint is intact; fewer data.workers need less memory"
             ) from error
         raise
 

@@ -105,7 +105,8 @@ def write_results(directory: Path, results: Iterable[Result]) -> Path:
     with _locked(directory / f".{RESULTS_FILE}.lock"):
         merged = {result.key: result for result in (read_results(file) if file.exists() else [])}
         merged.update({result.key: result for result in results})
-        write_atomically(file, "".join(f"{result.to_json()}\n" for result in merged.values()))
+        # in the order of their keys: the same file, and report, whichever job was the first
+        write_atomically(file, "".join(f"{merged[key].to_json()}\n" for key in sorted(merged)))
         write_clip_benchmark_files(directory, merged.values())
     return file
 
