@@ -41,10 +41,11 @@ def main(arguments: Sequence[str]) -> int:
         overrides.append(f"train.resume={options.resume}")
     recipe = load_recipe(options.recipe, overrides)
 
-    from pipeline.ranks import init_ranks
+    from pipeline.ranks import explain_lost_peers, init_ranks
     from pipeline.training.training_run import TrainingRun
 
-    return TrainingRun(recipe, init_ranks()).run()
+    with explain_lost_peers():
+        return TrainingRun(recipe, init_ranks()).run()
 
 
 if __name__ == "__main__":

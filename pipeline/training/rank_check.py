@@ -1,9 +1,12 @@
-"""Whether ranks that should hold the same weights do.
+"""Whether ranks began with the same, and still hold the same weights.
 
 P parameters, W ranks
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,25 @@ from pipeline.ranks import Ranks
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES_SHOWN = 3
+
+
+def check_same_start(facts: Mapping[str, str], ranks: Ranks) -> None:
+    """Raise UserError, on all ranks, if they do not agree on what they are to do; facts are by name. Collective."""
+    everyones = ranks.gather_objects(dict(facts))
+    for rank, others in enumerate(everyones):
+        for name, value in others.items():
+            if value != everyones[0][name]:
+                raise UserError(
+                    f"rank {rank} differs from rank 0 in {name}: give all nodes the same "
+                    f"(rank 0: {_different_line(everyones[0][name], value)}; "
+                    f"rank {rank}: {_different_line(value, everyones[0][name])})"
+                )
+
+
+def _different_line(value: str, other: str) -> str:
+    """The first line of a text that differs from another's."""
+    pairs = itertools.zip_longest(value.splitlines(), other.splitlines(), fillvalue="nothing")
+    return next((line.strip() for line, others in pairs if line != others), "")
 
 
 class RankCheck:

@@ -14,7 +14,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.ranks import Ranks, explain_lost_peers
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.checkpoint import checkpoint_directory, read_contents
@@ -23,6 +23,7 @@ from pipeline.training.engine_config import check_config, deepspeed_config, prec
 from pipeline.training.fault_log import FaultLog
 from pipeline.training.optimizer import check_optimizer
 from pipeline.training.progress import Progress
+from pipeline.training.rank_check import check_same_start
 from pipeline.training.resume import choose_checkpoint, set_aside_later
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
@@ -49,6 +50,8 @@ class TrainingRun:
         directory = Path(recipe.train.output)
         data = read_training_data(recipe.data)
         tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
+        facts = {"data": data.sha256, "tokenizer": tokenizer.sha256, "options": recipe.to_yaml()}
+        check_same_start(facts | versions(), ranks)
         self._context = RunContext(
             directory=directory,
             ranks=ranks,
@@ -107,11 +110,10 @@ class TrainingRun:
         if ranks.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             write_record(directory, self._recipe, self._record(progress))
-        with explain_lost_peers():
-            ranks.barrier()
-            self._context.watchdog.start()
-            progress = self._train(progress)
-            self._context.watchdog.close()
+        ranks.barrier()
+        self._context.watchdog.start()
+        progress = self._train(progress)
+        self._context.watchdog.close()
         if progress.step < self._total_steps:
             self._context.print(f"stopped at step {progress.step:,} as asked; the same command continues from there")
             return EXIT_INTERRUPTED

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.rank_check import RankCheck, bit_sums
+from pipeline.training.rank_check import RankCheck, bit_sums, check_same_start
 from pipeline.training.step_vote import StepVote
 
 
@@ -31,6 +31,20 @@ def test_all_ranks_learn_of_a_stop_one_step_later() -> None:
     for answers, problem in run_ranks(vote, 3):
         assert answers == [False, False, False, True, True]
         assert "ranks have run apart: they stand at steps 5 to 6" in problem
+
+
+def start_with(ranks: Ranks, everyones_options: list[str]) -> str:
+    try:
+        check_same_start({"data": "abc", "options": everyones_options[ranks.rank]}, ranks)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_were_started_with_other_options_refuse() -> None:
+    assert run_ranks(start_with, 2, ["lr: 1\nseed: 0", "lr: 1\nseed: 0"]) == ["", ""]
+    problem = "rank 2 differs from rank 0 in options: give all nodes the same (rank 0: seed: 0; rank 2: seed: 1)"
+    assert run_ranks(start_with, 3, [*["lr: 1\nseed: 0"] * 2, "lr: 1\nseed: 1\nx: 2"]) == [problem] * 3
 
 
 def compare_weights(ranks: Ranks) -> list[str]:
