@@ -18,7 +18,15 @@ from model.config import CLIPConfig
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import MODEL_CARD, TOKENIZER, WEIGHTS, newest_checkpoint, what_is_missing
+from pipeline.training.checkpoint import (
+    AVERAGED_WEIGHTS,
+    MODEL_CARD,
+    TOKENIZER,
+    WEIGHTS,
+    newest_checkpoint,
+    read_contents,
+    what_is_missing,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,12 @@ class InferenceModel:
 def load_for_inference(path: str, device: torch.device, tokenizer: str | None = None) -> InferenceModel:
     """Load a run's newest complete checkpoint, or one checkpoint directory; fp32 weights, nothing unpickled.
 
+    With `/model_ema.safetensors` behind either, the average of its weights.
+
     `tokenizer`, if given, must be the one the model was trained with. Raises UserError for everything that does not
     fit: no checkpoint, an incomplete one, weights of another model, another tokenizer.
     """
-    directory = find_checkpoint(Path(path))
+    directory, file = find_model(Path(path))
     card = read_card(directory)
     try:
         config = CLIPConfig.from_dict(card["model"])
@@ -76,7 +86,7 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory / MODEL_CARD} does not describe a model: {error}") from error
     clip = CLIP(config)
-    _load_weights(clip, directory)
+    _load_weights(clip, file)
     trained_with = tokenizer_from_bytes(
         (directory / TOKENIZER).read_bytes(), config.text.context_length, str(directory / TOKENIZER)
     )
@@ -93,12 +103,26 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
         tokenizer=trained_with,
         image_size=config.vision.image_size,
         name=config.name,
-        checkpoint=str(directory),
+        checkpoint=str(directory if file.name == WEIGHTS else file),
         step=card["step"],
         samples_seen=card["samples_seen"],
-        weights_sha256=card["weights_sha256"],
+        weights_sha256=read_contents(directory).files[file.name].sha256,
         masking=masking,
     )
+
+
+def find_model(path: Path) -> tuple[Path, Path]:
+    """The checkpoint and its file of weights: a run's, or a checkpoint's, averaged if `path` ends in that file's name.
+
+    Raises UserError if there is none.
+    """
+    if path.name != AVERAGED_WEIGHTS:
+        directory = find_checkpoint(path)
+        return directory, directory / WEIGHTS
+    directory = find_checkpoint(path.parent)
+    if not (directory / AVERAGED_WEIGHTS).exists():
+        raise UserError(f"{directory} has no {AVERAGED_WEIGHTS}: it was trained without optimizer.ema_decay")
+    return directory, directory / AVERAGED_WEIGHTS
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -125,16 +149,15 @@ def read_card(directory: Path) -> dict[str, Any]:
     return card
 
 
-def _load_weights(clip: CLIP, directory: Path) -> None:
+def _load_weights(clip: CLIP, file: Path) -> None:
     try:
-        weights = load_file(directory / WEIGHTS)
+        weights = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+        raise UserError(f"{file} cannot be read: {error}") from error
     mismatch = first_mismatch(clip, weights)
     if mismatch:
         raise UserError(
-            f"{directory / WEIGHTS} is not a {clip.config.name}: {mismatch}; {MODEL_CARD} and weights belong to "
-            "different models"
+            f"{file} is not a {clip.config.name}: {mismatch}; {MODEL_CARD} and weights belong to different models"
         )
     clip.load_state_dict(weights)
 

@@ -168,6 +168,9 @@ class OptimizerSection(Section):
     image_lr_ratio: float = Field(1.0, description="image tower's learning rate as a share of lr; 0 freezes it", ge=0)
     text_lr_ratio: float = Field(1.0, description="text tower's learning rate as a share of lr; 0 freezes it", ge=0)
     layer_decay: float = Field(1.0, description="each block's learning rate as a share of the next one's", gt=0, le=1)
+    ema_decay: float | None = Field(
+        None, description="per step, of an average of the weights that is saved as well; none: no average", gt=0, lt=1
+    )
     max_grad_norm: float = Field(1.0, description="gradients are clipped to this norm; 0: not at all", ge=0)
 
 

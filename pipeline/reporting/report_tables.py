@@ -13,6 +13,7 @@ from pipeline.evaluation import composition, retrieval, zero_shot
 from pipeline.evaluation.results import Result
 from pipeline.recipe import Recipe
 from pipeline.reporting.report_inputs import Run
+from pipeline.training.checkpoint import AVERAGED_WEIGHTS
 from pipeline.training.run_logger import format_duration
 
 Item = TypeVar("Item", bound=Hashable)
@@ -109,7 +110,8 @@ def row_label(result: Result) -> str:
     """The run's name, from RUN/checkpoints/step_N, else the checkpoint's own."""
     parts = Path(result.checkpoint).parts
     if "checkpoints" in parts[1:]:
-        return parts[parts.index("checkpoints", 1) - 1]
+        run = parts[parts.index("checkpoints", 1) - 1]
+        return f"{run}, averaged weights" if parts[-1] == AVERAGED_WEIGHTS else run
     return parts[-1] if parts else result.model
 
 

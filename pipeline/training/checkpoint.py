@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 COMPLETE = "COMPLETE.json"
+AVERAGED_WEIGHTS = "model_ema.safetensors"
 WEIGHTS, MODEL_CARD, TOKENIZER = "model.safetensors", "model.json", "tokenizer.bin"
 
 

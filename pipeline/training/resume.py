@@ -148,5 +148,5 @@ def restore(state: TrainingState, checkpoint: Path, ranks: Ranks) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{checkpoint} cannot be read: {' '.join(str(error).split())}") from error
     for thing in state.carried:
-        if thing.state():
+        if (checkpoint / carried_file(thing)).exists():  # else it has nothing to keep in this run
             thing.load_state(read_tensors(checkpoint / carried_file(thing)))

@@ -23,7 +23,7 @@ from pipeline.data.training_data import TrainingData
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import TrainingState, checkpoint_directory, newest_checkpoint
+from pipeline.training.checkpoint import Carried, TrainingState, checkpoint_directory, newest_checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.engine import make_engine, release
 from pipeline.training.engine_config import precision_of
@@ -43,6 +43,7 @@ from pipeline.training.step_vote import StepVote
 from pipeline.training.stop_request import StopRequest
 from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
 from pipeline.training.watchdog import Watchdog
+from pipeline.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class StageTrainer:
         self._masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, run.ranks)
         self._objective = make_objective(stage.recipe.loss, run.ranks)
         self._faults = FaultWatch(self._engine, stage.recipe.faults, run.fault_log, run.ranks)
-        carried = (self._masks, self._faults.policy, run.bad_samples)
+        decay = stage.recipe.optimizer.ema_decay
+        self._averages = [] if decay is None else [WeightAverage(self._engine, decay, run.ranks)]
+        carried: tuple[Carried, ...] = (self._masks, self._faults.policy, run.bad_samples, *self._averages)
         self._state = TrainingState(self._engine, precision_of(config), stage.masking, carried)
         self._progress = stage.reached(stage.first_step)
         self._vote = StepVote(run.ranks)
@@ -111,6 +114,8 @@ class StageTrainer:
                 step,
                 self._stage.progress(step),
             )
+            for average in self._averages:
+                average.follow(step + 1 - self._stage.first_step)
             window.add(report, self._faults.end_step(step + 1, report[0], micro_batches))
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
@@ -137,7 +142,7 @@ class StageTrainer:
         """Give back the memory of model, optimiser and gradients, for the next stage's."""
         self._faults.close()
         release(self._engine)
-        del self._engine, self._masks, self._faults, self._state
+        del self._engine, self._masks, self._faults, self._averages, self._state
         gc.collect()
         # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
         torch.compiler.reset()

@@ -20,8 +20,8 @@ from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip
 from model.transformers_weights import from_transformers
 from pipeline.errors import UserError
-from pipeline.inference import find_checkpoint, read_card
-from pipeline.training.checkpoint import MODEL_CARD, WEIGHTS
+from pipeline.inference import find_model, read_card
+from pipeline.training.checkpoint import AVERAGED_WEIGHTS, MODEL_CARD
 
 _OPEN_CLIP_CONFIG, _TRANSFORMERS_CONFIG = "open_clip_config.json", "config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -48,9 +48,10 @@ def find_weights(source: Path) -> WeightsFile:
 
     Raises UserError if there are none.
     """
-    if not source.exists():
+    is_average = source.name == AVERAGED_WEIGHTS  # of a run, or of a checkpoint, where it is a file
+    if not source.exists() and not is_average:
         raise UserError(f"no weights at {source}: give a run, open_clip's file or folder, or transformers' folder")
-    if source.is_file():
+    if source.is_file() and not is_average:
         config = source.with_name(_OPEN_CLIP_CONFIG)
         return WeightsFile(source, "open_clip", config if config.is_file() else None)
     if (source / _OPEN_CLIP_CONFIG).is_file():
@@ -60,8 +61,8 @@ def find_weights(source: Path) -> WeightsFile:
         raise UserError(f"{source} has {_OPEN_CLIP_CONFIG}, and none of {', '.join(_OPEN_CLIP_FILES)}")
     if (source / _TRANSFORMERS_CONFIG).is_file():
         return WeightsFile(source / "model.safetensors", "transformers", source / _TRANSFORMERS_CONFIG)
-    checkpoint = find_checkpoint(source)
-    return WeightsFile(checkpoint / WEIGHTS, "ours", checkpoint / MODEL_CARD)
+    checkpoint, weights = find_model(source)
+    return WeightsFile(weights, "ours", checkpoint / MODEL_CARD)
 
 
 def read_weights(file: WeightsFile, names: Iterable[str]) -> dict[str, Tensor]:

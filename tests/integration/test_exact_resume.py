@@ -58,6 +58,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
         "train.save_every_steps=4",
         "masking.strategy=attentive",
         f"optimizer.name={'muon' if stage == 2 else 'adamw'}",
+        "optimizer.ema_decay=0.9",
     ]
     undisturbed = start(options, tmp_path / "a", world_size)
     assert undisturbed.wait() == [0] * world_size, undisturbed.output()
