@@ -17,7 +17,12 @@ import psutil
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # Programs and modules that start ranks and that are of no use without them, nor they without it.
 _LAUNCHERS = {"deepspeed", "deepspeed.pt", "ds", "torchrun"}
-_LAUNCHER_MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run"}
+_LAUNCHER_MODULES = {
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
 _LOOK_EVERY_S = 1.0
 
 

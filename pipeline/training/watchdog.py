@@ -26,8 +26,9 @@ EXIT_HUNG = 70
 # The first step, saving and evaluation may take so many times as long as a step.
 _PATIENCE = 3
 _LOOK_EVERY_S = 1.0
-# Other ranks hear of it, and their stacks are on the disk, before the first one ends and they fail for want of it.
-_OTHERS_S = 10.0
+# Other ranks hear of it, and their stacks are on the disk, before the first one ends and they fail for want of it; a
+# node may look at a shared directory only every half minute.
+_OTHERS_S = 40.0
 _REQUEST = "stacks_wanted_"
 
 
@@ -74,6 +75,8 @@ class Watchdog:
         """Watch no longer."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
+        if not self._path.stat().st_size:
+            self._path.unlink()
 
     def _watch(self) -> None:
         looked_s = time.monotonic()
@@ -84,12 +87,24 @@ class Watchdog:
             # should Python's lock be held for ever, this thread cannot run: then the interpreter's own timer ends it
             faulthandler.dump_traceback_later(_PATIENCE * self._timeout_s + _OTHERS_S, exit=True, file=self._file)
             if now_s > self._deadline_s:
-                self._request.touch()
                 self._end(f"no step within {self._timeout_s:g} s")
             elif self._request.exists():
                 self._end("another rank stands still")
 
     def _end(self, why: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk keeps nobody from ending
+            self._request.touch()
+            sys.stderr.write(self._write_stacks(why))
+        sys.stderr.write(
+            f"error (rank {self._ranks.rank}): {why} (faults.hang_timeout_s): the stacks of all ranks are in "
+            f"{self._run_directory}/stacks_rank*.txt; ending with {EXIT_HUNG}, the last checkpoint is intact\n"
+        )
+        sys.stderr.flush()
+        time.sleep(min(_OTHERS_S, self._timeout_s))
+        os._exit(EXIT_HUNG)
+
+    def _write_stacks(self, why: str) -> str:
+        """Returns what was written."""
         start = self._path.stat().st_size
         self._file.write(f"\n{time.strftime('%FT%TZ', time.gmtime())} rank {self._ranks.rank}: {why}\n")
         self._file.flush()
@@ -102,11 +117,4 @@ class Watchdog:
             time.sleep(0.2)
         with self._path.open() as file:
             file.seek(start)
-            sys.stderr.write(file.read())
-        sys.stderr.write(
-            f"error (rank {self._ranks.rank}): {why} (faults.hang_timeout_s): the stacks of all ranks are in "
-            f"{self._run_directory}/stacks_rank*.txt; ending with {EXIT_HUNG}, the last checkpoint is intact\n"
-        )
-        sys.stderr.flush()
-        time.sleep(min(_OTHERS_S, self._timeout_s))
-        os._exit(EXIT_HUNG)
+            return file.read()
