@@ -27,6 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed_config", help="template in ds_configs/ or JSON file; over train.deepspeed_config")
     parser.add_argument("--resume", metavar="auto|never|PATH", help="where to go on from; over train.resume")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
+    simulated = parser.add_argument_group(
+        "one rank of many, on this machine's CPU, without a run directory (docs/plan.md)"
+    )
+    simulated.add_argument("--simulate-world", type=int, metavar="N", help="two steps as one rank of N")
+    simulated.add_argument("--simulate-rank", type=int, default=0, metavar="R", help="which one (default: %(default)s)")
+    simulated.add_argument("--simulate-pairs", type=int, metavar="P", help="compute P pairs of each micro-batch only")
     add_launcher_argument(parser)
     return parser
 
@@ -40,6 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume:
         overrides.append(f"train.resume={options.resume}")
     recipe = load_recipe(options.recipe, overrides)
+    if options.simulate_world is not None:
+        from pipeline.planning.simulated_rank import simulate
+
+        simulate(recipe, options.simulate_rank, options.simulate_world, options.simulate_pairs)
+        return 0
 
     from pipeline.ranks import explain_lost_peers, init_ranks
     from pipeline.training.training_run import TrainingRun

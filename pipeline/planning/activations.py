@@ -33,8 +33,9 @@ def vision_memory(load: Workload) -> TowerMemory:
         return TowerMemory(0, 0)
     tower, compute, between = load.vision, load.compute_bytes, load.weight_bytes
     P = 3 * load.model.vision.patch_size**2
-    saved = compute * load.patches * P + between * tower.tokens * tower.width + _NORM_STATISTICS * tower.tokens
-    saved += _INDEX * (load.patches + tower.tokens)
+    saved = compute * load.patches * P + _INDEX * (load.patches + tower.tokens)
+    # before and after class tokens are put in their places, which is what the first norm reads
+    saved += 2 * between * tower.tokens * tower.width + _NORM_STATISTICS * tower.tokens
     if load.model.vision.pool == "class":
         return _tower_memory(tower, load, saved, tower.layers - 1, _pooled_block(tower, load))
     # a norm over all tokens, and of SigLIP's head key and value

@@ -51,7 +51,7 @@ def _weights_and_gradients(load: Workload) -> list[Traffic]:
         times = A if load.zero_stage == 2 else 1
         return [
             Traffic("gradients", "all_reduce", gradients * times, overlaps),
-            Traffic("weights", "all_gather", weights),
+            Traffic("weights", "all_gather", load.weight_bytes * load.parameters.trained),
         ]
     persistent = load.weight_bytes * load.parameters.persistent
     fits = load.parameters.total <= load.max_live  # else they are let go and fetched again for the backward pass

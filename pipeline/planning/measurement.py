@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class TensorMemory:
     """Every allocation and release of CPU tensors within a `with` block, temporaries of operations included.
 
     Unlike the process's size it depends on neither the allocator nor the libraries: the same run gives the same bytes.
+    Copies that gloo's threads make for themselves are left out, since NCCL makes none.
     """
 
     def __init__(self) -> None:
@@ -70,20 +71,32 @@ class TensorMemory:
 
 def _read_marks(finished: profile) -> list[Mark]:
     profiler: Any = finished.profiler
-    events: list[tuple[int, int, str]] = []
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            events.append((event.start_ns(), event.nbytes(), ""))
-        elif event.name().startswith(_MARK):
-            events.append((event.start_ns(), 0, event.name().removeprefix(_MARK)))
-    marks, live, peak = [], 0, 0
-    for _, size, name in sorted(events, key=lambda event: event[0]):
-        live += size
-        peak = max(peak, live)
-        if name:
-            marks.append(Mark(name, live, peak))
+    events = sorted(_flatten(profiler.kineto_results.experimental_event_tree()), key=lambda event: event.start_time_ns)
+    own_thread = next(event.start_tid for event in events if event.name.startswith(_MARK))
+    marks: list[Mark] = []
+    sizes: dict[int, int] = {}
+    live = peak = 0
+    for event in events:
+        if event.name == "[memory]":
+            pointer, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+            if size < 0:
+                live -= sizes.pop(pointer, 0)
+            elif event.start_tid == own_thread:
+                sizes[pointer] = size
+                live += size
+            peak = max(peak, live)
+        elif event.name.startswith(_MARK):
+            marks.append(Mark(event.name.removeprefix(_MARK), live, peak))
             peak = live
     return marks
+
+
+def _flatten(events: Sequence[Any]) -> Iterator[Any]:
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        yield event
 
 
 class CollectiveVolume(TorchDispatchMode):
@@ -98,7 +111,7 @@ class CollectiveVolume(TorchDispatchMode):
         self, function: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Counted, then done as ever."""
-        if function.namespace == "c10d":
+        if function.namespace == "c10d" and function.__name__ != "recv_.default":  # what another rank's send counts
             name = function.__name__.partition(".")[0]
             operation = _OPERATIONS.get(name, name)
             sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]

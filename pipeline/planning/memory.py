@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planning.activations import TowerMemory, text_memory, vision_memory
+from pipeline.planning.activations import text_memory, vision_memory
 from pipeline.planning.workload import Workload
 
 _FP32, _FP64, _INDEX = 4, 8, 8
@@ -45,49 +45,39 @@ def estimate_memory(load: Workload, on_gpu: bool = True) -> Memory:
     """The largest of the moments that can be the peak: backward begins, in the image tower, ends; update."""
     states = _states(load)
     host_bytes = _move_to_host(load, states)
+    always = {**states, "batch": _batch(load), "workspace": _WORKSPACE_BYTES if on_gpu else 0}
+    buckets = {"communication buckets": _buckets(load)}
     vision, text = vision_memory(load), text_memory(load)
-    buckets = _buckets(load)
-    batch = {"batch": _batch(load)}
-    loss = {"loss": _loss(load)}
-    workspace = {"workspace": _WORKSPACE_BYTES if on_gpu else 0}
-    text_gradients = load.weight_bytes * load.parameters.text
+    width, sizes = load.weight_bytes, load.parameters
     moments = {
         "the backward pass begins": {
-            **states,
-            **batch,
-            **loss,
-            **_split_activations(vision.saved, text),
+            **always,
             **buckets,
-            **workspace,
+            "loss": _loss(load),
+            "activations": vision.saved + text.saved,
+            "backward pass": text.transient,
+            "gradients": _gradients(load, 0),
         },
         "the backward pass is in the image tower": {
-            **states,
-            **batch,
-            **_split_activations(0, vision),
-            "gradients": states.get("gradients", 0) + _held_gradients(load, text_gradients),
+            **always,
             **buckets,
-            **workspace,
+            "activations": vision.saved,
+            "backward pass": vision.transient,
+            "gradients": _gradients(load, width * sizes.text),
         },
         "the backward pass ends": {
-            **states,
-            **batch,
-            "gradients": states.get("gradients", 0)
-            + _held_gradients(load, load.weight_bytes * load.parameters.trained)
-            + _on_the_way(load),
+            **always,
             **buckets,
-            **workspace,
+            "gradients": _gradients(load, width * sizes.trained) + _on_the_way(load),
         },
-        "the weights are updated": {**states, **batch, **_update(load, states), **workspace},
+        "the weights are updated": {
+            **always,
+            **_update(load),
+            "gradients": _gradients(load, width * sizes.trained),
+        },
     }
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Memory(moment, {name: size for name, size in parts.items() if size}, host_bytes)
-
-
-def _split_activations(others: int, tower: TowerMemory) -> dict[str, int]:
-    return {
-        "activations": others + tower.saved,
-        "backward pass": tower.transient,
-    }
 
 
 def _states(load: Workload) -> dict[str, int]:
@@ -111,7 +101,6 @@ def _states(load: Workload) -> dict[str, int]:
     parts = {
         "weights": width * sizes.total // W + whole,
         "gathered weights": width * min(sizes.total - sizes.persistent, load.max_live) if W > 1 else 0,
-        "gradients": width * sizes.trained // W,
     }
     return parts | shares | extra
 
@@ -127,25 +116,26 @@ def _move_to_host(load: Workload, states: dict[str, int]) -> int:
     return moved
 
 
-def _buckets(load: Workload) -> dict[str, int]:
+def _buckets(load: Workload) -> int:
     """Where gradients wait to be averaged; DeepSpeed allocates them whole, however small the model."""
     if load.zero_stage == 0:
-        return {}
+        return 0
     copies = 2 if load.overlaps_reduction and load.zero_stage < 3 else 1
     if load.precision == "autocast":
         copies *= 2  # gradients in bf16 have buckets of their own
-    return {"communication buckets": copies * load.weight_bytes * load.reduce_bucket}
+    return copies * load.weight_bytes * load.reduce_bucket
 
 
-def _held_gradients(load: Workload, so_far: int) -> int:
-    """Of the gradients computed so far those that a rank keeps, outside of buckets."""
+def _gradients(load: Workload, so_far: int) -> int:
+    """What a rank keeps outside of buckets, of `so_far` bytes of the last micro-batch and all of those before it."""
+    whole = load.weight_bytes * load.parameters.trained
     if load.zero_stage == 3:
-        return 0  # in the flat buffer that is there already
-    if load.zero_stage == 0:
-        return so_far
-    whole = load.zero_stage == 1 and load.accumulation_steps > 1
-    kept = so_far if whole else so_far // load.world_size + _straddling(load)
-    return min(kept, so_far)
+        return whole // load.world_size  # a buffer that is always there
+    computed = whole if load.accumulation_steps > 1 else so_far
+    if load.zero_stage == 0 or (load.zero_stage == 1 and load.accumulation_steps > 1) or load.world_size == 1:
+        return computed
+    # a tensor across the border of two shares is held whole by both
+    return min(computed, computed // load.world_size + load.weight_bytes * load.parameters.largest)
 
 
 def _on_the_way(load: Workload) -> int:
@@ -153,27 +143,22 @@ def _on_the_way(load: Workload) -> int:
     sizes, width = load.parameters, load.weight_bytes
     if load.zero_stage == 0:
         return width * min(sizes.trained, _ENGINE_BUCKET)
-    if load.zero_stage == 3 and load.world_size > 1:
+    if load.zero_stage == 3:
         return width * min(sizes.trained, max(load.reduce_bucket, sizes.largest))
     return width * sizes.largest
 
 
-def _straddling(load: Workload) -> int:
-    """A tensor across the border of two ranks' shares is held whole by both."""
-    return load.weight_bytes * load.parameters.largest if load.world_size > 1 else 0
-
-
-def _update(load: Workload, states: dict[str, int]) -> dict[str, int]:
+def _update(load: Workload) -> dict[str, int]:
     """The gradients in fp32 of the group that is updated, or the copy in fp64 for the norm of the largest tensor."""
-    size, W, width = load.parameters.trained, load.world_size, load.weight_bytes
-    held = states.get("gradients", 0) + _held_gradients(load, width * size)
+    W, width, sizes = load.world_size, load.weight_bytes, load.parameters
     if load.zero_stage == 0:
-        return {"gradients": held, "update": _FP32 * size if width == 2 else 0}
-    share = load.parameters.largest_group // W
-    largest = min(load.parameters.largest, share) if load.zero_stage < 3 else load.parameters.largest // W
-    parts = {"gradients": held, "update": max(share * (width + (_FP32 if width == 2 else 0)), _FP64 * largest)}
+        return {"update": _FP32 * sizes.trained if width == 2 else 0}
+    share = sizes.largest_group // W
+    largest = sizes.largest // W if load.zero_stage == 3 else min(sizes.largest, share)
+    norm = _FP64 * largest if load.norm_in_fp64 else 0
+    parts = {"update": max(share * (width + (_FP32 if width == 2 else 0)), norm)}
     if load.zero_stage == 3:
-        parts |= {"gathered weights": 0} | _buckets(load)
+        parts |= {"gathered weights": 0, "communication buckets": _buckets(load)}
     return parts
 
 

@@ -147,10 +147,8 @@ def _variants(stage: Stage) -> Iterator[tuple[dict[str, str | int | bool], Stage
                 }
                 train = stage.recipe.train.model_copy(update=changes)
                 recipe = stage.recipe.model_copy(update={"train": train})
-                yield (
-                    {f"train.{name}": value for name, value in changes.items()},
-                    replace(stage, recipe=recipe, batches=batches),
-                )
+                new = {f"train.{k}": v for k, v in changes.items() if v != getattr(stage.recipe.train, k)}
+                yield new, replace(stage, recipe=recipe, batches=batches)
 
 
 def _divisors(number: int) -> list[int]:

@@ -117,6 +117,7 @@ class Workload:
     """One rank's step: `accumulation_steps` micro-batches of `micro_batch_size` pairs through both towers.
 
     patches: kept of all images of a micro-batch
+    norm_in_fp64: whether DeepSpeed itself computes the norm of gradients
     reduce_bucket, max_live: elements, as in the DeepSpeed configuration
     """
 
@@ -133,6 +134,7 @@ class Workload:
     checkpoint_blocks: bool
     attention: Attention
     overlaps_reduction: bool
+    norm_in_fp64: bool
     reduce_bucket: int
     max_live: int
     offload_optimizer: bool
@@ -190,6 +192,7 @@ def workload_of(stage: Stage, config: dict[str, Any], caption_tokens: float, on_
         checkpoint_blocks=recipe.train.activation_checkpointing,
         attention=_attention(recipe, precision, on_gpu),
         overlaps_reduction=bool(zero.get("overlap_comm", number == 3)),
+        norm_in_fp64=bool(zero.get("compute_grad_norm", True)),
         reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
         max_live=int(zero.get("stage3_max_live_parameters", _MAX_LIVE)),
         offload_optimizer=offload_device(config, "optimizer") == "cpu",
