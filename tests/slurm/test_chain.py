@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from forked_ranks import start_program
@@ -65,16 +66,13 @@ class Chain:
         return "".join(log.read_text() for log in logs)
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that train and of their loaders' workers."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (process / "cmdline").read_bytes().decode().split("\0")
-            except OSError:  # ended meanwhile
-                continue
+        """Process ids of the ranks that train; loader processes have the same command line, and ranks as parents."""
+        parents = {}
+        for process in psutil.process_iter(["cmdline", "ppid"]):
+            words = process.info["cmdline"] or [""]
             if f"train.output={self.folder}/run" in words and "python" in words[0]:
-                found.append(int(process.name))
-        return sorted(found)
+                parents[process.pid] = process.info["ppid"]
+        return [rank for rank, parent in parents.items() if parent not in parents]
 
     def assert_completes(self, name: str) -> None:
         """Wait for a job."""
