@@ -48,7 +48,7 @@ from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, TextMaskingSection
 
 IMAGE_SIZE, MIN_AREA = 224, 0.9
-SHARDS, COPIES, BATCH_SIZE, BATCHES = 4, 2, 64, 6
+SHARDS, BATCH_SIZE, BATCHES = 4, 64, 6
 
 
 class OpenClip:
@@ -79,7 +79,7 @@ def write_shards(folder: Path, jpegs: list[bytes], captions: list[str]) -> None:
     folder.mkdir()
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number, (jpeg, caption) in enumerate(list(zip(jpegs, captions, strict=True)) * COPIES):
+            for number, (jpeg, caption) in enumerate(zip(jpegs, captions, strict=True)):
                 for kind, content in (("jpg", jpeg), ("txt", caption.encode())):
                     header = tarfile.TarInfo(f"{shard:05d}{number:06d}.{kind}")
                     header.size = len(content)

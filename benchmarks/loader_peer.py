@@ -19,13 +19,23 @@ import torchvision_cpu  # noqa: F401
 from open_clip import get_tokenizer
 from open_clip.tokenizer import default_bpe
 from open_clip.transform import image_transform
-from open_clip_train.data import get_wds_dataset
+from open_clip_train import data
 from PIL import Image
 
 torch.set_num_threads(1)
 TRANSFORM = image_transform(224, is_train=True)
 TOKENIZER = get_tokenizer("ViT-B-16")
 LOADERS: dict[str, Iterator[Any]] = {}
+
+_expand_tars = data.tar_file_expander
+
+
+def _members(*arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
+    """Newer webdatasets mark the end of each tar, with which open_clip's grouping cannot deal."""
+    return (member for member in _expand_tars(*arguments, **named) if "fname" in member)
+
+
+data.tar_file_expander = _members
 
 
 def merges() -> str:
@@ -55,7 +65,7 @@ def load(shards: str, batch_size: int, batches: int) -> float:
             workers=1,
             world_size=1,
         )
-        LOADERS[shards] = iter(get_wds_dataset(options, TRANSFORM, True, tokenizer=TOKENIZER).dataloader)
+        LOADERS[shards] = iter(data.get_wds_dataset(options, TRANSFORM, True, tokenizer=TOKENIZER).dataloader)
     return timed(LOADERS[shards], batches, batch_size)
 
 

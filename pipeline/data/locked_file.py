@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
+
+_POLL_S = 0.02
 
 
 def open_shared(path: Path) -> IO[bytes] | None:
@@ -29,13 +32,16 @@ def open_exclusive(path: Path, wait: bool = True) -> IO[bytes] | None:
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(path, file):
+                return file
+            file.close()
         except BlockingIOError:
             file.close()
-            return None
-        if _is_still(path, file):
-            return file
-        file.close()
+            if not wait:
+                return None
+            # not in flock: once the file is renamed, readers may keep it locked for hours
+            time.sleep(_POLL_S)
 
 
 def remove_unless_locked(path: Path) -> bool:

@@ -29,7 +29,7 @@ _OURS = re.compile(r"[0-9a-f]{24}\.")  # the directory may hold other things, wh
 _PATIENCE_S = 60.0
 
 
-class NoRoomError(UserError):
+class NoRoomError(Exception):
     """All of the cache is in use."""
 
 
@@ -63,6 +63,8 @@ class ShardCache:
             while (file := open_shared(self.tar_path(shard))) is None:
                 self._fetch(shard, _PATIENCE_S, wait=True)
             os.utime(file.fileno())  # used now: it is the last to be removed
+        except NoRoomError as error:
+            raise UserError(f"{error}: raise data.cache_gib, or give this run a directory of its own") from None
         except OSError as error:
             raise UserError(f"{shard.url} cannot be kept in {self._directory}: {error.strerror}") from error
         return file
@@ -118,8 +120,7 @@ class ShardCache:
         while not self._make_room(target, size_bytes):
             if time.monotonic() >= deadline_s:
                 raise NoRoomError(
-                    f"data.cache_directory {self._directory} is full of shards that are being read, by another run "
-                    "perhaps: raise data.cache_gib, or give this run a directory of its own"
+                    f"data.cache_directory {self._directory} is full of shards that are read, perhaps by another run"
                 )
             time.sleep(0.1)
 
