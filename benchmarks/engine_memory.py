@@ -3,8 +3,8 @@
     python benchmarks/engine_memory.py [--models ViT-tiny-16 ViT-S-16] [--ranks 1 2 4]
 
 Counted are the bytes of tensors, every allocation and release, in a run without a batch to speak of (2 pairs a rank):
-`states_bytes` between steps (weights, gradients, master weights, moments, buffers), `peak_bytes` within a step. A GPU
-holds the same tensors, but for what is offloaded, which here counts as everything else does.
+`states_bytes` between steps (weights, master weights, moments), `peak_bytes` the most at any time (with gradients and
+the buckets in which they are averaged). A GPU holds the same tensors, but for what is offloaded: here that counts too.
 """
 
 from __future__ import annotations

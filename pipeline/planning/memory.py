@@ -89,12 +89,13 @@ def _states(load: Workload) -> dict[str, int]:
         "cast weights": 2 * (sizes.total - sizes.embeddings) if is_cast else 0,
         "attentive copy": _FP32 * sizes.vision if load.attentive else 0,
     }
+    average = _FP32 * sizes.trained * load.averages_weights
     master, moments = _FP32 * sizes.trained, _FP32 * (2 * sizes.trained - sizes.with_muon)
     if load.zero_stage == 0:
         parts = {"weights": width * sizes.total, "master weights": master * (width == 2), "optimizer states": moments}
-        return parts | extra
+        return parts | extra | {"averaged weights": average}
     # DeepSpeed keeps a master copy of a share that is in fp32 already
-    shares = {"master weights": master // W, "optimizer states": moments // W}
+    shares = {"master weights": master // W, "optimizer states": moments // W, "averaged weights": average // W}
     if load.zero_stage < 3:
         return {"weights": width * sizes.total} | shares | extra
     whole = width * sizes.persistent if W > 1 else 0
@@ -109,7 +110,7 @@ def _move_to_host(load: Workload, states: dict[str, int]) -> int:
     """Take what is offloaded out of `states`; returns its bytes."""
     moved = 0
     if load.offload_optimizer:
-        moved += states.pop("master weights") + states.pop("optimizer states")
+        moved += states.pop("master weights") + states.pop("optimizer states") + states.pop("averaged weights")
         moved += _FP32 * load.parameters.trained // load.world_size  # the gradients that the CPU updates from
     if load.offload_parameters:
         moved += states.pop("weights")

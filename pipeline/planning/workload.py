@@ -140,6 +140,7 @@ class Workload:
     offload_optimizer: bool
     offload_parameters: bool
     attentive: bool
+    averages_weights: bool
     tile_size: int
     exchange: Literal["gather", "ring"]
     cache_gradients: bool
@@ -198,6 +199,7 @@ def workload_of(stage: Stage, config: dict[str, Any], caption_tokens: float, on_
         offload_optimizer=offload_device(config, "optimizer") == "cpu",
         offload_parameters=offload_device(config, "param") == "cpu",
         attentive=recipe.masking.strategy == "attentive",
+        averages_weights=recipe.optimizer.ema_decay is not None,
         tile_size=recipe.loss.tile_size,
         exchange=recipe.loss.exchange,
         cache_gradients=recipe.loss.cache_gradients,
