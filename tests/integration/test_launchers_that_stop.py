@@ -24,19 +24,14 @@ def to_the_launcher(launcher: psutil.Process) -> None:
     launcher.send_signal(signal.SIGTERM)
 
 
-def to_its_inner_process(launcher: psutil.Process) -> None:
-    (inner,) = launcher.children()
-    inner.send_signal(signal.SIGTERM)
-
-
 def to_all_as_a_terminal_does(launcher: psutil.Process) -> None:
+    """Upon which the launcher's inner process sends SIGTERM to one rank and its loader processes after the other."""
     os.killpg(launcher.pid, signal.SIGINT)
 
 
 Case = tuple[list[str], Callable[[psutil.Process], None]]
 CASES: dict[str, Case] = {
     "deepspeed": (DEEPSPEED, to_the_launcher),
-    "launch.py": (DEEPSPEED, to_its_inner_process),
     "Ctrl-C": (DEEPSPEED, to_all_as_a_terminal_does),
     "torchrun": (TORCHRUN, to_the_launcher),
 }
