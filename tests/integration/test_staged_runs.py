@@ -187,16 +187,16 @@ def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, sta
     assert "is finished: 30 of 30 steps" in finish(options, run)
 
 
-def test_a_stop_between_stages_waits_for_no_step(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
-    """Asked to stop before the only line that the first stage logs, its last: the second does not begin."""
+def test_a_stop_waits_for_no_line(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
+    """Asked to stop long before the only line that the first stage logs, its last."""
     run, options = tmp_path / "run", [*staged_options, "stages.small.train.log_every_steps=12"]
     assert interrupt(options, run, "step_00000004", signal.SIGTERM) == 75
     stopped = newest_checkpoint(run)
     assert stopped is not None
-    assert stopped.name == "step_00000012"
-    assert (run / "checkpoints" / "latest").read_text() == "step_00000012\n"
+    assert stopped.name < "step_00000012"
+    assert (run / "checkpoints" / "latest").read_text() == f"{stopped.name}\n"
     finish(options, run)
-    assert losses(run)[1:] == losses(undisturbed)[12:]
+    assert losses(run)[-18:] == losses(undisturbed)[12:]
     assert_same_weights(undisturbed, run)
 
 
