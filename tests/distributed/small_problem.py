@@ -75,7 +75,8 @@ def train_engine(engine: Any, ranks: Ranks, steps: int) -> Iterator[float]:
     objective = make_objective(LossSection(), ranks)
     for step in range(steps):
         patches_GLP, tokens_GT = make_batch(step)
-        output: CLIPOutput = engine(*inputs(patches_GLP[mine], tokens_GT[mine]))
+        patches_BLP, tokens_BT = patches_GLP[mine].to(ranks.device), tokens_GT[mine].to(ranks.device)
+        output: CLIPOutput = engine(*inputs(patches_BLP, tokens_BT))
         loss = objective.pairs(*output)
         engine.backward(loss)
         engine.step()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from forked_ranks import run_ranks
 from small_problem import make_clip, reference_step, start_engine, train_engine
 
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, init_ranks
 from pipeline.training.engine import release
 
 STEPS = 3
@@ -90,3 +92,19 @@ def test_two_ranks_train_as_one_process(case: Case, losses: dict[str, Any]) -> N
     expected = reference_losses()
     assert expected[0] - expected[1] > 10 * case.tolerance  # else a wrong update would not show
     assert losses[case.name] == pytest.approx(expected, abs=case.tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "autocast"])
+def test_a_gpu_trains_as_a_cpu_does(stage: int, precision: str, tmp_path: Path) -> None:
+    template = tmp_path / "template.json"
+    # a scale that overflows in no step: otherwise the first steps would be skipped
+    blocks = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8}}
+    template.write_text(json.dumps(blocks))
+    try:
+        losses = train(init_ranks(), Case(str(template), 3e-2, (f"train.precision={precision}",)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert losses == pytest.approx(reference_losses(), abs=3e-2)
