@@ -118,7 +118,7 @@ def _measure_parts(
             token_ids = clock("tokenise", _encode, captions, caption, rng)
             samples.append(Sample(shard.index.keys[index], crop_CHW, token_ids, []))
         except (ImageError, UnicodeDecodeError):
-            if not samples and position > 100:
+            if position > 100 and not (samples or num_samples):
                 raise UserError(f"none of the first {position} samples can be used") from None
         if len(samples) == recipe.train.micro_batch_size or (samples and time.perf_counter() > deadline_s):
             clock("collate", collate, samples)
