@@ -219,6 +219,30 @@ class FaultsSection(Section):
     )
 
 
+class LogSection(Section):
+    """What a run tells of itself beside metrics.jsonl and TensorBoard (docs/observability.md)."""
+
+    watch_steps: bool = Field(True, description="norms, phases and accuracy within the batch at each logged step")
+    profile_steps: tuple[int, int] | None = Field(None, description="[first, last]: trace these steps into profile/")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases: off | offline | online")
+    wandb_project: str = Field("cluster-clip", description="project there; the run is called as its directory")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogSection:
+        if self.profile_steps is not None and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError("profile_steps are [first, last], counted from 1")
+        return self
+
+
+class EvaluationSection(Section):
+    """Evaluation of the weights during training (docs/observability.md)."""
+
+    data: tuple[str, ...] = Field((), description="evaluation sets; none: no evaluation")
+    every_steps: int = Field(1000, description="steps between evaluations", gt=0)
+    batch_size: int = Field(64, description="images or texts at once on a rank", gt=0)
+    workers: int = Field(2, description="threads per rank that decode", gt=0)
+
+
 class Recipe(Section):
     """All options of a run."""
 
@@ -230,6 +254,8 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     faults: FaultsSection = FaultsSection()
+    log: LogSection = LogSection()
+    evaluation: EvaluationSection = EvaluationSection()
     stages: tuple[dict[str, Any], ...] = ()
 
     def by_stage(self) -> list[tuple[str | None, Recipe]]:

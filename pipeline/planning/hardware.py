@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from pipeline.errors import UserError, did_you_mean
@@ -73,6 +74,15 @@ def find_accelerator(name: str) -> Accelerator:
         known = [*ACCELERATORS]
         raise UserError(f"no data of a GPU {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     return ACCELERATORS[name]
+
+
+def accelerator_of(device_name: str) -> Accelerator | None:
+    """The accelerator that calls itself so, e.g. "NVIDIA A100-SXM4-40GB"; None for one that is not listed."""
+    words = re.split(r"[^a-z0-9]+", device_name.lower())
+    # of names that all fit, the one that says most
+    fitting = [name for name in ACCELERATORS if all(part in "".join(words) for part in name.split("-"))]
+    fitting = [name for name in fitting if name.split("-")[0] in words or name.split("-")[0] in "".join(words[-2:])]
+    return ACCELERATORS[max(fitting, key=len)] if fitting else None
 
 
 def find_interconnect(name: str) -> Interconnect:

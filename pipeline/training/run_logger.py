@@ -13,7 +13,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.files import write_atomically
+from pipeline.recipe import LogSection
 from pipeline.training.stage_plan import Stage, steps_left
+from pipeline.training.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 
@@ -24,7 +26,7 @@ class RunLogger:
     A disk that is full stops no training: lines wait until there is room, points of curves are lost.
     """
 
-    def __init__(self, run_directory: Path, first_step: int, stages: Sequence[Stage]) -> None:
+    def __init__(self, run_directory: Path, first_step: int, stages: Sequence[Stage], section: LogSection) -> None:
         self._path = run_directory / METRICS
         self._unwritten: list[str] = []
         self._has_warned = False
@@ -32,6 +34,7 @@ class RunLogger:
         self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_directory / "tensorboard"), purge_step=first_step + 1
         )
+        self._wandb = None if section.wandb == "off" else WandbRun(run_directory, section)
         kept = _drop_lines_after(self._path, first_step)
         self._wall_time_before_s = kept[-1].get("wall_time_s", 0.0) if kept else 0.0
 
@@ -68,14 +71,18 @@ class RunLogger:
             writer = SummaryWriter(str(self._path.parent / "tensorboard"))
         for name, value in metrics.items():
             if isinstance(value, int | float) and name not in ("step", "time"):
-                writer.add_scalar(f"train/{name}", value, metrics["step"])
+                writer.add_scalar(name if name.startswith("eval/") else f"train/{name}", value, metrics["step"])
         self._tensorboard = writer
+        if self._wandb:
+            self._wandb.log(metrics)
 
     def close(self) -> None:
         """Flush what is buffered."""
         with contextlib.suppress(OSError):
             if self._tensorboard is not None:
                 self._tensorboard.close()
+            if self._wandb:
+                self._wandb.close()
 
 
 def progress_line(metrics: dict[str, Any], total_steps: int, eta_s: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically, write_json
-from pipeline.recipe import FaultsSection, Recipe
+from pipeline.recipe import EvaluationSection, FaultsSection, LogSection, Recipe
 from pipeline.recipe_files import read_recipe_file
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
@@ -42,6 +42,8 @@ _MAY_CHANGE = {
     "train.keep_every_steps",
     "train.resume",
     *(f"faults.{name}" for name in FaultsSection.model_fields),
+    *(f"log.{name}" for name in LogSection.model_fields),
+    *(f"evaluation.{name}" for name in EvaluationSection.model_fields),
 }
 _PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")
 

@@ -17,6 +17,7 @@ from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.objective import TrainingObjective
+from pipeline.training.phase_clock import PhaseClock
 from pipeline.training.step_guard import spread_non_finite
 
 if TYPE_CHECKING:
@@ -54,25 +55,33 @@ def train_step(
     ranks: Ranks,
     step: int,
     progress: float,
+    clock: PhaseClock,
 ) -> Tensor:
     """Accumulate the micro-batches' gradients and update the weights; means over micro-batches of REPORT_NAMES.
 
     progress: through training, from 0 at the first step to 1 at the last
+    clock: told where the phases of the step end
     """
 
     def encode(number: int) -> Encoded:
         batch = micro_batches[number].to(ranks.device)
         images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
         patches_KP = images.gather(chosen.selection.kept_K)
-        return Encoded(batch, images, chosen, engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT))
+        clock.end("masks")
+        output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT)
+        clock.end("forward")
+        return Encoded(batch, images, chosen, output)
 
     reports = []
     loss_of = objective.for_step(lambda number: encode(number).output, len(micro_batches))
     for number in range(len(micro_batches)):
         encoded = encode(number)
         loss = loss_of(number, encoded.output)
+        clock.end("loss")
         engine.backward(spread_non_finite(loss))  # divides by the number of micro-batches
+        clock.end("backward")
         engine.step()  # updates at the last of them
+        clock.end("update")
         reports.append(_report(loss, encoded))
     masks.follow()
     return torch.stack(reports).mean(dim=0)

@@ -29,19 +29,23 @@ from pipeline.training.engine import make_engine, release
 from pipeline.training.engine_config import precision_of
 from pipeline.training.fault_log import FaultLog
 from pipeline.training.fault_watch import FaultWatch
+from pipeline.training.live_evaluation import LiveEvaluation
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.metrics_window import MetricsWindow
 from pipeline.training.objective import make_objective
 from pipeline.training.optimizer import learning_rate, set_learning_rate
+from pipeline.training.profile_window import ProfileWindow
 from pipeline.training.progress import Progress
 from pipeline.training.resume import restore
 from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.save_schedule import SaveSchedule
 from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
+from pipeline.training.step_metrics import report_of, speeds
+from pipeline.training.step_observer import StepObserver
 from pipeline.training.step_vote import StepVote
 from pipeline.training.stop_request import StopRequest
-from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, train_step
+from pipeline.training.train_step import train_step
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.weight_average import WeightAverage
 
@@ -57,6 +61,8 @@ class RunContext:
     bad_samples: BadSamples
     fault_log: FaultLog
     checkpoints: CheckpointWriter
+    evaluation: LiveEvaluation
+    profiler: ProfileWindow
     stop: StopRequest
     watchdog: Watchdog
     start_s: float
@@ -88,6 +94,7 @@ class StageTrainer:
         self._state = TrainingState(self._engine, precision_of(config), stage.masking, carried)
         self._progress = stage.reached(stage.first_step)
         self._vote = StepVote(run.ranks)
+        self._observer = StepObserver(self._engine, run.ranks)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
@@ -103,8 +110,12 @@ class StageTrainer:
             step = self._progress.step
             lr = learning_rate(self._stage.schedule_step(step), self._stage.schedule_steps, self._recipe.optimizer)
             set_learning_rate(self._engine.optimizer.param_groups, lr)
+            if self._recipe.log.watch_steps and self._has_line(step + 1):
+                self._observer.begin()
+            self._run.profiler.before(step + 1)
 
             micro_batches = window.timed_fetch(batches, self._plan.accumulation_steps)
+            self._observer.clock.end("data")
             report = train_step(
                 self._engine,
                 micro_batches,
@@ -113,6 +124,7 @@ class StageTrainer:
                 self._ranks,
                 step,
                 self._stage.progress(step),
+                self._observer.clock,
             )
             for average in self._averages:
                 average.follow(step + 1 - self._stage.first_step)
@@ -121,11 +133,14 @@ class StageTrainer:
             self._run.bad_samples.note(problems, samples_read=self._plan.global_batch_size)
             self._progress = self._stage.reached(step + 1)
             self._report_coverage(step)
+            trace = self._run.profiler.after(step + 1)
+            if trace:
+                self._run.print(f"trace of the steps in {trace}")
             self._run.watchdog.beat()
 
             stops = self._vote.cast(step + 1, self._progress.samples_seen, stop=bool(self._run.stop))
             ends = stops or step + 1 == self._stage.end_step
-            is_logged = ends or (step + 1) % self._recipe.train.log_every_steps == 0
+            is_logged = ends or self._has_line(step + 1)
             if is_logged:
                 self._log(window, lr, logger)
                 window = MetricsWindow(self._ranks)
@@ -141,8 +156,9 @@ class StageTrainer:
     def close(self) -> None:
         """Give back the memory of model, optimiser and gradients, for the next stage's."""
         self._faults.close()
+        self._observer.close()
         release(self._engine)
-        del self._engine, self._masks, self._faults, self._averages, self._state
+        del self._engine, self._masks, self._faults, self._averages, self._state, self._observer
         gc.collect()
         # of compiled functions torch keeps eight versions at most, and the next stage may have other shapes
         torch.compiler.reset()
@@ -171,17 +187,22 @@ class StageTrainer:
                 read = range(epoch * size, (epoch + 1) * size)
                 self._run.print(describe_coverage(f"epoch {epoch + 1}", self._run.data, self._order, [read]))
 
+    def _has_line(self, step: int) -> bool:
+        """Whether metrics are due after so many steps."""
+        is_last = step == self._stage.end_step
+        return is_last or step % self._recipe.train.log_every_steps == 0 or self._run.evaluation.is_due(step)
+
     def _metrics(self, window: MetricsWindow, lr: float) -> dict[str, Any]:
         """Means over the steps since the last log, over all ranks. Waits for the device."""
         means, seconds, data_wait_share = window.close()
         save_s = self._run.checkpoints.take_save_s()
         seconds -= save_s
-        bad_samples = means.new_tensor([self._run.bad_samples.count])
-        values = self._ranks.mean(torch.cat((means, bad_samples))).tolist()
-        report = dict(zip((*REPORT_NAMES, "skipped_steps", "bad_samples"), values, strict=True))
-        report |= {name: None for name in ("loss", *OPTIONAL_NAMES) if math.isnan(report[name])}
-        micro_batches_per_s = window.steps * self._plan.accumulation_steps * self._ranks.world_size / seconds
-        grad_norm = self._engine.get_global_grad_norm()
+        *values, bad_samples = self._ranks.mean(
+            torch.cat((means, means.new_tensor([self._run.bad_samples.count])))
+        ).tolist()
+        report = report_of(values)
+        norm = self._engine.get_global_grad_norm()
+        grad_norm = float(norm) if norm is not None and math.isfinite(norm) else None
         return {
             "step": self._progress.step,
             **({} if self._stage.name is None else {"stage": self._stage.name}),
@@ -189,14 +210,14 @@ class StageTrainer:
             "samples_seen": self._progress.samples_seen,
             **self._samples_seen_by_set(),
             **report,
-            "skipped_steps": round(report["skipped_steps"]),
-            "bad_samples": self._run.bad_samples.count_before + round(report["bad_samples"] * self._ranks.world_size),
+            "skipped_steps": round(report["skipped_steps"] or 0),
+            "bad_samples": self._run.bad_samples.count_before + round(bad_samples * self._ranks.world_size),
             "lr": lr,
-            "grad_norm": float(grad_norm) if grad_norm is not None and math.isfinite(grad_norm) else None,
-            "samples_per_s": window.steps * self._plan.global_batch_size / seconds,
-            "tokens_per_s": (report["image_tokens"] + report["text_tokens"]) * micro_batches_per_s,
+            "grad_norm": grad_norm,
+            **speeds(self._stage, report, window.steps, seconds, self._ranks),
             "data_wait_share": data_wait_share,
             "seconds_per_step": seconds / window.steps,
+            **self._observer.read(grad_norm),
             "save_s": save_s,
             "save_share": self._run.checkpoints.total_save_s / (time.perf_counter() - self._run.start_s),
             "wall_time_s": time.perf_counter() - self._run.start_s,
@@ -213,10 +234,18 @@ class StageTrainer:
     def _log(self, window: MetricsWindow, lr: float, logger: RunLogger | None) -> None:
         """A line of metrics; stops the run if it shows what must not be. Collective."""
         metrics = self._metrics(window, lr)
+        if self._run.evaluation.is_due(self._progress.step):
+            metrics |= self._evaluate()
         if logger:
             logger.log(metrics)
         self._run.bad_samples.check(metrics["bad_samples"])  # every rank sees the same figures
         self._judge_steps()
+
+    def _evaluate(self) -> dict[str, float]:
+        start_s = time.perf_counter()
+        with self._run.watchdog.patient():
+            figures = self._run.evaluation.figures(self._engine)
+        return figures | {"evaluation_s": time.perf_counter() - start_s}
 
     def _judge_steps(self) -> None:
         if self._faults.judge(self._progress.step):

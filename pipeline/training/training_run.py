@@ -21,7 +21,9 @@ from pipeline.training.checkpoint import checkpoint_directory, read_contents
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
 from pipeline.training.fault_log import FaultLog
+from pipeline.training.live_evaluation import LiveEvaluation
 from pipeline.training.optimizer import check_optimizer
+from pipeline.training.profile_window import ProfileWindow
 from pipeline.training.progress import Progress
 from pipeline.training.rank_check import check_same_start
 from pipeline.training.resume import choose_checkpoint, set_aside_later
@@ -60,6 +62,8 @@ class TrainingRun:
             bad_samples=BadSamples(directory, ranks, recipe.data.max_bad_ratio, " ".join(data.names)),
             fault_log=FaultLog(directory, ranks),
             checkpoints=CheckpointWriter(directory, recipe, tokenizer, ranks),
+            evaluation=LiveEvaluation(recipe.evaluation, tokenizer, ranks),
+            profiler=ProfileWindow(recipe.log.profile_steps, directory, ranks),
             stop=StopRequest(),
             watchdog=Watchdog(directory, ranks, recipe.faults.hang_timeout_s),
             start_s=start_s,
@@ -124,7 +128,9 @@ class TrainingRun:
         return 0
 
     def _train(self, progress: Progress) -> Progress:
-        logger = RunLogger(self._context.directory, progress.step, self._stages) if self._ranks.is_main else None
+        logger = None
+        if self._ranks.is_main:
+            logger = RunLogger(self._context.directory, progress.step, self._stages, self._recipe.log)
         for stage, config in zip(self._stages, self._configs, strict=True):
             if progress.step >= stage.end_step:
                 continue

@@ -92,7 +92,7 @@ def log_with_a_full_disk(ranks: Ranks, directory: Path) -> None:
     """Files cannot grow between the second and the fourth line."""
     recipe = load_recipe("demo", ["model.name=ViT-test-8", "train.global_batch_size=64"])
     stages = plan_stages(recipe, 96, ranks.world_size, 300, 3)
-    logger = RunLogger(directory, 0, stages)
+    logger = RunLogger(directory, 0, stages, recipe.log)
     names = ("epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "mask_ratio", "data_wait_share")
     figures = dict.fromkeys((*names, "seconds_per_step", "wall_time_s"), 1.0)
     for step in range(1, 6):

@@ -1,0 +1,102 @@
+"""Evaluation of the weights that are being trained: all ranks encode equal shares, the main one scores.
+
+Nothing of training is touched: no generator is used, no gradient kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from model.clip import CLIP
+from model.patches import normalize_pixels
+from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import UserError
+from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.feature_store import Collection
+from pipeline.evaluation.features import load_ahead
+from pipeline.evaluation.registry import tasks_of
+from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.task import Task
+from pipeline.ranks import Ranks
+from pipeline.recipe import EvaluationSection
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_BATCHES_AHEAD = 2
+
+
+class LiveEvaluation:
+    """Evaluates a stage's model on the recipe's sets. Raises UserError at once for a set that cannot be used."""
+
+    def __init__(self, section: EvaluationSection, tokenizer: Tokenizer, ranks: Ranks) -> None:
+        self._section = section
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+        self._jobs: list[tuple[EvaluationSet, Task]] = []
+        for directory in section.data:
+            dataset = open_evaluation_set(Path(directory))
+            self._jobs += [(dataset, task) for task in tasks_of(dataset, None)]
+
+    def is_due(self, step: int) -> bool:
+        """Whether the recipe evaluates after so many steps."""
+        return bool(self._jobs) and step % self._section.every_steps == 0
+
+    @torch.no_grad()
+    def figures(self, engine: DeepSpeedEngine) -> dict[str, float]:
+        """`eval/SET/METRIC` of all sets, the same on all ranks. Collective."""
+        figures: dict[str, float] = {}
+        for dataset, task in self._jobs:
+            features = {
+                name: self._encode(engine.module, collection) for name, collection in task.collections(dataset).items()
+            }
+            metrics = task.score(dataset, features).metrics
+            figures |= {f"eval/{dataset.name}/{name}": value for name, value in metrics.items()}
+        return figures
+
+    def _encode(self, clip: CLIP, collection: Collection) -> Tensor:
+        """Features of all items on every rank, fp32 [N, D] on the CPU.
+
+        With ZeRO stage 3 the weights are collected at every batch: ranks encode equally many, the last ones in vain.
+        """
+        size, world_size = self._section.batch_size, self._ranks.world_size
+        num_batches = -(-len(collection) // size)
+        per_rank = -(-num_batches // world_size)
+        mine = range(per_rank * self._ranks.rank, per_rank * (self._ranks.rank + 1))
+        parts = [torch.empty(0, clip.config.embed_dim, device=self._ranks.device)]
+        failure: UserError | None = None
+        with ThreadPoolExecutor(self._section.workers) as pool:
+            for batch in mine:
+                first = min(batch, num_batches - 1) * size
+                try:
+                    features_BD = self._encode_batch(clip, collection.items[first : first + size], pool)
+                except UserError as error:  # the others wait for this rank at the next batch
+                    failure = failure or error
+                    features_BD = self._encode_batch(clip, [], pool)
+                if batch < num_batches:
+                    parts.append(features_BD)
+        if self._ranks.any(failure is not None):
+            raise failure or UserError("another rank could not encode its share of an evaluation: its message says why")
+        return self._ranks.gather_rows(torch.cat(parts)).cpu()
+
+    def _encode_batch(self, clip: CLIP, items: Sequence[Any], pool: ThreadPoolExecutor) -> Tensor:
+        device, size = self._ranks.device, clip.config.vision.image_size
+        if not items or isinstance(items[0], ImageFile):
+            images = list(load_ahead(pool, lambda image: _load(image, size), items, ahead=len(items)))
+            images = images or [torch.zeros(3, size, size, dtype=torch.uint8)]
+            return clip.encode_image(normalize_pixels(torch.stack(images).to(device))).float()
+        return clip.encode_text(self._tokenizer.encode_batch(items).to(device)).float()
+
+
+def _load(image: ImageFile, size: int) -> Tensor:
+    try:
+        return resize_center_crop(decode_image(image.read()), size)
+    except ImageError as error:
+        raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
