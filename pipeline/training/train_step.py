@@ -55,13 +55,14 @@ def train_step(
     ranks: Ranks,
     step: int,
     progress: float,
-    clock: PhaseClock,
+    clock: PhaseClock | None = None,
 ) -> Tensor:
     """Accumulate the micro-batches' gradients and update the weights; means over micro-batches of REPORT_NAMES.
 
     progress: through training, from 0 at the first step to 1 at the last
-    clock: told where the phases of the step end
+    clock: told where the phases of the step end, if somebody wants to know
     """
+    clock = clock or PhaseClock(ranks.device)
 
     def encode(number: int) -> Encoded:
         batch = micro_batches[number].to(ranks.device)

@@ -34,7 +34,6 @@ from pipeline.training.engine import make_engine, release
 from pipeline.training.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.objective import make_objective
-from pipeline.training.phase_clock import PhaseClock
 from pipeline.training.train_step import train_step
 
 B, T, STEP, PROGRESS = 3, 7, 5, 0.5
@@ -118,7 +117,7 @@ def losses_and_gradients(ranks: Ranks, case: Case) -> Iterator[tuple[bool, float
     for exchange, cache in WAYS:
         options = {"kind": case.kind, "exchange": exchange, "cache_gradients": cache, "tile_size": 16}
         objective = make_objective(recipe.loss.model_copy(update=options), ranks)
-        report = train_step(engine, batches, masks, objective, ranks, STEP, PROGRESS, PhaseClock(ranks.device))
+        report = train_step(engine, batches, masks, objective, ranks, STEP, PROGRESS)
         yield cache, ranks.mean(report[0]).item(), dict(gradients)
     release(engine)
 

@@ -27,7 +27,6 @@ from pipeline.training.engine_config import deepspeed_config
 from pipeline.training.fragments import full_weights
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.objective import make_objective
-from pipeline.training.phase_clock import PhaseClock
 from pipeline.training.step_guard import StepGuard, StepOutcome, spread_non_finite
 from pipeline.training.train_step import train_step
 
@@ -88,7 +87,7 @@ def run_steps(
     faults = Faults(clip, ranks)
     for number, (seed, faults.now) in enumerate(steps, start=1):
         batches = [make_batch(100 * seed + 10 * ranks.rank + n) for n in range(2)]
-        report = train_step(engine, batches, masks, objective, ranks, seed, 0.5, PhaseClock(ranks.device))
+        report = train_step(engine, batches, masks, objective, ranks, seed, 0.5)
         guard.end_step(number, report[0], batches)
     outcomes = guard.read()
     weights = full_weights(engine, ranks)
