@@ -90,6 +90,10 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     trained_with = tokenizer_from_bytes(
         (directory / TOKENIZER).read_bytes(), config.text.context_length, str(directory / TOKENIZER)
     )
+    if trained_with.sha256 != card["tokenizer_sha256"]:
+        raise UserError(
+            f"{directory / TOKENIZER} is not the tokenizer that {directory / MODEL_CARD} names: put the run's own back"
+        )
     if tokenizer is not None:
         given = load_tokenizer(tokenizer, config.text.context_length)
         if given.sha256 != card["tokenizer_sha256"]:

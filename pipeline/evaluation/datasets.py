@@ -5,14 +5,14 @@ Zero-shot classification and retrieval are CLIP_benchmark's webdatasets; composi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.tar_samples import ImageFile, TarSample, read_tar_samples
+from pipeline.evaluation.expectations import DATASET_FILE, Expectations
+from pipeline.evaluation.set_files import read_json_object, read_lines, split_samples
+from pipeline.evaluation.tar_samples import ImageFile, TarSample
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -102,18 +102,19 @@ def open_evaluation_set(directory: Path) -> EvaluationSet:
     """
     if not directory.is_dir():
         raise UserError(f"no evaluation set at {directory}: there is no such directory")
+    expectations = Expectations.of(directory)
     if (directory / "images").is_dir():
         dataset: EvaluationSet = _read_composition_set(directory)
     elif _is_classification(directory):
-        dataset = _read_classification_set(directory)
+        dataset = _read_classification_set(directory, expectations)
     elif (directory / "test").is_dir():
-        dataset = _read_retrieval_set(directory)
+        dataset = _read_retrieval_set(directory, expectations)
     else:
         raise UserError(
             f"no evaluation set in {directory}: expected test/ with {CLASSNAMES} (zero-shot), test/ alone (retrieval) "
             "or images/ with *.json (composition)"
         )
-    return replace(dataset, expected_samples=_expected_count(directory, len(dataset.samples)))
+    return replace(dataset, expected_samples=expectations.check_samples(len(dataset.samples)))
 
 
 def _is_classification(directory: Path) -> bool:
@@ -123,18 +124,19 @@ def _is_classification(directory: Path) -> bool:
     return (directory / CLASSNAMES).exists() or (directory / TEMPLATES).exists()
 
 
-def _read_classification_set(directory: Path) -> ClassificationSet:
-    class_names = _read_lines(directory / CLASSNAMES)
-    templates = _read_lines(directory / TEMPLATES)
+def _read_classification_set(directory: Path, expectations: Expectations) -> ClassificationSet:
+    class_names = read_lines(directory / CLASSNAMES)
+    templates = read_lines(directory / TEMPLATES)
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"{directory / TEMPLATES}: template {template!r} has no {{c}} for the class name")
     samples = _labelled_samples(directory, "test", len(class_names))
+    expectations.check_classes(class_names, {sample.label for sample in samples}, directory / CLASSNAMES)
     return ClassificationSet(directory.resolve().name, class_names, templates, samples, directory=directory)
 
 
 def _labelled_samples(directory: Path, split: str, num_classes: int) -> tuple[ClassificationSample, ...]:
-    samples = _split_samples(directory / split)
+    samples = split_samples(directory / split)
     return tuple(ClassificationSample(sample.require_image(), _label(sample, num_classes)) for sample in samples)
 
 
@@ -147,11 +149,12 @@ def _label(sample: TarSample, num_classes: int) -> int:
     return int(text)
 
 
-def _read_retrieval_set(directory: Path) -> RetrievalSet:
-    samples = tuple(
-        RetrievalSample(sample.require_image(), _captions(sample)) for sample in _split_samples(directory / "test")
-    )
-    return RetrievalSet(directory.resolve().name, samples)
+def _read_retrieval_set(directory: Path, expectations: Expectations) -> RetrievalSet:
+    samples = []
+    for sample in split_samples(directory / "test"):
+        samples.append(RetrievalSample(sample.require_image(), _captions(sample)))
+        expectations.check_captions(sample, len(samples[-1].captions))
+    return RetrievalSet(directory.resolve().name, tuple(samples))
 
 
 def _captions(sample: TarSample) -> tuple[str, ...]:
@@ -163,7 +166,7 @@ def _captions(sample: TarSample) -> tuple[str, ...]:
 
 
 def _read_composition_set(directory: Path) -> CompositionSet:
-    files = sorted(path for path in directory.glob("*.json") if path.name != "dataset.json")
+    files = sorted(path for path in directory.glob("*.json") if path.name != DATASET_FILE)
     if not files:
         raise UserError(f"no categories in {directory}: expected files such as swap_att.json beside images/")
     samples = tuple(sample for file in files for sample in _category_samples(file, directory / "images"))
@@ -171,7 +174,7 @@ def _read_composition_set(directory: Path) -> CompositionSet:
 
 
 def _category_samples(file: Path, images: Path) -> list[CompositionSample]:
-    entries = _read_json_object(file)
+    entries = read_json_object(file)
     if not entries:
         raise UserError(f"{file} is empty: expected entries with filename, caption, negative_caption")
     samples = []
@@ -189,56 +192,3 @@ def _category_samples(file: Path, images: Path) -> list[CompositionSample]:
             raise UserError(f"{file}, entry {index}: missing image {images / filename}") from error
         samples.append(CompositionSample(image, file.stem, caption, negative))
     return samples
-
-
-def _split_samples(split: Path) -> list[TarSample]:
-    """Samples of every shard that the split's nshards.txt promises, no more and no fewer."""
-    count_file = split / "nshards.txt"
-    text = _read_text(count_file, "the number of shards 0.tar, 1.tar, … beside it").strip()
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise UserError(f"{count_file} must hold a positive integer, the number of shards; it holds {text!r}")
-    found = len(list(split.glob("*.tar")))
-    if found > int(text):
-        raise UserError(f"{split} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
-    samples = [sample for shard in range(int(text)) for sample in read_tar_samples(split / f"{shard}.tar")]
-    if not samples:
-        raise UserError(f"the shards in {split} hold no samples")
-    return samples
-
-
-def _expected_count(directory: Path, samples: int) -> int | None:
-    """A set may state its size in dataset.json; a part of a set must not pass for the whole."""
-    file = directory / "dataset.json"
-    expected = _read_json_object(file).get("samples") if file.is_file() else None
-    if expected is not None and expected != samples:
-        raise UserError(f"{directory} holds {samples} samples, but its dataset.json says {expected}: copy it again")
-    return samples if expected is not None else None
-
-
-def _read_lines(file: Path) -> tuple[str, ...]:
-    lines = [line.strip() for line in _read_text(file, "one entry per line").rstrip().splitlines()]
-    if not lines:
-        raise UserError(f"{file} is empty: expected one entry per line")
-    if "" in lines:
-        number = lines.index("") + 1
-        raise UserError(f"{file}, line {number} is blank: fill or remove it (a class is the number of its line)")
-    return tuple(lines)
-
-
-def _read_text(file: Path, expectation: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"missing {file}: expected {expectation}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text") from error
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(file, "a JSON object"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return content

@@ -132,7 +132,7 @@ class FeatureStore:
     def load(self) -> tuple[Tensor, str]:
         """All features, fp32 [N, D] on the CPU, and the hash of all items' content.
 
-        Raises UserError if rows are missing, there twice, or not readable.
+        Raises UserError if rows are missing, there twice, not readable or not finite.
         """
         gaps = self.gaps()
         if gaps:
@@ -151,4 +151,6 @@ class FeatureStore:
                 raise UserError(f"{piece.path} cannot be read ({error}): delete it and evaluate again") from error
             if len(parts[-1]) != piece.end - piece.first:
                 raise UserError(f"{piece.path} does not hold the rows of its name: delete it and evaluate again")
+            if not parts[-1].isfinite().all():
+                raise UserError(f"{piece.path} holds features that are not finite: delete it and evaluate again")
         return torch.cat(parts), digest.hexdigest()

@@ -134,7 +134,7 @@ def test_labelled_pictures_become_pairs_and_a_zero_shot_set(tmp_path: Path, laun
     test = first_rows(DATA / "cifar10_test.parquet", tmp_path / "test.parquet", 500)
     prepare("pack", train, *labels, "--output", tmp_path / "shards")
     prepare("verify", tmp_path / "shards")
-    prepare("pack", test, *labels, "--as", "classification", "--output", tmp_path / "cifar10")
+    prepare("pack", test, *labels, "--as", "classification", "--output", tmp_path / "some_of_cifar10")
     tokenizer = ["--model-type", "bpe", "--vocab-size", "400", "--output", tmp_path / "t.model"]
     prepare("tokenizer", tmp_path / "shards", *tokenizer)
-    assert train_and_evaluate(tmp_path, launch, "cifar10", image_size=32)["acc1"] > 1.5
+    assert train_and_evaluate(tmp_path, launch, "some_of_cifar10", image_size=32)["acc1"] > 1.5

@@ -54,6 +54,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path) 
     assert newest_checkpoint(tmp_path) is None
 
 
+def replace_file(file: Path, content: bytes) -> None:
+    """Another file in a checkpoint that is complete all the same."""
+    file.write_bytes(content)
+    complete = json.loads((file.parent / "COMPLETE.json").read_text())
+    complete["files"][file.name]["size_bytes"] = len(content)
+    (file.parent / "COMPLETE.json").write_text(json.dumps(complete))
+
+
 def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Path) -> None:
     directory = save(tmp_path, 1, tokenizer_file)
     assert load_for_inference(str(tmp_path), CPU, str(tokenizer_file)).step == 1
@@ -72,14 +80,15 @@ def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Pat
     with pytest.raises(UserError, match="is not the tokenizer that"):
         load_for_inference(str(tmp_path), CPU, str(tmp_path / "other.model"))
 
-    card_path = directory / "model.json"
-    card = json.loads(card_path.read_text())
+    own = (directory / "tokenizer.bin").read_bytes()
+    replace_file(directory / "tokenizer.bin", (tmp_path / "other.model").read_bytes())
+    with pytest.raises(UserError, match=r"tokenizer\.bin is not the tokenizer that .*model\.json names"):
+        load_for_inference(str(directory), CPU)
+    replace_file(directory / "tokenizer.bin", own)
+
+    card = json.loads((directory / "model.json").read_text())
     card["model"]["vision"]["width"] = 64
-    damaged = json.dumps(card, indent=2) + "\n"
-    card_path.write_text(damaged)
-    complete = json.loads((directory / "COMPLETE.json").read_text())
-    complete["files"]["model.json"]["size_bytes"] = len(damaged)
-    (directory / "COMPLETE.json").write_text(json.dumps(complete))
+    replace_file(directory / "model.json", json.dumps(card).encode())
     with pytest.raises(UserError, match="belong to different models"):
         load_for_inference(str(directory), CPU)
     with pytest.raises(UserError, match="no run or checkpoint at"):

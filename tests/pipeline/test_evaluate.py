@@ -362,6 +362,11 @@ def test_pieces_that_overlap_are_no_number(tmp_path: Path, model: InferenceModel
     with pytest.raises(UserError, match="there twice"):
         store.load()
     (store.directory / "000000002-000000006.safetensors").unlink()
+    whole = piece.path.read_bytes()
+    store.write(0, torch.full((8, 64), torch.nan), [b"\0" * 32] * 8)
+    with pytest.raises(UserError, match=r"000000000-000000008\.safetensors holds features that are not finite"):
+        store.load()
+    piece.path.write_bytes(whole)
     piece.path.write_bytes(piece.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):
         store.load()

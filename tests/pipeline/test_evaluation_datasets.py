@@ -18,6 +18,7 @@ from pipeline.evaluation.datasets import (
     RetrievalSet,
     open_evaluation_set,
 )
+from pipeline.evaluation.known_sets import KNOWN_SETS, set_key
 
 Members = Sequence[tuple[str, bytes]]
 Damage = Callable[[Path], object]
@@ -143,6 +144,10 @@ def _cut(bytes_left: int) -> Damage:
         (_cut(1024), "0.tar: no end-of-archive mark"),
         (_write("dataset.json", '{"samples": 3}'), "holds 2 samples, but its dataset.json says 3"),
         (_write("dataset.json", "{"), "is not JSON"),
+        (_write("dataset.json", '{"samples": "2"}'), r"dataset\.json: samples: "),
+        (_write("dataset.json", '{"known_set": "cifar"}'), "known_set is 'cifar', expected one of imagenet1k, "),
+        (_write("classnames.txt", "a\nb\nc\nd\n"), r"classnames\.txt names class 2 \(c\) and 1 more, of which"),
+        (_write("dataset.json", '{"known_set": "vtab/cifar10"}'), "has 2 classes, but vtab/cifar10 has 10"),
     ],
 )
 def test_damaged_classification_set(tmp_path: Path, damage: Damage, message: str) -> None:
@@ -151,6 +156,57 @@ def test_damaged_classification_set(tmp_path: Path, damage: Damage, message: str
     with pytest.raises(UserError, match=message) as failure:
         open_evaluation_set(tmp_path)
     assert "\n" not in str(failure.value)
+
+
+def test_classes_may_be_empty_on_purpose(tmp_path: Path) -> None:
+    write_classification_set(tmp_path)
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
+    (tmp_path / "dataset.json").write_text('{"allow_empty_classes": true}')
+    assert len(open_evaluation_set(tmp_path).samples) == 2
+
+
+def captioned(count: int, captions: int = 5) -> list[Members]:
+    text = "\n".join(f"caption {line}" for line in range(captions)).encode()
+    return [[member for n in range(count) for member in ((f"{n}.png", png()), (f"{n}.txt", text))]]
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "captions", "message"),
+    [
+        ("wds_flickr8k", 1000, 1, r"'0' in .*test/0\.tar has 1 captions, but wds_flickr8k has 5 for each image"),
+        ("flickr30k", 999, 5, "flickr30k has 999 samples, but flickr30k has 1,000: take the whole test split"),
+    ],
+)
+def test_common_sets_are_known_by_their_names(
+    tmp_path: Path, name: str, samples: int, captions: int, message: str
+) -> None:
+    write_test_split(tmp_path / name, captioned(samples, captions))
+    with pytest.raises(UserError, match=message):
+        open_evaluation_set(tmp_path / name)
+    (tmp_path / name / "dataset.json").write_text('{"known_set": false}')
+    dataset = open_evaluation_set(tmp_path / name)
+    assert (len(dataset.samples), dataset.expected_samples) == (samples, None)
+
+
+def test_a_common_set_that_is_whole_states_its_size(tmp_path: Path) -> None:
+    write_test_split(tmp_path / "mine", captioned(1000))
+    (tmp_path / "mine" / "dataset.json").write_text('{"known_set": "flickr8k"}')
+    assert open_evaluation_set(tmp_path / "mine").expected_samples == 1000
+
+
+def test_captions_per_image_as_dataset_json_says(tmp_path: Path) -> None:
+    write_test_split(tmp_path, captioned(3, captions=4))
+    (tmp_path / "dataset.json").write_text('{"captions_per_image": 4}')
+    assert len(open_evaluation_set(tmp_path).samples) == 3
+    (tmp_path / "dataset.json").write_text('{"captions_per_image": 5}')
+    with pytest.raises(UserError, match=r"'0' in .*0\.tar has 4 captions, but dataset\.json says 5 for each image"):
+        open_evaluation_set(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wds_vtab-cifar10", "vtab/cifar10", "CIFAR-10", "cifar10"])
+def test_names_of_one_set(name: str) -> None:
+    assert set_key(name) == "cifar10"
+    assert all(set_key(key) == key for key in KNOWN_SETS)
 
 
 def test_shards_without_samples(tmp_path: Path) -> None:
