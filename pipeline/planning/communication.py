@@ -42,7 +42,7 @@ def step_traffic(load: Workload) -> list[Traffic]:
 
 def _weights_and_gradients(load: Workload) -> list[Traffic]:
     A, gradients = load.accumulation_steps, load.gradient_bytes
-    weights = load.weight_bytes * load.parameters.total
+    weights, muon = load.weight_bytes * load.parameters.total, load.parameters.with_muon
     overlaps = load.overlaps_reduction
     if load.zero_stage == 0:
         return [Traffic("gradients", "all_reduce", gradients)]
@@ -52,6 +52,7 @@ def _weights_and_gradients(load: Workload) -> list[Traffic]:
         return [
             Traffic("gradients", "all_reduce", gradients * times, overlaps),
             Traffic("weights", "all_gather", load.weight_bytes * load.parameters.trained),
+            *([Traffic("muon's directions", "all_gather", 2 * muon)] if muon else []),
         ]
     persistent = load.weight_bytes * load.parameters.persistent
     fits = load.parameters.total <= load.max_live  # else they are let go and fetched again for the backward pass

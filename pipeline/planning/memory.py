@@ -157,7 +157,10 @@ def _update(load: Workload) -> dict[str, int]:
     share = sizes.largest_group // W
     largest = sizes.largest // W if load.zero_stage == 3 else min(sizes.largest, share)
     norm = _FP64 * largest if load.norm_in_fp64 else 0
-    parts = {"update": max(share * (width + (_FP32 if width == 2 else 0)), norm)}
+    group = share * (width + (_FP32 if width == 2 else 0))
+    # Muon: the directions of all in bf16, and of a share its gradients, direction, momentum as moved, and update
+    muon = load.parameters.with_muon * (2 + 4 * _FP32 // W) if W > 1 else 0
+    parts = {"update": max(group, norm, muon)}
     if load.zero_stage == 3:
         parts |= {"gathered weights": 0, "communication buckets": _buckets(load)}
     return parts
