@@ -19,7 +19,7 @@ from model.loss_tiles import SigmoidSums
 # Partial sums per column take a 2,048th of the matrix of that many rows.
 _ROWS_AT_ONCE = 8192
 # Programs in which a kernel is started at least, where the rectangle is large enough.
-_PROGRAMS = 512
+_PROGRAMS = 256
 # Instead of -inf: the difference of two is a number.
 _OUTSIDE = tl.constexpr(-1e30)
 
