@@ -188,7 +188,7 @@ def _kill_all(variables: set[str]) -> int:
 def main() -> None:
     """Run a cluster until standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the end of standard input is the one way to stop
+        signal.signal(number, lambda *_: None)  # the end of standard input is the one way to stop
     with running_cluster(Path(sys.argv[1]).resolve()):
         print("ready", flush=True)
         sys.stdin.read()
