@@ -1,4 +1,4 @@
-"""Make a report, Markdown and one self-contained HTML page, of runs and results; or collect results from slices.
+"""Make a report of runs and results: one self-contained HTML page, Markdown, CSV, LaTeX; or collect slices' results.
 
 python pipeline/report.py RESULTS… --output DIR
 python pipeline/report.py collect OUTPUT…
@@ -24,10 +24,18 @@ from pipeline.evaluation.results import RESULTS_FILE, format_table, write_result
 from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
 from pipeline.reporting import report_tables as tables
+from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
+from pipeline.reporting.group_tables import group_tables
+from pipeline.reporting.published import PUBLISHED_FILE, read_published
 from pipeline.reporting.rendering import render
 from pipeline.reporting.report_curves import draw_curves
 from pipeline.reporting.report_inputs import read_inputs
 from pipeline.reporting.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
+from pipeline.reporting.result_pictures import draw_result_pictures
+from pipeline.reporting.result_rows import by_recipe
+from pipeline.reporting.run_cost import device_hours_label
+from pipeline.reporting.table_files import write_table_files
+from pipeline.reporting.training_table import training_table
 from pipeline.training.run_logger import timestamp
 
 
@@ -37,16 +45,28 @@ def main(argv: Sequence[str]) -> int:
         return _collect(argv[1:])
     arguments = _parser().parse_args(argv)
     inputs = read_inputs(arguments.results)
+    published = read_published(arguments.published)
     recipes = [run.recipe for run in inputs.runs if run.recipe]
     masks = draw_masks(arguments.images, recipes[0] if recipes else Recipe()) if arguments.images else None
+    entries = by_recipe(inputs.results, inputs.runs)
+    pictures = draw_result_pictures(inputs.outputs)
+    robustness = draw_robustness(entries, published)
     content = {
         "created": timestamp(),
         "sources": [str(path) for path in arguments.results],
-        "headline": tables.headline_table(inputs.results),
+        "headline": tables.headline_table(inputs.results, inputs.runs),
+        "groups": group_tables(entries, published, device_hours_label(inputs.runs)),
         "datasets": tables.dataset_tables(inputs.results),
         "provenance": tables.provenance_table(inputs.results) if inputs.results else None,
-        "training": tables.training_table(inputs.runs),
+        "training": training_table(inputs.runs),
+        "result_charts": [
+            *draw_cost_charts(inputs.results, inputs.runs, published),
+            *([robustness] if robustness else []),
+        ],
         "curves": draw_curves(inputs.runs),
+        "galleries": pictures.galleries,
+        "confusions": pictures.confusions,
+        "picture_notes": pictures.notes,
         "masks": masks,
         "strategies": STRATEGIES,
     }
@@ -81,8 +101,12 @@ def _collect(argv: Sequence[str]) -> int:
 def write_report(directory: Path, content: dict[str, Any]) -> Path:
     """Render the templates into a directory; returns the HTML page, which needs no other file."""
     (directory / "figures").mkdir(parents=True, exist_ok=True)
-    for curve in content["curves"]:
-        write_atomically(directory / "figures" / f"{curve.name}.svg", curve.light_svg)
+    confusion_charts = [confusion.chart for confusion in content["confusions"] if confusion.chart]
+    for chart in (*content["result_charts"], *content["curves"], *confusion_charts):
+        write_atomically(directory / "figures" / f"{chart.name}.svg", chart.light_svg)
+    single = [content[name] for name in ("headline", "training", "provenance") if content[name]]
+    pairs = [confusion.pairs for confusion in content["confusions"]]
+    write_table_files(directory / "tables", [*single, *content["groups"], *content["datasets"], *pairs])
     if content["masks"]:
         _write_strips(directory / "figures", content["masks"])
     write_atomically(directory / "report.md", render("report.md.j2", content))
@@ -100,7 +124,7 @@ def _write_strips(directory: Path, grid: PictureGrid) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="report.py",
-        description="Make report.html and report.md of training runs and evaluation results.",
+        description="Make report.html, report.md and tables/*.csv, *.tex of training runs and evaluation results.",
         epilog="example: python pipeline/report.py runs/demo --output runs/demo/report --images eval/retrieval",
     )
     parser.add_argument(
@@ -111,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         help="run directories (with evaluation/results.jsonl, if evaluated), directories with results.jsonl, or files",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where report.html and report.md go")
+    parser.add_argument(
+        "--published",
+        type=Path,
+        default=PUBLISHED_FILE,
+        metavar="FILE",
+        help="figures of papers to show below ours, instead of pipeline/reporting/published.yaml",
+    )
     parser.add_argument(
         "--images",
         type=Path,

@@ -148,13 +148,19 @@ def read_jobs(output: Path) -> list[Job]:
 
     Raises UserError if there is none, or if a data set is gone or no longer fits.
     """
-    files = sorted((output / JOBS).glob(f"*/{JOB_FILE}"))
+    files = job_files(output)
     if not files:
         raise UserError(f"nothing to collect in {output}: no slice of an evaluation has ended there")
-    return [_read_job(file) for file in files]
+    return [read_job(file) for file in files]
 
 
-def _read_job(file: Path) -> Job:
+def job_files(output: Path) -> list[Path]:
+    """The records of the jobs of an output directory."""
+    return sorted((output / JOBS).glob(f"*/{JOB_FILE}"))
+
+
+def read_job(file: Path) -> Job:
+    """The job of a record, its data set opened again; raises UserError as `read_jobs` does."""
     try:
         record: dict[str, Any] = json.loads(file.read_text())
         masking = record["masking"]

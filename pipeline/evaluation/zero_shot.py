@@ -37,8 +37,7 @@ def _prompts(dataset: ClassificationSet) -> list[str]:
 def _score(dataset: EvaluationSet, features: Features) -> Scores:
     assert isinstance(dataset, ClassificationSet)
     num_classes = len(dataset.class_names)
-    _, prompt_CT = distinct(_prompts(dataset))
-    classifier_CD = build_classifier(features["prompts"][prompt_CT.view(num_classes, -1)])
+    classifier_CD = _classifier(dataset, features)
     labels_N = torch.tensor([sample.label for sample in dataset.samples])
     return Scores(
         metrics=classification_metrics(features["images"], classifier_CD, labels_N),
@@ -46,6 +45,17 @@ def _score(dataset: EvaluationSet, features: Features) -> Scores:
         samples=len(dataset.samples),
         template_sha256=hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest(),
     )
+
+
+def _classifier(dataset: ClassificationSet, features: Features) -> Tensor:
+    _, prompt_CT = distinct(_prompts(dataset))
+    return build_classifier(features["prompts"][prompt_CT.view(len(dataset.class_names), -1)])
+
+
+def predict(dataset: ClassificationSet, features: Features) -> Tensor:
+    """The nearest class of each image, int64 [N]; of classes that tie, the first."""
+    classifier_CD = _classifier(dataset, features)
+    return torch.cat([(part_RD @ classifier_CD.T).argmax(dim=1) for part_RD in features["images"].split(_ROWS_AT_ONCE)])
 
 
 def build_classifier(prompt_features_CTD: Tensor) -> Tensor:

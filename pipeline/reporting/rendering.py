@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def render(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = data_uri
+    environment.filters["csp_hash"] = csp_hash
     environment.filters["md"] = _escape_markdown
     return environment.get_template(template).render(content)
 
@@ -28,6 +30,11 @@ def render(template: str, content: dict[str, Any]) -> str:
 def data_uri(data: bytes, media_type: str) -> str:
     """Bytes as an address that holds them, so that a page needs no other file."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def csp_hash(text: str) -> str:
+    """The name by which a page's Content-Security-Policy allows exactly this style or script, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"
 
 
 def _escape_markdown(text: str) -> str:

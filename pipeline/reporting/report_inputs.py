@@ -14,17 +14,20 @@ from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import read_recipe_file
 from pipeline.training.run_logger import METRICS
+from pipeline.training.run_record import read_record
 
 RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its directory's name, its recipe, and its logged steps in order."""
+    """One training run: its directory's name, its recipe, its logged steps in order, and where it last started."""
 
     name: str
     recipe: Recipe | None
     steps: tuple[dict[str, Any], ...]
+    world_size: int = 1
+    device: str = ""
 
     def by_stage(self) -> list[Run]:
         """The logged steps of each stage as runs of their own, of the same name; the run itself if it has no stages."""
@@ -43,10 +46,14 @@ class Run:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """All runs and results, in the order given; a result that is found twice counts once."""
+    """All runs and results, in the order given; a result that is found twice counts once.
+
+    outputs: the directories of the results, where an evaluation leaves its features too
+    """
 
     runs: tuple[Run, ...]
     results: tuple[Result, ...]
+    outputs: tuple[Path, ...]
 
 
 def read_inputs(paths: Sequence[Path]) -> ReportInputs:
@@ -56,6 +63,7 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
     """
     runs: list[Run] = []
     results: dict[tuple[str, str, str, str], Result] = {}
+    outputs: dict[Path, None] = {}
     for path in paths:
         result_files = _result_files(path)
         is_run = (path / METRICS).is_file()
@@ -67,7 +75,8 @@ def read_inputs(paths: Sequence[Path]) -> ReportInputs:
         if is_run:
             runs.append(_read_run(path))
         results.update({result.key: result for file in result_files for result in read_results(file)})
-    return ReportInputs(tuple(runs), tuple(results.values()))
+        outputs |= dict.fromkeys(file.resolve().parent for file in result_files)
+    return ReportInputs(tuple(runs), tuple(results.values()), tuple(outputs))
 
 
 def _result_files(path: Path) -> list[Path]:
@@ -77,11 +86,13 @@ def _result_files(path: Path) -> list[Path]:
 
 
 def _read_run(directory: Path) -> Run:
-    recipe = directory / RECIPE_FILE
+    recipe, record = directory / RECIPE_FILE, read_record(directory)
     return Run(
         name=directory.resolve().name,
         recipe=read_recipe_file(str(recipe)) if recipe.is_file() else None,
         steps=tuple(_read_steps(directory / METRICS)),
+        world_size=int(record.get("world_size", 1)),
+        device=str(record.get("device", "")),
     )
 
 

@@ -1,0 +1,161 @@
+"""The tables that papers print, of our results, with the published rows below ours."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.evaluation.known_sets import KNOWN_SETS, set_key
+from pipeline.evaluation.results import Result
+from pipeline.reporting.published import Published
+from pipeline.reporting.result_rows import Entry
+from pipeline.reporting.table import Cell, Column, Row, Table, distinct, mark_places, percent
+from pipeline.reporting.table_groups import GROUPS, Group, Measure
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A share in [0, 1] and, small beside it, how sure it is."""
+
+    share: float
+    spread: str = ""
+
+
+def group_tables(entries: Sequence[Entry], published: Published, cost_label: str) -> list[Table]:
+    """The groups of which we have at least one figure; columns of which we have none are left out."""
+    tables = (group_table(group, entries, published, cost_label) for group in GROUPS)
+    return [table for table in tables if table]
+
+
+def group_table(group: Group, entries: Sequence[Entry], published: Published, cost_label: str) -> Table | None:
+    """One group, with the cost as the last column if any is known; None if we have none of its figures."""
+    figures = [entry_figures(group, entry) for entry in entries]
+    shown = [index for index, found in enumerate(figures) if found]
+    measures = [measure for measure in group.measures if any(measure.key in figures[index] for index in shown)]
+    if not measures:
+        return None
+    means = [mean for mean in group.means if any(mean.key in figures[index] for index in shown)]
+    keys = [measure.key for measure in measures] + [mean.key for mean in means]
+    columns = [Column(measure.label, measure.heading) for measure in measures] + [Column(mean.label) for mean in means]
+    rows = [
+        Row(entries[index].label, tuple(_cell(figures[index].get(key)) for key in keys), entries[index].note)
+        for index in shown
+    ]
+    if group.name in published.tables:
+        rows += _published_rows(group, keys, published)
+    if chance := _chance(group, [entries[index] for index in shown]):
+        rows.append(Row("chance", tuple(percent(chance.get(key)) for key in keys), kind="chance"))
+    rows = mark_places(rows, len(keys))
+    if any(entries[index].cost for index in shown):
+        columns.append(Column(cost_label))
+        costs = [_hours(entries[index]) for index in shown] + [Cell("")] * (len(rows) - len(shown))
+        rows = [replace(row, cells=(*row.cells, cost)) for row, cost in zip(rows, costs, strict=True)]
+    return Table(
+        group.name,
+        group.title,
+        group.subtitle,
+        tuple(columns),
+        tuple(rows),
+        notes=_notes(group, figures, published),
+        warning=" ".join(_warnings(group, [entries[index] for index in shown], group.name in published.tables)),
+    )
+
+
+def entry_figures(group: Group, entry: Entry) -> dict[str, Figure]:
+    """An entry's figures and means by key; where it has several seeds, those that all of them have."""
+    by_seed = [_shares(group, results) for results in entry.seeds]
+    keys = [key for key in by_seed[0] if all(key in shares for shares in by_seed)]
+    figures = {}
+    for key in keys:
+        values = [shares[key] for shares in by_seed]
+        spread = f"± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        figures[key] = Figure(statistics.fmean(values), spread)
+    return figures
+
+
+def _shares(group: Group, results: Sequence[Result]) -> dict[str, float]:
+    """One checkpoint's figures by key, and the means of which all figures are there."""
+    shares = {}
+    for measure in group.measures:
+        if found := find_results(measure, results):
+            shares[measure.key] = found[0].metrics[measure.metric]
+    for mean in group.means:
+        if all(key in shares for key in mean.of):
+            shares[mean.key] = statistics.fmean(shares[key] for key in mean.of)
+    return shares
+
+
+def find_results(measure: Measure, results: Sequence[Result]) -> list[Result]:
+    """The results that have a figure: normally one or none."""
+    return [
+        result for result in results if set_key(result.dataset) in measure.sets and measure.metric in result.metrics
+    ]
+
+
+def _published_rows(group: Group, keys: Sequence[str], published: Published) -> list[Row]:
+    table = published.tables[group.name]
+    rows = []
+    for method in table.rows:
+        figures = table.figures(method)
+        cells = [Cell(f"{figures[key]:.1f}", figures[key]) if key in figures else Cell("") for key in keys]
+        time = published.methods.get(method)
+        note = "published" if time is None else f"published, {time:g} × CLIP's training time"
+        rows.append(Row(method, tuple(cells), note, "published"))
+    return rows
+
+
+def _chance(group: Group, entries: Sequence[Entry]) -> dict[str, float]:
+    """Chance by key, and of the means."""
+    results = [result for entry in entries for seed in entry.seeds for result in seed]
+    shares = {}
+    for measure in group.measures:
+        for result in find_results(measure, results)[:1]:
+            if measure.metric in result.chance:
+                shares[measure.key] = result.chance[measure.metric]
+    for mean in group.means:
+        if all(key in shares for key in mean.of):
+            shares[mean.key] = statistics.fmean(shares[key] for key in mean.of)
+    return shares
+
+
+def _notes(group: Group, figures: Sequence[dict[str, Figure]], published: Published) -> tuple[str, ...]:
+    notes = []
+    labels = {measure.key: measure.label for measure in group.measures}
+    for mean in group.means:
+        if not any(mean.key in found for found in figures):
+            missing = [labels[key] for key in mean.of if not any(key in found for found in figures)]
+            what = f"missing: {', '.join(missing)}" if missing else "no row has all of them"
+            notes.append(f"The {mean.label} of {len(mean.of)} sets is left out ({what}).")
+    if group.name in published.tables and published.source:
+        notes.append(f"Published rows, not measured by us: {published.source}.")
+    return tuple(notes)
+
+
+def _warnings(group: Group, entries: Sequence[Entry], beside_published: bool) -> list[str]:
+    """Figures that are not what the column's name says: two sets for one column, or a part of a set."""
+    found: list[str] = []
+    for entry in entries:
+        for measure in group.measures:
+            results = find_results(measure, entry.seeds[0])
+            if len(results) > 1:
+                names = " and ".join(result.dataset for result in results)
+                found.append(f"{entry.label} has results of {names}, which are the same set: the first is shown.")
+            size = next((KNOWN_SETS[name].samples for name in measure.sets if name in KNOWN_SETS), None)
+            if beside_published and results and size and results[0].samples != size:
+                found.append(
+                    f"{results[0].dataset} has {results[0].samples:,} samples here and {size:,} in the papers: the "
+                    "figures cannot be compared."
+                )
+    return distinct(found)
+
+
+def _cell(figure: Figure | None) -> Cell:
+    return Cell("") if figure is None else percent(figure.share, figure.spread)
+
+
+def _hours(entry: Entry) -> Cell:
+    if entry.cost is None:
+        return Cell("")
+    hours = entry.cost.device_h
+    return Cell(f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}", hours)

@@ -1,0 +1,124 @@
+"""Which figures the papers print together, in their order, and by which names data sets go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of one set, which goes by several names (as `known_sets.set_key` makes them)."""
+
+    key: str
+    label: str
+    sets: tuple[str, ...]
+    metric: str
+    heading: str = ""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of figures, which is shown only where there are all of them."""
+
+    key: str
+    label: str
+    of: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A table as papers print it."""
+
+    name: str
+    title: str
+    subtitle: str
+    measures: tuple[Measure, ...]
+    means: tuple[Mean, ...] = ()
+
+
+# Key: label, other names.
+_SEVENTEEN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "food101": ("Food101", ()),
+    "cifar10": ("CIFAR10", ()),
+    "cifar100": ("CIFAR100", ()),
+    "sun397": ("SUN397", ()),
+    "cars": ("Cars", ("stanfordcars",)),
+    "voc2007": ("VOC2007", ()),
+    "aircraft": ("Aircraft", ("fgvcaircraft",)),
+    "dtd": ("DTD", ()),
+    "pets": ("Pets", ("oxfordpets", "oxfordiiitpet")),
+    "caltech101": ("Caltech101", ()),
+    "flowers": ("Flowers", ("flowers102", "oxfordflowers102")),
+    "stl10": ("STL10", ()),
+    "eurosat": ("EuroSAT", ()),
+    "resisc45": ("RESISC45", ()),
+    "gtsrb": ("GTSRB", ()),
+    "country211": ("Country211", ()),
+    "pcam": ("PCam", ("patchcamelyon",)),
+}
+
+
+def _retrieval_measures() -> tuple[Measure, ...]:
+    sets = {
+        "coco": ("COCO", ("mscococaptions", "coco", "mscoco", "cococaptions")),
+        "flickr8k": ("Flickr8k", ("flickr8k",)),
+        "flickr30k": ("Flickr30k", ("flickr30k",)),
+    }
+    return tuple(
+        Measure(f"{key}_{way}@{k}", f"R@{k}", names, f"{way}_retrieval_recall@{k}", f"{label} {way}")
+        for way in ("text", "image")
+        for key, (label, names) in sets.items()
+        for k in (1, 5, 10)
+    )
+
+
+_IMAGENET = ("imagenet1k", "imagenet", "in1k")
+_SHIFTED = {
+    "imagenet_v2": ("IN-V2", ("imagenetv2", "inv2")),
+    "imagenet_a": ("IN-A", ("imageneta", "ina")),
+    "imagenet_r": ("IN-R", ("imagenetr", "inr")),
+    "imagenet_o": ("IN-O", ("imageneto", "ino")),
+    "imagenet_sketch": ("Sketch", ("imagenetsketch", "insketch")),
+}
+_SUGARCREPE = {"replace": ("obj", "att", "rel"), "swap": ("obj", "att"), "add": ("obj", "att")}
+
+ZERO_SHOT = Group(
+    "zero_shot",
+    "Zero-shot classification, 17 sets",
+    "top-1, in percent",
+    tuple(Measure(key, label, (key, *names), "acc1") for key, (label, names) in _SEVENTEEN.items()),
+    (Mean("mean", "mean", tuple(_SEVENTEEN)),),
+)
+RETRIEVAL = Group("retrieval", "Retrieval", "recall of texts and of images, in percent", _retrieval_measures())
+LINEAR_PROBE = Group(
+    "linear_probe",
+    "Linear probe",
+    "top-1, in percent",
+    (
+        Measure("cifar10", "CIFAR10", ("cifar10",), "lp_acc1"),
+        Measure("cifar100", "CIFAR100", ("cifar100",), "lp_acc1"),
+        Measure("imagenet", "IN-1K", _IMAGENET, "lp_acc1"),
+    ),
+)
+# The paper's ID mean is that of all six, its OOD mean that of the five other than ImageNet itself.
+ROBUSTNESS = Group(
+    "robustness",
+    "Robustness",
+    "zero-shot top-1, in percent; ID: mean of the six, OOD: mean of all but IN-1K",
+    (
+        Measure("imagenet", "IN-1K", _IMAGENET, "acc1"),
+        *(Measure(key, label, names, "acc1") for key, (label, names) in _SHIFTED.items()),
+    ),
+    (Mean("id", "ID", ("imagenet", *_SHIFTED)), Mean("ood", "OOD", tuple(_SHIFTED))),
+)
+SUGARCREPE = Group(
+    "sugarcrepe",
+    "SugarCrepe",
+    "share of images nearer to their caption than to its negative, in percent",
+    tuple(
+        Measure(f"{way}_{part}", part, ("sugarcrepe",), f"acc/{way}_{part}", heading=way.upper())
+        for way, parts in _SUGARCREPE.items()
+        for part in parts
+    ),
+)
+GROUPS = (ZERO_SHOT, RETRIEVAL, LINEAR_PROBE, ROBUSTNESS, SUGARCREPE)
