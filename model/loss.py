@@ -102,7 +102,7 @@ def _info_nce(image_BD: Tensor, text_BD: Tensor, scale: Tensor, images: Columns,
         return column_lse_C
 
     column_lse_B = images.logsumexp(visit_lse)
-    positive_B = scale * torch.linalg.vecdot(image_BD, text_BD)
+    positive_B = scale * _dot(image_BD, text_BD)
     loss = (row_lse_B + column_lse_B - 2 * positive_B).mean() / 2
 
     at_text_BD = torch.zeros_like(text_BD)
@@ -114,7 +114,7 @@ def _info_nce(image_BD: Tensor, text_BD: Tensor, scale: Tensor, images: Columns,
     # each positive has a share in the cross-entropy of its row and in that of its column
     at_text_BD.sub_(image_BD, alpha=2)
     at_image_BD.sub_(text_BD, alpha=2)
-    scale_gradient = torch.linalg.vecdot(text_BD, at_text_BD).sum(0, keepdim=True) / (2 * B)
+    scale_gradient = _dot(text_BD, at_text_BD).sum(0, keepdim=True) / (2 * B)
     factor = scale / (2 * B)
     return PairLoss(loss, (at_image_BD.mul_(factor), at_text_BD.mul_(factor), scale_gradient))
 
@@ -136,12 +136,17 @@ def _sigmoid(image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, ima
 
     at_image_BD = images.sum(visit).sub_(text_BD)
     at_text_BD.sub_(image_BD)
-    positive_B = scale * torch.linalg.vecdot(image_BD, text_BD) + bias
+    positive_B = scale * _dot(image_BD, text_BD) + bias
     loss = (softplus_B - positive_B).mean()
-    scale_gradient = torch.linalg.vecdot(text_BD, at_text_BD).sum(0, keepdim=True) / B
+    scale_gradient = _dot(text_BD, at_text_BD).sum(0, keepdim=True) / B
     bias_gradient = (sigmoid_B - 1).mean().view(1)
     factor = scale / B
     return PairLoss(loss, (at_image_BD.mul_(factor), at_text_BD.mul_(factor), scale_gradient, bias_gradient))
+
+
+def _dot(left_BD: Tensor, right_BD: Tensor) -> Tensor:
+    """Scalar products of rows, [B]; unlike vecdot without their products in memory."""
+    return torch.einsum("bd,bd->b", left_BD, right_BD)
 
 
 class _KnownGradients(torch.autograd.Function):
