@@ -20,7 +20,8 @@ from pipeline.data.manifest import MANIFEST, read_manifest
 from pipeline.data.shard_index import index_tar
 from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet, open_evaluation_set
+from pipeline.evaluation.composition_files import GroupSet
+from pipeline.evaluation.datasets import ClassificationSet, MultiLabelSet, RetrievalSet, open_evaluation_set
 from pipeline.evaluation.tar_samples import ImageFile
 
 _MAX_CAPTION_BYTES = 2**16
@@ -71,6 +72,15 @@ def _images_of_evaluation_set(directory: Path, count: int) -> list[CaptionedImag
     dataset = open_evaluation_set(directory)
     if isinstance(dataset, ClassificationSet):
         images = [CaptionedImage(sample.image, dataset.class_names[sample.label]) for sample in dataset.samples]
+    elif isinstance(dataset, MultiLabelSet):
+        names = dataset.class_names
+        images = [
+            CaptionedImage(sample.image, ", ".join(names[label] for label in sample.labels))
+            for sample in dataset.samples
+        ]
+    elif isinstance(dataset, GroupSet):
+        pairs = [pair for sample in dataset.samples for pair in zip(sample.images, sample.captions, strict=True)]
+        images = [CaptionedImage(image, caption) for image, caption in pairs]
     elif isinstance(dataset, RetrievalSet):
         images = [CaptionedImage(sample.image, sample.captions[0]) for sample in dataset.samples]
     else:

@@ -1,6 +1,6 @@
-"""The three evaluation layouts, checked and typed: what they hold is docs/evaluation.md's first section.
+"""The evaluation layouts, checked and typed: docs/evaluation.md says what they hold.
 
-Zero-shot classification and retrieval are CLIP_benchmark's webdatasets; composition is SugarCrepe's JSON files.
+Classification and retrieval are CLIP_benchmark's webdatasets; composition is JSON files (composition_files.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.evaluation.expectations import DATASET_FILE, Expectations
-from pipeline.evaluation.set_files import read_json_object, read_lines, split_samples
+from pipeline.evaluation.composition_files import CompositionSet, GroupSet, read_composition_set
+from pipeline.evaluation.expectations import Expectations
+from pipeline.evaluation.set_files import read_lines, split_samples
 from pipeline.evaluation.tar_samples import ImageFile, TarSample
 
 CLASSNAMES = "classnames.txt"
@@ -74,38 +75,41 @@ class RetrievalSet:
 
 
 @dataclass(frozen=True)
-class CompositionSample:
-    """One image, its caption and a hard negative: the same words rearranged, or one of them replaced."""
+class MultiLabelSample:
+    """One image and the indices of the classes in it."""
 
     image: ImageFile
-    category: str
-    caption: str
-    negative_caption: str
+    labels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class CompositionSet:
-    """Hard negatives of several categories (`swap_att`, `replace_obj`, ...)."""
+class MultiLabelSet:
+    """Images of any number of known classes each; `{c}` in a template stands for the class name."""
 
     name: str
-    samples: tuple[CompositionSample, ...]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    samples: tuple[MultiLabelSample, ...]
     expected_samples: int | None = None
 
 
-EvaluationSet = ClassificationSet | RetrievalSet | CompositionSet
+EvaluationSet = ClassificationSet | MultiLabelSet | RetrievalSet | CompositionSet | GroupSet
 
 
 def open_evaluation_set(directory: Path) -> EvaluationSet:
-    """Read the evaluation set in a directory, whichever of the three layouts it has.
+    """Read the evaluation set in a directory, whichever of the layouts it has.
 
     Raises UserError, naming the file and what was expected of it, for everything that does not fit the layout.
     """
     if not directory.is_dir():
         raise UserError(f"no evaluation set at {directory}: there is no such directory")
     expectations = Expectations.of(directory)
+    declared = _declared_type(directory)
     if (directory / "images").is_dir():
-        dataset: EvaluationSet = _read_composition_set(directory)
-    elif _is_classification(directory):
+        dataset: EvaluationSet = read_composition_set(directory)
+    elif declared == "multilabel":
+        dataset = _read_multi_label_set(directory, expectations)
+    elif declared == "classification":
         dataset = _read_classification_set(directory, expectations)
     elif (directory / "test").is_dir():
         dataset = _read_retrieval_set(directory, expectations)
@@ -117,22 +121,39 @@ def open_evaluation_set(directory: Path) -> EvaluationSet:
     return replace(dataset, expected_samples=expectations.check_samples(len(dataset.samples)))
 
 
-def _is_classification(directory: Path) -> bool:
+def _declared_type(directory: Path) -> str | None:
+    """CLIP_benchmark's type of a webdataset; by default classification if there are files for it."""
     declared = directory / "dataset_type.txt"
     if declared.is_file():
-        return declared.read_text(encoding="utf-8").strip() != "retrieval"
-    return (directory / CLASSNAMES).exists() or (directory / TEMPLATES).exists()
+        return declared.read_text(encoding="utf-8").strip().lower()
+    is_classification = (directory / CLASSNAMES).exists() or (directory / TEMPLATES).exists()
+    return "classification" if is_classification else None
 
 
 def _read_classification_set(directory: Path, expectations: Expectations) -> ClassificationSet:
-    class_names = read_lines(directory / CLASSNAMES)
+    class_names, templates = _names_and_templates(directory)
+    samples = _labelled_samples(directory, "test", len(class_names))
+    expectations.check_classes(class_names, {sample.label for sample in samples}, directory / CLASSNAMES)
+    return ClassificationSet(directory.resolve().name, class_names, templates, samples, directory=directory)
+
+
+def _read_multi_label_set(directory: Path, expectations: Expectations) -> MultiLabelSet:
+    class_names, templates = _names_and_templates(directory)
+    samples = tuple(
+        MultiLabelSample(sample.require_image(), sample.require_labels(len(class_names)))
+        for sample in split_samples(directory / "test")
+    )
+    occurring = {label for sample in samples for label in sample.labels}
+    expectations.check_classes(class_names, occurring, directory / CLASSNAMES)
+    return MultiLabelSet(directory.resolve().name, class_names, templates, samples)
+
+
+def _names_and_templates(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     templates = read_lines(directory / TEMPLATES)
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"{directory / TEMPLATES}: template {template!r} has no {{c}} for the class name")
-    samples = _labelled_samples(directory, "test", len(class_names))
-    expectations.check_classes(class_names, {sample.label for sample in samples}, directory / CLASSNAMES)
-    return ClassificationSet(directory.resolve().name, class_names, templates, samples, directory=directory)
+    return read_lines(directory / CLASSNAMES), templates
 
 
 def _labelled_samples(directory: Path, split: str, num_classes: int) -> tuple[ClassificationSample, ...]:
@@ -163,32 +184,3 @@ def _captions(sample: TarSample) -> tuple[str, ...]:
         hint = f"; for classification the set needs {CLASSNAMES}" if "cls" in sample.texts else ""
         raise UserError(f"{sample} has no caption: expected a .txt member with one caption per line{hint}")
     return captions
-
-
-def _read_composition_set(directory: Path) -> CompositionSet:
-    files = sorted(path for path in directory.glob("*.json") if path.name != DATASET_FILE)
-    if not files:
-        raise UserError(f"no categories in {directory}: expected files such as swap_att.json beside images/")
-    samples = tuple(sample for file in files for sample in _category_samples(file, directory / "images"))
-    return CompositionSet(directory.resolve().name, samples)
-
-
-def _category_samples(file: Path, images: Path) -> list[CompositionSample]:
-    entries = read_json_object(file)
-    if not entries:
-        raise UserError(f"{file} is empty: expected entries with filename, caption, negative_caption")
-    samples = []
-    for index, entry in entries.items():
-        fields = entry if isinstance(entry, dict) else {}
-        texts = [fields.get(name) for name in ("filename", "caption", "negative_caption")]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{file}, entry {index}: expected strings filename, caption and negative_caption")
-        filename, caption, negative = map(str, texts)
-        if Path(filename).name != filename:
-            raise UserError(f"{file}, entry {index}: filename {filename!r} must lie directly in images/")
-        try:
-            image = ImageFile.whole(images / filename)
-        except OSError as error:
-            raise UserError(f"{file}, entry {index}: missing image {images / filename}") from error
-        samples.append(CompositionSample(image, file.stem, caption, negative))
-    return samples

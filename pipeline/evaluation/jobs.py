@@ -127,6 +127,7 @@ def score_job(job: Job, output: Path) -> list[Result]:
                 task=task.name,
                 metrics=scores.metrics,
                 chance=scores.chance,
+                intervals=scores.intervals,
                 samples=scores.samples,
                 expected_samples=job.dataset.expected_samples,
                 template_sha256=scores.template_sha256,

@@ -3,24 +3,25 @@
 After Radford et al. 2021 (A.3): L-BFGS, a coarse sweep and a finer one around its best value; features are of unit
 length, as in CLIP_benchmark. All weight decays of a sweep are one batched problem.
 
-N samples of a split, D columns of a feature, S weight decays, C classes
+N samples of a split, D columns of a feature, S weight decays, C classes, K draws
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.evaluation.bootstrap import Outcomes
 from pipeline.evaluation.datasets import ClassificationSample, ClassificationSet, EvaluationSet
 from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.logistic import Solution, fit
 from pipeline.evaluation.results import Scores
 from pipeline.evaluation.task import Features, Task
-from pipeline.evaluation.zero_shot import classification_chance, metrics_of_scores
+from pipeline.evaluation.zero_shot import classification_chance, outcomes_of_scores
 
 SHOTS = (1, 2, 4, 8, 16)
 # Of few-shot training sets; their mean is the figure.
@@ -42,18 +43,23 @@ class Split(NamedTuple):
         return Split(self.features_ND[index_n], self.labels_N[index_n])
 
 
-def probe(train: Split, validation: Split, test: Split, num_classes: int, refit: bool = True) -> Scores:
-    """Scores on `test` of a fit on `train` with the weight decay that is best on `validation`; `refit`: on both."""
+class Probed(NamedTuple):
+    """Outcomes on the test split, and how the probe came about."""
+
+    outcomes: dict[str, Outcomes]
+    details: dict[str, Any]
+
+
+def probe(train: Split, validation: Split, test: Split, num_classes: int, refit: bool = True) -> Probed:
+    """Outcomes on `test` of a fit on `train` with the weight decay that is best on `validation`; `refit`: on both."""
     decay, validation_acc1 = _sweep(train, validation, num_classes)
     if refit:
         train = Split(torch.cat((train.features_ND, validation.features_ND)), torch.cat((train[1], validation[1])))
     solution = _fit(train, [decay], num_classes)
     scores = (solution.logits(part_nD)[0] for part_nD in test.features_ND.split(_ROWS_AT_ONCE))
-    metrics = metrics_of_scores(scores, test.labels_N)
-    return Scores(
-        metrics={f"lp_{name}": value for name, value in metrics.items()},
-        chance={f"lp_{name}": value for name, value in classification_chance(num_classes).items()},
-        samples=len(test.labels_N),
+    outcomes = outcomes_of_scores(scores, test.labels_N)
+    return Probed(
+        outcomes={f"lp_{name}": outcome for name, outcome in outcomes.items()},
         details={
             "weight_decay": decay,
             "validation_acc1": validation_acc1,
@@ -115,22 +121,28 @@ def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
 
 
 def _score(dataset: EvaluationSet, features: Features) -> Scores:
-    return probe(*_splits(dataset, features))
+    train, validation, test, num_classes = _splits(dataset, features)
+    probed = probe(train, validation, test, num_classes)
+    chance = {f"lp_{name}": value for name, value in classification_chance(num_classes).items()}
+    return Scores.of(probed.outcomes, chance, len(test.labels_N), details=probed.details)
 
 
 def _score_few_shot(dataset: EvaluationSet, features: Features) -> Scores:
     train, validation, test, num_classes = _splits(dataset, features)
     fewest = int(torch.bincount(train.labels_N, minlength=num_classes).min())
-    metrics, chance, deviations = {}, {}, {}
+    outcomes, deviations = {}, {}
     for shots in (shots for shots in SHOTS if shots <= fewest):
         draws = [few_shot_rows(train.labels_N, shots, num_classes, seed) for seed in range(_DRAWS)]
-        scores = [probe(train.rows(rows_n), validation, test, num_classes, refit=False) for rows_n in draws]
+        hits_KN = torch.stack(
+            [
+                probe(train.rows(rows_n), validation, test, num_classes, refit=False).outcomes["lp_acc1"].values_N
+                for rows_n in draws
+            ]
+        )
         name = f"lp_acc1/{shots}_shot"
-        acc1 = torch.tensor([score.metrics["lp_acc1"] for score in scores], dtype=torch.float64)
-        metrics[name], deviations[name] = acc1.mean().item(), acc1.std().item()
-        chance[name] = 1 / num_classes
+        outcomes[name], deviations[name] = Outcomes(hits_KN.mean(0)), hits_KN.mean(1).std().item()
     details = {"draws": _DRAWS, "standard_deviation": deviations}
-    return Scores(metrics, chance, len(test.labels_N), details=details)
+    return Scores.of(outcomes, dict.fromkeys(outcomes, 1 / num_classes), len(test.labels_N), details=details)
 
 
 def few_shot_rows(labels_N: Tensor, shots: int, num_classes: int, seed: int) -> Tensor:

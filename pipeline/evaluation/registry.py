@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
-from pipeline.evaluation import composition, linear_probe, retrieval, zero_shot
+from pipeline.evaluation import composition, groups, linear_probe, retrieval, zero_shot
 from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.task import Task
 
@@ -15,6 +15,7 @@ TASKS: dict[str, Task] = {
         zero_shot.TASK,
         retrieval.TASK,
         composition.TASK,
+        groups.TASK,
         linear_probe.TASK,
         linear_probe.FEW_SHOT_TASK,
     )

@@ -6,13 +6,14 @@ import dataclasses
 import fcntl
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.bootstrap import Outcomes, intervals, means
 from pipeline.files import write_atomically, write_json
 
 RESULTS_FILE = "results.jsonl"
@@ -22,6 +23,7 @@ RESULTS_FILE = "results.jsonl"
 class Scores:
     """What a task measures: shares in [0, 1], each with the share that a model gets that knows nothing.
 
+    intervals: lower and upper end of the 95 % interval of each metric, by the bootstrap
     details: how the figures came about, e.g. the weight decay of a probe
     """
 
@@ -29,7 +31,19 @@ class Scores:
     chance: dict[str, float]
     samples: int
     template_sha256: str | None = None
+    intervals: dict[str, list[float]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        outcomes: Mapping[str, Outcomes],
+        chance: dict[str, float],
+        samples: int,
+        template_sha256: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> Scores:
+        """Metrics and their intervals from the outcomes of samples."""
+        return Scores(means(outcomes), chance, samples, template_sha256, intervals(outcomes), details or {})
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Result:
     metrics: dict[str, float]
     samples: int
     chance: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
     expected_samples: int | None = None
     template_sha256: str | None = None
     content_sha256: str | None = None

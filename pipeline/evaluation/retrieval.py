@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.bootstrap import Outcomes
 from pipeline.evaluation.datasets import EvaluationSet, RetrievalSet
 from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.features import distinct
@@ -40,16 +41,13 @@ def _score(dataset: EvaluationSet, features: Features) -> Scores:
     captions_I = torch.tensor([len(sample.captions) for sample in dataset.samples])
     image_C = torch.arange(len(captions_I)).repeat_interleave(captions_I)
     _, text_C = distinct(_captions(dataset))
-    return Scores(
-        metrics=retrieval_metrics(features["images"], features["captions"], text_C, image_C),
-        chance=retrieval_chance(captions_I),
-        samples=len(dataset.samples),
-    )
+    outcomes = retrieval_outcomes(features["images"], features["captions"], text_C, image_C)
+    return Scores.of(outcomes, retrieval_chance(captions_I), samples=len(dataset.samples))
 
 
-def retrieval_metrics(
+def retrieval_outcomes(
     image_features_ID: Tensor, text_features_UD: Tensor, text_C: Tensor, image_C: Tensor
-) -> dict[str, float]:
+) -> dict[str, Outcomes]:
     """Both recalls at 1, 5, 10, from unit-length features.
 
     Caption c has features `text_features_UD[text_C[c]]` and belongs to image `image_C[c]`, int64, ascending. Equal
@@ -58,8 +56,8 @@ def retrieval_metrics(
     image_ranks = _image_retrieval_ranks(image_features_ID, text_features_UD[text_C], image_C)
     text_ranks = _text_retrieval_ranks(image_features_ID, text_features_UD, text_C, image_C)
     return {
-        f"{direction}_retrieval_recall@{k}": hit_probability(*ranks, k).mean().item()
-        for direction, ranks in (("image", image_ranks), ("text", text_ranks))
+        f"{direction}_retrieval_recall@{k}": Outcomes(hit_probability(*ranks, k), unit)
+        for direction, ranks, unit in (("image", image_ranks, image_C), ("text", text_ranks, None))
         for k in RECALL_AT
     }
 

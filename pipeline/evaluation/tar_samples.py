@@ -5,15 +5,19 @@ Nothing is extracted or unpickled, and only the closed list of member types is e
 
 from __future__ import annotations
 
+import io
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from pipeline.data.tar_index import IMAGE_TYPES, Member, read_members, split_name
 from pipeline.errors import UserError
 
 TEXT_TYPES = frozenset({"txt", "cls"})
+LABELS_TYPE = "npy"
 
 _MAX_IMAGE_BYTES = 64 * 2**20
 _MAX_TEXT_BYTES = 2**20
@@ -59,6 +63,7 @@ class TarSample:
     path: Path
     image: ImageFile | None = None
     texts: dict[str, str] = field(default_factory=dict)
+    labels_npy: bytes | None = None
 
     def __str__(self) -> str:
         return f"sample {self.key!r} in {self.path}"
@@ -68,6 +73,15 @@ class TarSample:
         if self.image is None:
             raise UserError(f"{self} has no image: expected one of {', '.join(sorted(IMAGE_TYPES))}")
         return self.image
+
+    def require_labels(self, num_classes: int) -> tuple[int, ...]:
+        """The classes in the image, from a .npy of a 0 or 1 for each; raises UserError for anything else."""
+        if self.labels_npy is None:
+            raise UserError(f"{self} has no labels: expected a .npy member with a 0 or 1 for each class")
+        try:
+            return read_labels(self.labels_npy, num_classes)
+        except ValueError as error:
+            raise UserError(f"{self}: its .npy member {error}") from error
 
 
 def read_tar_samples(path: Path) -> list[TarSample]:
@@ -84,6 +98,8 @@ def read_tar_samples(path: Path) -> list[TarSample]:
                 key, kind = split_name(member.name)
                 if kind in IMAGE_TYPES:
                     _add_image(samples.setdefault(key, TarSample(key, path)), member)
+                elif kind == LABELS_TYPE:
+                    _add_labels(samples.setdefault(key, TarSample(key, path)), member, tar)
                 elif kind in TEXT_TYPES:
                     _add_text(samples.setdefault(key, TarSample(key, path)), member, kind, tar)
     except FileNotFoundError as error:
@@ -97,6 +113,35 @@ def _add_image(sample: TarSample, member: Member) -> None:
     if sample.image is not None:
         raise UserError(f"{sample} has two images: {sample.image.name} and {member.name}")
     sample.image = ImageFile(sample.path, *member)
+
+
+def _add_labels(sample: TarSample, member: Member, tar: BinaryIO) -> None:
+    if sample.labels_npy is not None:
+        raise UserError(f"{sample} has two .npy members: keys must be unique within a shard")
+    if member.size_bytes > _MAX_TEXT_BYTES:
+        raise UserError(f"{member.name} in {sample.path}: {member.size_bytes} bytes is too long for labels")
+    tar.seek(member.offset_bytes)
+    sample.labels_npy = tar.read(member.size_bytes)
+
+
+def read_labels(npy: bytes, num_classes: int) -> tuple[int, ...]:
+    """Which of the numbers in an array file are 1. The header is checked before anything is made of the rest.
+
+    Raises ValueError, after "its .npy member", unless it is `num_classes` numbers that are 0 or 1.
+    """
+    stream = io.BytesIO(npy)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("is not of format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+    data = stream.read()
+    if shape != (num_classes,) or dtype.kind not in "biuf" or len(data) != num_classes * dtype.itemsize:
+        raise ValueError(
+            f"holds {shape} values of {dtype}, expected {num_classes} numbers, as many as there are classes"
+        )
+    present = np.frombuffer(data, dtype)
+    if not np.isin(present, (0, 1)).all():
+        raise ValueError("holds other values than 0 and 1")
+    return tuple(np.flatnonzero(present).tolist())
 
 
 def _add_text(sample: TarSample, member: Member, kind: str, tar: BinaryIO) -> None:

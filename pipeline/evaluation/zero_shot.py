@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet
+from pipeline.evaluation.bootstrap import Outcomes
+from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, MultiLabelSet
 from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.features import distinct
+from pipeline.evaluation.multi_label import multi_label_scores
 from pipeline.evaluation.ranking import hit_probability
 from pipeline.evaluation.results import Scores
 from pipeline.evaluation.task import Features, Task
@@ -23,31 +25,30 @@ _ROWS_AT_ONCE = 4096
 
 
 def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, ClassificationSet)
+    assert isinstance(dataset, ClassificationSet | MultiLabelSet)
     return {
         "images": Collection(dataset.name, "images", [sample.image for sample in dataset.samples]),
         "prompts": Collection(dataset.name, "texts", distinct(_prompts(dataset))[0]),
     }
 
 
-def _prompts(dataset: ClassificationSet) -> list[str]:
+def _prompts(dataset: ClassificationSet | MultiLabelSet) -> list[str]:
     return [template.replace("{c}", name) for name in dataset.class_names for template in dataset.templates]
 
 
 def _score(dataset: EvaluationSet, features: Features) -> Scores:
-    assert isinstance(dataset, ClassificationSet)
+    assert isinstance(dataset, ClassificationSet | MultiLabelSet)
     num_classes = len(dataset.class_names)
     classifier_CD = _classifier(dataset, features)
+    template_sha256 = hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest()
+    if isinstance(dataset, MultiLabelSet):
+        return multi_label_scores(dataset, features["images"] @ classifier_CD.T, template_sha256)
     labels_N = torch.tensor([sample.label for sample in dataset.samples])
-    return Scores(
-        metrics=classification_metrics(features["images"], classifier_CD, labels_N),
-        chance=classification_chance(num_classes),
-        samples=len(dataset.samples),
-        template_sha256=hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest(),
-    )
+    outcomes = classification_outcomes(features["images"], classifier_CD, labels_N)
+    return Scores.of(outcomes, classification_chance(num_classes), len(dataset.samples), template_sha256)
 
 
-def _classifier(dataset: ClassificationSet, features: Features) -> Tensor:
+def _classifier(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Tensor:
     _, prompt_CT = distinct(_prompts(dataset))
     return build_classifier(features["prompts"][prompt_CT.view(len(dataset.class_names), -1)])
 
@@ -63,13 +64,13 @@ def build_classifier(prompt_features_CTD: Tensor) -> Tensor:
     return F.normalize(F.normalize(prompt_features_CTD, dim=-1).mean(dim=1), dim=-1)
 
 
-def classification_metrics(image_features_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, float]:
+def classification_outcomes(image_features_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, Outcomes]:
     """acc1, acc5 (from five classes on) and mean_per_class_recall, over the classes that occur in labels_N."""
     parts = image_features_ND.split(_ROWS_AT_ONCE)
-    return metrics_of_scores((part_RD @ classifier_CD.T for part_RD in parts), labels_N)
+    return outcomes_of_scores((part_RD @ classifier_CD.T for part_RD in parts), labels_N)
 
 
-def metrics_of_scores(scores: Iterable[Tensor], labels_N: Tensor) -> dict[str, float]:
+def outcomes_of_scores(scores: Iterable[Tensor], labels_N: Tensor) -> dict[str, Outcomes]:
     """The same from the scores of all classes, [R, C] for consecutive rows."""
     better, tied, start = [], [], 0
     for scores_RC in scores:
@@ -78,15 +79,12 @@ def metrics_of_scores(scores: Iterable[Tensor], labels_N: Tensor) -> dict[str, f
         better.append((scores_RC > label_scores_R1).sum(dim=1))
         tied.append((scores_RC == label_scores_R1).sum(dim=1))
         start += len(scores_RC)
-    better_N, tied_N = torch.cat(better), torch.cat(tied)
-    one_N = torch.ones_like(labels_N)
+    better_N, tied_N, one_N = torch.cat(better), torch.cat(tied), torch.ones_like(labels_N)
     hits1_N = hit_probability(better_N, tied_N, one_N, k=1)
-    metrics = {"acc1": hits1_N.mean().item()}
+    outcomes = {"acc1": Outcomes(hits1_N)}
     if num_classes >= 5:
-        metrics["acc5"] = hit_probability(better_N, tied_N, one_N, k=5).mean().item()
-    count_C = torch.bincount(labels_N, minlength=num_classes)
-    recall_C = torch.bincount(labels_N, weights=hits1_N, minlength=num_classes) / count_C
-    return metrics | {"mean_per_class_recall": recall_C[count_C > 0].mean().item()}
+        outcomes["acc5"] = Outcomes(hit_probability(better_N, tied_N, one_N, k=5))
+    return outcomes | {"mean_per_class_recall": Outcomes(hits1_N, group_N=labels_N)}
 
 
 def classification_chance(num_classes: int) -> dict[str, float]:
@@ -98,7 +96,7 @@ def classification_chance(num_classes: int) -> dict[str, float]:
 TASK = Task(
     name="zeroshot_classification",
     option="zeroshot",
-    fits=lambda dataset: isinstance(dataset, ClassificationSet),
+    fits=lambda dataset: isinstance(dataset, ClassificationSet | MultiLabelSet),
     collections=_collections,
     score=_score,
 )

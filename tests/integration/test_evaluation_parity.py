@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import jpeg_bytes
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 # no two alike, as no two captions below: of exact ties CLIP_benchmark takes the first, we take the mean over all orders
 CLASSES = ["crane", "heron", "red fox", "Zürich café", "owl", "ship", "bridge"]
+COLOURS = ["red", "blue", "green", "old", "wet"]
 TEMPLATES = ["a photo of a {c}.", "the {c}", "art of {c}, small"]
 
 
@@ -62,9 +64,7 @@ def pictures(count: int, kind: str, text: Any) -> list[list[tuple[str, bytes]]]:
     members = []
     for number in range(count):
         size = (rng.randint(20, 90), rng.randint(20, 90))
-        members.append(
-            [(f"{number:04d}.jpg", jpeg_bytes(number, *size)), (f"{number:04d}.{kind}", text(number, rng).encode())]
-        )
+        members.append([(f"{number:04d}.jpg", jpeg_bytes(number, *size)), (f"{number:04d}.{kind}", text(number, rng))])
     parts = members[: count // 2], members[count // 2 : count - 3], members[count - 3 :]
     return [[member for sample in part for member in sample] for part in parts]
 
@@ -90,15 +90,23 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "green",
         "hill",
     ]
-    labels = pictures(150, "cls", lambda number, rng: str(rng.randrange(len(CLASSES))))
+    labels = pictures(150, "cls", lambda number, rng: str(rng.randrange(len(CLASSES))).encode())
     names = {"classnames.txt": "\n".join(CLASSES), "zeroshot_classification_templates.txt": "\n".join(TEMPLATES)}
 
-    def captions(number: int, rng: random.Random) -> str:
-        return "\n".join(f"{' '.join(rng.choices(words, k=rng.randint(2, 12)))} {number} {line}" for line in range(5))
+    def captions(number: int, rng: random.Random) -> bytes:
+        lines = [f"{' '.join(rng.choices(words, k=rng.randint(2, 12)))} {number} {line}" for line in range(5)]
+        return "\n".join(lines).encode()
 
+    def several(number: int, rng: random.Random) -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, np.array([rng.random() < 0.3 for _ in CLASSES]))
+        return stream.getvalue()
+
+    many = pictures(120, "npy", several)
     scenes = pictures(90, "txt", captions)
     return {
         "zeroshot_classification": write_set(folder / "birds", labels, names),
+        "multi_label": write_set(folder / "several", many, names | {"dataset_type.txt": "multilabel"}),
         "zeroshot_retrieval": write_set(folder / "scenes", scenes, {"dataset_type.txt": "retrieval"}),
     }
 
@@ -116,7 +124,45 @@ def exported(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Path:
     return folder
 
 
+def test_multi_label_figures_are_clip_benchmarks(
+    exported: Path, sets: dict[str, Path], peer: Peer, tmp_path: Path
+) -> None:
+    options = ["--output", str(tmp_path / "ours"), "--tokenizer", peer("merges")]
+    assert evaluate.main(["--checkpoint", str(exported), "--data", str(sets["multi_label"]), *options]) == 0
+    result = json.loads((tmp_path / "ours" / "results.jsonl").read_text())
+    peer("clip_benchmark", exported, sets["multi_label"], "zeroshot_classification", tmp_path / "theirs.json")
+    assert result["metrics"] == pytest.approx(json.loads((tmp_path / "theirs.json").read_text())["metrics"], abs=1e-6)
+    low, high = result["intervals"]["mean_average_precision"]
+    assert low < result["metrics"]["mean_average_precision"] < high
+
+
+def test_composition_figures_are_clip_benchmarks(exported: Path, peer: Peer, tmp_path: Path) -> None:
+    """SugarCrepe's files as they are, on pictures of our own; CLIP_benchmark looks for the images in val2017/."""
+    (tmp_path / "crepe" / "images").mkdir(parents=True)
+    (tmp_path / "crepe" / "val2017").symlink_to("images")
+    categories = {"swap_att": 40, "replace_rel": 30}
+    for category, count in categories.items():
+        entries = {}
+        for number in range(count):
+            name = f"{category}_{number:012d}.jpg"
+            (tmp_path / "crepe" / "images" / name).write_bytes(jpeg_bytes(number, 40 + number, 60))
+            caption = f"a {COLOURS[number % 5]} dog beside {number} small cats"
+            negative = f"a small dog beside {number} {COLOURS[number % 5]} cats"
+            entries[str(2 * number)] = {"filename": name, "caption": caption, "negative_caption": negative}
+        (tmp_path / "crepe" / f"{category}.json").write_text(json.dumps(entries))
+    options = ["--output", str(tmp_path / "ours"), "--tokenizer", peer("merges")]
+    assert evaluate.main(["--checkpoint", str(exported), "--data", str(tmp_path / "crepe"), *options]) == 0
+    metrics = json.loads((tmp_path / "ours" / "results.jsonl").read_text())["metrics"]
+    for category in categories:
+        task = ("image_caption_selection", tmp_path / f"{category}.json", f"sugar_crepe/{category}")
+        peer("clip_benchmark", exported, tmp_path / "crepe", *task)
+        theirs = json.loads((tmp_path / f"{category}.json").read_text())["metrics"]["acc"]
+        assert 0 < theirs < 1
+        assert metrics[f"acc/{category}"] == pytest.approx(theirs, abs=1e-6)
+
+
 def test_metrics_are_clip_benchmarks(exported: Path, sets: dict[str, Path], peer: Peer, tmp_path: Path) -> None:
+    sets = {task: directory for task, directory in sets.items() if task != "multi_label"}
     data = [str(directory) for directory in sets.values()]
     ours = tmp_path / "ours"
     options = ["--output", str(ours), "--tokenizer", peer("merges")]

@@ -137,8 +137,8 @@ def transformers_inputs(folder: str, captions: str, image: str, output: str) -> 
     save_file({"tokens": inputs["input_ids"], "pixels": inputs["pixel_values"][0].contiguous()}, output)
 
 
-def clip_benchmark(folder: str, data: str, task: str, output: str) -> None:
-    """`clip_benchmark eval` of an exported folder on a webdataset, fp32; its JSON file."""
+def clip_benchmark(folder: str, data: str, task: str, output: str, dataset: str = "wds/set") -> None:
+    """`clip_benchmark eval` of an exported folder on a webdataset, or another of its data sets, fp32; its JSON file."""
     from unittest.mock import patch
 
     from clip_benchmark import cli
@@ -147,7 +147,7 @@ def clip_benchmark(folder: str, data: str, task: str, output: str) -> None:
     # its own converts arrays of one element to numbers, which numpy 2.4 and later refuse
     zeroshot_classification.accuracy = _topk_accuracy
     arguments = ["eval", "--model", f"local-dir:{folder}", "--pretrained", "", "--task", task, "--no_amp", "--quiet"]
-    arguments += ["--dataset", "wds/set", "--dataset_root", data, "--output", output]
+    arguments += ["--dataset", dataset, "--dataset_root", data, "--output", output]
     arguments += ["--num_workers", "0", "--recall_k", "1", "5", "10"]
     with patch.object(sys, "argv", ["clip_benchmark", *arguments]):
         cli.main()

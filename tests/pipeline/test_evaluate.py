@@ -28,11 +28,10 @@ from pipeline import evaluate as program
 from pipeline import report
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.errors import UserError
+from pipeline.evaluation.composition_files import CompositionSample, CompositionSet
 from pipeline.evaluation.datasets import (
     ClassificationSample,
     ClassificationSet,
-    CompositionSample,
-    CompositionSet,
     EvaluationSet,
     RetrievalSample,
     RetrievalSet,
@@ -205,7 +204,7 @@ def test_scores_of_each_task(model: InferenceModel, images: list[ImageFile], tmp
 
     hard = CompositionSet("h", tuple(CompositionSample(image, "swap_att", "ab", "ba") for image in images))
     scores = scores_of(model, hard, tmp_path)
-    assert scores.chance == {"acc": 0.5, "acc/swap_att": 0.5}
+    assert scores.chance == {"acc": 0.5, "acc/swap_att": 0.5, "acc/attribute": 0.5}
     assert scores.samples == 8
 
 
@@ -235,7 +234,8 @@ def test_program_writes_results_and_prints_chance(
     fields = json.loads(line)
     assert fields["dataset"] == "crepe"
     assert fields["task"] == "image_caption_selection"
-    assert fields["metrics"].keys() == {"acc", "acc/replace_att"}
+    assert fields["metrics"].keys() == {"acc", "acc/replace_att", "acc/attribute"}
+    assert fields["intervals"].keys() == fields["metrics"].keys()
     assert (fields["step"], fields["samples_seen"], fields["samples"]) == (7, 700, 1)
     assert "template_sha256" not in fields
     assert "50.00" in capsys.readouterr().out

@@ -8,13 +8,15 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.evaluation.composition_files import CompositionSet, GroupSet
 from pipeline.evaluation.datasets import (
     ClassificationSet,
-    CompositionSet,
+    MultiLabelSet,
     RetrievalSet,
     open_evaluation_set,
 )
@@ -91,6 +93,78 @@ def test_composition_set(tmp_path: Path) -> None:
     assert [sample.category for sample in dataset.samples] == ["replace_att", "replace_att", "swap_obj"]
     assert dataset.samples[2].negative_caption == "cat red a"
     assert dataset.samples[0].image.read() == png()
+
+
+def write_groups(directory: Path, **changed: object) -> None:
+    (directory / "images").mkdir(parents=True)
+    for number in range(2):
+        (directory / "images" / f"{number}.png").write_bytes(png((number, 0, 0)))
+    entry = {"image_0": "0.png", "image_1": "1.png", "caption_0": "a cat on a dog", "caption_1": "a dog on a cat"}
+    (directory / "groups.json").write_text(json.dumps({"0": entry, "1": entry | changed}))
+
+
+def test_group_set(tmp_path: Path) -> None:
+    write_groups(tmp_path)
+    dataset = open_evaluation_set(tmp_path)
+    assert isinstance(dataset, GroupSet)
+    assert len(dataset.samples) == 2
+    assert dataset.samples[1].captions == ("a cat on a dog", "a dog on a cat")
+    assert [image.read() for image in dataset.samples[1].images] == [png((0, 0, 0)), png((1, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"caption_1": 3}, "entry 1: expected strings image_0, image_1, caption_0 and caption_1"),
+        ({"image_1": "2.png"}, r"entry 1: missing image .*2\.png"),
+    ],
+)
+def test_damaged_group_set(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    write_groups(tmp_path, **changed)
+    with pytest.raises(UserError, match=rf"groups\.json, {message}"):
+        open_evaluation_set(tmp_path)
+
+
+def npy(values: object, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(values, **options))  # type: ignore[call-overload]
+    return buffer.getvalue()
+
+
+def write_multi_label_set(directory: Path, second: bytes) -> None:
+    write_test_split(directory, [[("a.png", png()), ("a.npy", npy([1, 0, 1]))], [("b.png", png()), ("b.npy", second)]])
+    (directory / "dataset_type.txt").write_text("multilabel\n")
+    (directory / "classnames.txt").write_text("cat\ndog\nperson\n")
+    (directory / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+
+
+def test_multi_label_set(tmp_path: Path) -> None:
+    write_multi_label_set(tmp_path, npy([False, True, False]))
+    dataset = open_evaluation_set(tmp_path)
+    assert isinstance(dataset, MultiLabelSet)
+    assert [sample.labels for sample in dataset.samples] == [(0, 2), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (npy([0, 1]), r"holds \(2,\) values of int64, expected 3 numbers"),
+        (npy([[0, 1, 0]]), r"holds \(1, 3\) values"),
+        (npy([0, 1, 2]), "other values than 0 and 1"),
+        (npy([0, 1, 1])[:-8], r"holds \(3,\) values of int64, expected"),
+        (npy([0, 1, 1]).replace(b"(3,)", b"(9,)"), r"holds \(9,\) values"),
+        (npy([None, 1, 1], dtype=object), r"holds \(3,\) values of object"),
+        (b"\x80\x04N.", "its .npy member"),
+        (b"\x93NUMPY\x02\x00", "is not of format 1.0"),
+        (npy([1, 0, 1]), "names class 1 .dog., of which"),
+        (npy([1, 1, 1]) + bytes(2**20), "too long for labels"),
+    ],
+)
+def test_damaged_multi_label_set(tmp_path: Path, labels: bytes, message: str) -> None:
+    write_multi_label_set(tmp_path, labels)
+    with pytest.raises(UserError, match=message) as failure:
+        open_evaluation_set(tmp_path)
+    assert "\n" not in str(failure.value)
 
 
 def test_members_outside_the_closed_list_are_never_read(tmp_path: Path) -> None:

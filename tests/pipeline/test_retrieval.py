@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.evaluation import retrieval
-from pipeline.evaluation.retrieval import RECALL_AT, retrieval_chance, retrieval_metrics
+from pipeline.evaluation.bootstrap import means
+from pipeline.evaluation.retrieval import RECALL_AT, retrieval_chance, retrieval_outcomes
+
+
+def retrieval_metrics(images_ID: Tensor, texts_UD: Tensor, text_C: Tensor, image_C: Tensor) -> dict[str, float]:
+    return means(retrieval_outcomes(images_ID, texts_UD, text_C, image_C))
 
 
 def _metrics(images_ID: Tensor, captions_CD: Tensor, captions_I: list[int]) -> dict[str, float]:

@@ -10,9 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from pipeline.evaluation.bootstrap import means
 from pipeline.evaluation.ranking import hit_probability
-from pipeline.evaluation.zero_shot import build_classifier, classification_chance, classification_metrics
+from pipeline.evaluation.zero_shot import build_classifier, classification_chance, classification_outcomes
+
+
+def classification_metrics(images_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, float]:
+    return means(classification_outcomes(images_ND, classifier_CD, labels_N))
 
 
 @given(better=st.integers(0, 4), positives=st.integers(1, 3), negatives=st.integers(0, 4), k=st.integers(1, 6))

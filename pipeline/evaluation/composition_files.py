@@ -1,0 +1,101 @@
+"""Composition sets: images/ and JSON files beside it, as SugarCrepe has them or with groups as in Winoground."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.expectations import DATASET_FILE
+from pipeline.evaluation.set_files import read_json_object
+from pipeline.evaluation.tar_samples import ImageFile
+
+_SUGAR_CREPE = ("filename", "caption", "negative_caption")
+_GROUP = ("image_0", "image_1", "caption_0", "caption_1")
+
+
+@dataclass(frozen=True)
+class CompositionSample:
+    """One image, its caption and a hard negative: the same words rearranged, or one of them replaced."""
+
+    image: ImageFile
+    category: str
+    caption: str
+    negative_caption: str
+
+
+@dataclass(frozen=True)
+class CompositionSet:
+    """Hard negatives of several categories (`swap_att`, `replace_obj`, ...)."""
+
+    name: str
+    samples: tuple[CompositionSample, ...]
+    expected_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class GroupSample:
+    """Two images and two captions that are to be told apart: caption i belongs to image i."""
+
+    images: tuple[ImageFile, ImageFile]
+    captions: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class GroupSet:
+    """Groups as in Winoground."""
+
+    name: str
+    samples: tuple[GroupSample, ...]
+    expected_samples: int | None = None
+
+
+def read_composition_set(directory: Path) -> CompositionSet | GroupSet:
+    """The set in a directory with images/: of groups if its first entry is one.
+
+    Raises UserError that names the file and the entry for everything that does not fit.
+    """
+    files = sorted(path for path in directory.glob("*.json") if path.name != DATASET_FILE)
+    if not files:
+        raise UserError(f"no categories in {directory}: expected files such as swap_att.json beside images/")
+    entries = [(file, index, entry) for file in files for index, entry in _entries(file)]
+    name = directory.resolve().name
+    if "image_0" in entries[0][2]:
+        return GroupSet(name, tuple(_group(directory / "images", *entry) for entry in entries))
+    return CompositionSet(name, tuple(_sample(directory / "images", *entry) for entry in entries))
+
+
+def _entries(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    entries = read_json_object(file)
+    if not entries:
+        raise UserError(f"{file} is empty: expected entries with filename, caption, negative_caption")
+    return [(index, entry if isinstance(entry, dict) else {}) for index, entry in entries.items()]
+
+
+def _sample(images: Path, file: Path, index: str, entry: Mapping[str, Any]) -> CompositionSample:
+    filename, caption, negative = _strings(file, index, entry, _SUGAR_CREPE)
+    return CompositionSample(_image(images, file, index, filename), file.stem, caption, negative)
+
+
+def _group(images: Path, file: Path, index: str, entry: Mapping[str, Any]) -> GroupSample:
+    *filenames, caption_0, caption_1 = _strings(file, index, entry, _GROUP)
+    first, second = (_image(images, file, index, filename) for filename in filenames)
+    return GroupSample((first, second), (caption_0, caption_1))
+
+
+def _strings(file: Path, index: str, entry: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:
+    texts = [entry.get(name) for name in fields]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{file}, entry {index}: expected strings {', '.join(fields[:-1])} and {fields[-1]}")
+    return [str(text) for text in texts]
+
+
+def _image(images: Path, file: Path, index: str, filename: str) -> ImageFile:
+    if Path(filename).name != filename:
+        raise UserError(f"{file}, entry {index}: filename {filename!r} must lie directly in images/")
+    try:
+        return ImageFile.whole(images / filename)
+    except OSError as error:
+        raise UserError(f"{file}, entry {index}: missing image {images / filename}") from error
