@@ -60,7 +60,7 @@ def damage_the_newest_checkpoint(run: Run) -> None:
     """Kill the run after its second checkpoint; then a random file of the newest is cut, gone, or has another bit."""
     run.wait_for_a_moment(first=2 * SAVE_EVERY_STEPS + 2)
     run.signal(signal.SIGKILL, *run.ranks)
-    wait_until(lambda: all(is_over(rank) for rank in run.ranks))
+    wait_until(run.is_over)
     file = run.random.choice(sorted(run.newest_checkpoint().iterdir()))
     content = bytearray(file.read_bytes())
     damage = run.random.choice(["cut", "missing", "a bit flipped"])
@@ -72,14 +72,6 @@ def damage_the_newest_checkpoint(run: Run) -> None:
         content[run.random.randrange(len(content))] ^= 1 << run.random.randrange(8)
         file.write_bytes(content)
     run.notes.append(damage)
-
-
-def is_over(process: int) -> bool:
-    """Whether a process has ended; its parent may not have noticed yet."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def reach_the_time_limit(job: Job) -> None:
     """It comes nearer than what `--signal` asks for."""
     with job.frozen_until_asked():
         job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=1")
+    job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=10")  # for the next start
 
 
 def requeue(job: Job) -> None:

@@ -64,7 +64,8 @@ class Run:
     def wait_for_a_moment(self, first: int = 1) -> None:
         """Until some time between a step and the end."""
         step = self.random.randrange(first, STEPS - 4)
-        wait_until(lambda: self.step >= step)
+        wait_until(lambda: self.step >= step or self.is_over())
+        assert self.step >= step, f"{self.directory} ended before step {step}"
         time.sleep(self.random.uniform(0, 0.05))
 
     def wait_for_a_save(self) -> None:
@@ -75,6 +76,10 @@ class Run:
         time.sleep(self.random.uniform(0, 0.05))
         if not (directory / "COMPLETE.json").exists():
             self.notes.append("caught while saving")
+
+    def is_over(self) -> bool:
+        """Whether forked ranks have all ended; their parent may not have noticed yet."""
+        return bool(self.ranks) and not any(is_alive(rank) for rank in self.ranks)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -188,6 +193,14 @@ def files_of(checkpoint: Path) -> dict[str, str]:
     """The sha256 of each file, by name."""
     files = json.loads((checkpoint / "COMPLETE.json").read_text())["files"]
     return {name: record["sha256"] for name, record in files.items()}
+
+
+def is_alive(process: int) -> bool:
+    """Whether it runs, which a zombie does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
