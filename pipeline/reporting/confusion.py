@@ -38,7 +38,7 @@ def draw_confusion(stored: StoredJob, number: int) -> Confusion:
     """The confusions of a zero-shot classification job. Raises UserError if features are missing."""
     dataset = stored.job.dataset
     assert isinstance(dataset, ClassificationSet)
-    predicted_N = zero_shot.predict(dataset, stored.features(zero_shot.TASK.option))
+    predicted_N = zero_shot.predict(dataset, stored.features(zero_shot.TASK))
     labels_N = torch.tensor([sample.label for sample in dataset.samples])
     counts_CC = count_pairs(labels_N, predicted_N, len(dataset.class_names))
     names = dataset.class_names
@@ -71,10 +71,10 @@ def _pairs_table(counts_CC: Tensor, names: tuple[str, ...], name: str, title: st
         count = int(wrong_CC[true, predicted])
         if count:
             share = 100 * count / int(counts_CC[true].sum())
-            cells = (Cell(names[predicted]), Cell(f"{count:,}", count), Cell(f"{share:.1f} %", share))
-            rows.append(Row(names[true], cells))
-    columns = (Column("taken for"), Column("images"), Column("of the class"))
-    return Table(name, title, subtitle, columns, tuple(rows), corner="class")
+            cells = (Cell(f"{count:,}", count), Cell(f"{share:.1f}", share))
+            rows.append(Row(f"{names[true]} → {names[predicted]}", cells))
+    columns = (Column("images"), Column("% of the class"))
+    return Table(name, title, subtitle, columns, tuple(rows), corner="class → taken for")
 
 
 def _paint(counts_CC: Tensor, names: tuple[str, ...], axes: Axes, theme: Theme) -> None:

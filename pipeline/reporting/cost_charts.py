@@ -19,7 +19,7 @@ from pipeline.reporting.report_inputs import Run
 from pipeline.reporting.report_tables import headline_columns, metric_label
 from pipeline.reporting.result_rows import Entry, row_label
 from pipeline.reporting.run_cost import cost_of, device_hours_label
-from pipeline.reporting.table_groups import ROBUSTNESS
+from pipeline.reporting.table_groups import IMAGENET, ROBUSTNESS
 
 # One of classification, one of retrieval: more of them say the same.
 _COST_METRICS = ("acc1", "image_retrieval_recall@1")
@@ -36,16 +36,17 @@ class Point(NamedTuple):
 
 
 def draw_cost_charts(results: Sequence[Result], runs: Sequence[Run], published: Published) -> list[Chart]:
-    """For the first set of each kind: its first figure in percent over hours of training, a line per run."""
+    """For ImageNet, or else the first set of each kind: its first figure over hours of training, a line per run."""
     charts = []
     hours = device_hours_label(runs)
+    columns = sorted(headline_columns(results), key=lambda column: set_key(column[0]) not in IMAGENET)
     for wanted in _COST_METRICS:
-        for dataset, metric in headline_columns(results):
+        for dataset, metric in columns:
             points = _cost_points(results, runs, dataset, metric) if metric == wanted else []
-            if not points:
-                continue
-            if set_key(dataset).startswith("imagenet1k") and hours == "GPU-hours":
+            if points and set_key(dataset) in IMAGENET and hours == "GPU-hours":
                 points += [Point(cost.gpu_hours, cost.imagenet, cost.system, True) for cost in published.costs]
+            if len(points) < 2:
+                continue
             charts.append(
                 draw_chart(
                     f"cost_{re.sub(r'[^a-z0-9]+', '_', wanted)}",

@@ -76,7 +76,7 @@ def draw_gallery(stored: StoredJob) -> Gallery:
     """Some queries of a retrieval job. Raises UserError if features are missing or an image does not decode."""
     dataset = stored.job.dataset
     assert isinstance(dataset, RetrievalSet)
-    features = stored.features(retrieval.TASK.option)
+    features = stored.features(retrieval.TASK)
     captions = [caption for sample in dataset.samples for caption in sample.captions]
     texts, text_C = distinct(captions)
     image_C = torch.arange(len(dataset.samples)).repeat_interleave(

@@ -57,33 +57,40 @@ def group_table(group: Group, entries: Sequence[Entry], published: Published, co
         group.subtitle,
         tuple(columns),
         tuple(rows),
-        notes=_notes(group, figures, published),
+        notes=(*_notes(group, figures, published), *_what_spreads_are(rows)),
         warning=" ".join(_warnings(group, [entries[index] for index in shown], group.name in published.tables)),
     )
 
 
 def entry_figures(group: Group, entry: Entry) -> dict[str, Figure]:
     """An entry's figures and means by key; where it has several seeds, those that all of them have."""
-    by_seed = [_shares(group, results) for results in entry.seeds]
-    keys = [key for key in by_seed[0] if all(key in shares for shares in by_seed)]
+    by_seed = [_figures_of_seed(group, results) for results in entry.seeds]
+    if len(by_seed) == 1:
+        return by_seed[0]
     figures = {}
-    for key in keys:
-        values = [shares[key] for shares in by_seed]
-        spread = f"± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        figures[key] = Figure(statistics.fmean(values), spread)
+    for key in by_seed[0]:
+        values = [found[key].share for found in by_seed if key in found]
+        if len(values) == len(by_seed):
+            figures[key] = Figure(statistics.fmean(values), f"± {100 * statistics.stdev(values):.2f}")
     return figures
 
 
-def _shares(group: Group, results: Sequence[Result]) -> dict[str, float]:
+def _figures_of_seed(group: Group, results: Sequence[Result]) -> dict[str, Figure]:
     """One checkpoint's figures by key, and the means of which all figures are there."""
-    shares = {}
+    figures = {}
     for measure in group.measures:
         if found := find_results(measure, results):
-            shares[measure.key] = found[0].metrics[measure.metric]
+            figures[measure.key] = Figure(found[0].metrics[measure.metric], format_interval(found[0], measure.metric))
     for mean in group.means:
-        if all(key in shares for key in mean.of):
-            shares[mean.key] = statistics.fmean(shares[key] for key in mean.of)
-    return shares
+        if all(key in figures for key in mean.of):
+            figures[mean.key] = Figure(statistics.fmean(figures[key].share for key in mean.of))
+    return figures
+
+
+def format_interval(result: Result, metric: str) -> str:
+    """The 95 % interval of a figure in percent, nothing if the result has none."""
+    ends = result.intervals.get(metric)
+    return f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
 
 
 def find_results(measure: Measure, results: Sequence[Result]) -> list[Result]:
@@ -132,9 +139,15 @@ def _notes(group: Group, figures: Sequence[dict[str, Figure]], published: Publis
     return tuple(notes)
 
 
+def _what_spreads_are(rows: Sequence[Row]) -> list[str]:
+    spreads = "".join(cell.spread for row in rows for cell in row.cells)
+    meanings = {"±": "± standard deviation over seeds.", "[": "In brackets: 95 % interval."}
+    return [" ".join(meanings[sign] for sign in meanings if sign in spreads)] if spreads else []
+
+
 def _warnings(group: Group, entries: Sequence[Entry], beside_published: bool) -> list[str]:
     """Figures that are not what the column's name says: two sets for one column, or a part of a set."""
-    found: list[str] = []
+    found, parts = [], []
     for entry in entries:
         for measure in group.measures:
             results = find_results(measure, entry.seeds[0])
@@ -143,10 +156,10 @@ def _warnings(group: Group, entries: Sequence[Entry], beside_published: bool) ->
                 found.append(f"{entry.label} has results of {names}, which are the same set: the first is shown.")
             size = next((KNOWN_SETS[name].samples for name in measure.sets if name in KNOWN_SETS), None)
             if beside_published and results and size and results[0].samples != size:
-                found.append(
-                    f"{results[0].dataset} has {results[0].samples:,} samples here and {size:,} in the papers: the "
-                    "figures cannot be compared."
-                )
+                parts.append(f"{results[0].dataset} ({results[0].samples:,}, not {size:,})")
+    if parts:
+        sets = ", ".join(distinct(parts))
+        found.append(f"Another number of samples than in the papers, so figures cannot be compared: {sets}.")
     return distinct(found)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pipeline.evaluation import composition, retrieval, zero_shot
 from pipeline.evaluation.known_sets import set_key
 from pipeline.evaluation.results import Result
-from pipeline.reporting.group_tables import group_table
+from pipeline.reporting.group_tables import format_interval, group_table
 from pipeline.reporting.published import Published
 from pipeline.reporting.report_inputs import Run
-from pipeline.reporting.result_rows import Entry, by_checkpoint, by_recipe, row_label, row_note
+from pipeline.reporting.result_rows import by_recipe, row_label, row_note
 from pipeline.reporting.run_cost import device_hours_label
 from pipeline.reporting.table import Cell, Column, Row, Table, distinct, mark_places, percent
 from pipeline.reporting.table_groups import Group, Measure
@@ -86,34 +86,29 @@ def _dataset_table(group: Sequence[Result], number: int) -> Table:
     if len(counts) > 1 or len(templates) > 1:
         differing = "numbers of samples" if len(counts) > 1 else "prompt templates"
         warning = f"These rows were measured with different {differing}: they cannot be compared."
-    columns = [(first.dataset, metric) for metric in distinct(name for result in group for name in result.metrics)]
+    metrics = distinct(name for result in group for name in result.metrics)
     return Table(
         name=f"set_{number}_{first.dataset}",
         title=first.dataset,
         subtitle=f"{_TASK_NAMES.get(first.task, first.task)}, {counts[0]:,} samples, in percent",
-        columns=tuple(Column(metric_label(metric)) for _, metric in columns),
-        rows=tuple(mark_places(_rows(by_checkpoint(group), columns), len(columns))),
+        columns=tuple(Column(metric_label(metric)) for metric in metrics),
+        rows=tuple(mark_places(_rows(group, metrics), len(metrics))),
+        notes=("In brackets: 95 % interval.",) if any(result.intervals for result in group) else (),
         warning=warning,
     )
 
 
-def _rows(entries: Sequence[Entry], columns: Sequence[tuple[str, str]]) -> list[Row]:
+def _rows(group: Sequence[Result], metrics: Sequence[str]) -> list[Row]:
     """A row per checkpoint, and the chance row last."""
     rows = [
-        Row(entry.label, tuple(percent(_find(entry.seeds[0], column, "metrics")) for column in columns), entry.note)
-        for entry in entries
+        Row(
+            row_label(result),
+            tuple(percent(result.metrics.get(metric), format_interval(result, metric)) for metric in metrics),
+            row_note(result),
+        )
+        for result in group
     ]
-    results = [result for entry in entries for result in entry.seeds[0]]
-    chance = [_find(results, column, "chance") for column in columns]
-    if any(value is not None for value in chance):
-        rows.append(Row("chance", tuple(map(percent, chance)), kind="chance"))
+    chance = {metric: value for result in reversed(group) for metric, value in result.chance.items()}
+    if chance:
+        rows.append(Row("chance", tuple(percent(chance.get(metric)) for metric in metrics), kind="chance"))
     return rows
-
-
-def _find(results: Iterable[Result], column: tuple[str, str], kind: str) -> float | None:
-    dataset, metric = column
-    for result in results:
-        values = result.metrics if kind == "metrics" else result.chance
-        if result.dataset == dataset and metric in values:
-            return values[metric]
-    return None

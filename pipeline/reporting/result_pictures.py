@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.evaluation import retrieval, zero_shot
+from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet
 from pipeline.reporting.confusion import MAX_CONFUSIONS, Confusion, draw_confusion
 from pipeline.reporting.gallery import MAX_GALLERIES, Gallery, draw_gallery
 from pipeline.reporting.stored_features import find_jobs, newest_of_each_set
@@ -27,7 +28,7 @@ def draw_result_pictures(outputs: Sequence[Path]) -> ResultPictures:
     jobs, notes = find_jobs(outputs)
     galleries: list[Gallery] = []
     confusions: list[Confusion] = []
-    for stored in newest_of_each_set(jobs, retrieval.TASK.option):
+    for stored in newest_of_each_set(jobs, RetrievalSet, retrieval.TASK):
         if len(galleries) == MAX_GALLERIES:
             notes.append(f"No pictures of {stored.job.dataset_name}: {MAX_GALLERIES} retrieval sets are shown.")
             continue
@@ -35,7 +36,7 @@ def draw_result_pictures(outputs: Sequence[Path]) -> ResultPictures:
             galleries.append(draw_gallery(stored))
         except UserError as error:
             notes.append(f"No pictures of {stored.job.dataset_name}: {error}.")
-    for stored in newest_of_each_set(jobs, zero_shot.TASK.option):
+    for stored in newest_of_each_set(jobs, ClassificationSet, zero_shot.TASK):
         if len(confusions) == MAX_CONFUSIONS:
             notes.append(f"No confusions of {stored.job.dataset_name}: {MAX_CONFUSIONS} sets are shown.")
             continue

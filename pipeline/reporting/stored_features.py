@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.jobs import Job, job_files, read_job
-from pipeline.evaluation.task import Features
+from pipeline.evaluation.task import Features, Task
 from pipeline.reporting.result_rows import checkpoint_label
 
 
@@ -26,9 +27,9 @@ class StoredJob:
         label = checkpoint_label(model.checkpoint) or model.name
         return label if model.step is None else f"{label}, step {model.step:,}"
 
-    def features(self, option: str) -> Features:
+    def features(self, task: Task) -> Features:
         """All features that a task needs. Raises UserError if they are not whole."""
-        return {name: store.load()[0] for name, store in self.job.stores(self.output)[option].items()}
+        return {name: store.load()[0] for name, store in self.job.stores(self.output)[task.option].items()}
 
 
 def find_jobs(outputs: Sequence[Path]) -> tuple[list[StoredJob], list[str]]:
@@ -43,11 +44,11 @@ def find_jobs(outputs: Sequence[Path]) -> tuple[list[StoredJob], list[str]]:
     return jobs, notes
 
 
-def newest_of_each_set(jobs: Sequence[StoredJob], option: str) -> Iterator[StoredJob]:
-    """For each data set that has a task, the job of the checkpoint with the most steps, of equal ones the first."""
+def newest_of_each_set(jobs: Sequence[StoredJob], kind: type[EvaluationSet], task: Task) -> Iterator[StoredJob]:
+    """For each set of a kind with a task, the job of the checkpoint with the most steps, of equal ones the first."""
     newest: dict[str, StoredJob] = {}
     for job in jobs:
-        if option not in {task.option for task in job.job.tasks}:
+        if task not in job.job.tasks or not isinstance(job.job.dataset, kind):
             continue
         other = newest.get(job.job.dataset_name)
         if other is None or (job.job.model.step or 0) > (other.job.model.step or 0):

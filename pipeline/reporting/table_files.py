@@ -23,6 +23,7 @@ _LATEX = {
     '"': r"\textquotedbl{}",
     "±": r"$\pm$",
     "×": r"$\times$",
+    "→": r"$\to$",
     "–": "--",
     "…": r"\dots{}",
 }

@@ -72,7 +72,7 @@ def _retrieval_measures() -> tuple[Measure, ...]:
     )
 
 
-_IMAGENET = ("imagenet1k", "imagenet", "in1k")
+IMAGENET = ("imagenet1k", "imagenet", "in1k")
 _SHIFTED = {
     "imagenet_v2": ("IN-V2", ("imagenetv2", "inv2")),
     "imagenet_a": ("IN-A", ("imageneta", "ina")),
@@ -97,7 +97,7 @@ LINEAR_PROBE = Group(
     (
         Measure("cifar10", "CIFAR10", ("cifar10",), "lp_acc1"),
         Measure("cifar100", "CIFAR100", ("cifar100",), "lp_acc1"),
-        Measure("imagenet", "IN-1K", _IMAGENET, "lp_acc1"),
+        Measure("imagenet", "IN-1K", IMAGENET, "lp_acc1"),
     ),
 )
 # The paper's ID mean is that of all six, its OOD mean that of the five other than ImageNet itself.
@@ -106,7 +106,7 @@ ROBUSTNESS = Group(
     "Robustness",
     "zero-shot top-1, in percent; ID: mean of the six, OOD: mean of all but IN-1K",
     (
-        Measure("imagenet", "IN-1K", _IMAGENET, "acc1"),
+        Measure("imagenet", "IN-1K", IMAGENET, "acc1"),
         *(Measure(key, label, names, "acc1") for key, (label, names) in _SHIFTED.items()),
     ),
     (Mean("id", "ID", ("imagenet", *_SHIFTED)), Mean("ood", "OOD", tuple(_SHIFTED))),

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from report_material import HOSTILE, result_of, write_run
 
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Result
+from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
 from pipeline.reporting.group_tables import group_tables
 from pipeline.reporting.published import Published, read_published
 from pipeline.reporting.report_inputs import Run, read_inputs
+from pipeline.reporting.report_tables import dataset_tables
 from pipeline.reporting.result_rows import by_recipe
 from pipeline.reporting.table import Cell, Column, Row, Table, mark_places
 from pipeline.reporting.table_files import to_csv, to_latex
@@ -110,9 +113,26 @@ def test_robustness_means_and_groups_without_a_figure() -> None:
     assert column(tables["robustness"], "OOD")["a"] == "30.00"
 
 
+def test_charts_have_published_points_beside_ours(tmp_path: Path) -> None:
+    accuracies = dict.fromkeys(("imagenet1k", "imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o"), 0.5)
+    results = [result_of("base", name, {"acc1": value}) for name, value in accuracies.items()]
+    inputs = read_inputs([write_run(tmp_path / "base", results)])
+    (chart,) = draw_cost_charts(inputs.results, inputs.runs, PUBLISHED)
+    assert "GPU-hours" in chart.description
+    assert b"OpenCLIP ViT-B/16" in chart.light_svg
+    assert draw_cost_charts(inputs.results, inputs.runs, Published()) == []  # a single point is no chart
+    assert draw_cost_charts(inputs.results, (), PUBLISHED) == []
+    assert draw_robustness(by_recipe(inputs.results, inputs.runs), PUBLISHED) is None
+    whole = [*results, result_of("base", "imagenet_sketch", {"acc1": 0.5})]
+    robustness = draw_robustness(by_recipe(whole, inputs.runs), PUBLISHED)
+    assert robustness is not None
+    assert b"A-CLIP" in robustness.dark_svg
+    assert b"base" in robustness.dark_svg
+
+
 def test_what_cannot_be_compared_is_said() -> None:
     table = tables_of([result_of("a", "cifar10", {"acc1": 0.5}, samples=50)])["zero_shot"]
-    assert "50 samples here and 10,000 in the papers" in table.warning
+    assert "cifar10 (50, not 10,000)" in table.warning
     twice = [result_of("a", name, {"acc1": 0.5}, samples=10_000) for name in ("cifar10", "wds_cifar10")]
     assert "cifar10 and wds_cifar10, which are the same set" in tables_of(twice)["zero_shot"].warning
     assert not tables_of(twice[:1])["zero_shot"].warning
@@ -135,6 +155,16 @@ def test_seeds_become_one_row_with_their_spread_and_mean_cost(tmp_path: Path) ->
     assert column(table, "GPU-hours") == {"base": "0.1", "other": "0.1", "chance": ""} | dict.fromkeys(
         PUBLISHED.methods, ""
     )
+
+
+def test_intervals_stand_beside_figures_and_not_beside_means() -> None:
+    metric = "text_retrieval_recall@1"
+    result = replace(result_of("a", "flickr8k", {metric: 0.4}), intervals={metric: [0.351, 0.449]})
+    for table in (tables_of([result])["retrieval"], *dataset_tables([result])):
+        assert str(table.of_kind("ours")[0].cells[0]) == "40.00 [35.1, 44.9]"
+        assert "In brackets: 95 % interval." in table.notes
+    whole = [replace(result, intervals={"acc1": [0, 1]}) for result in seventeen("whole")]
+    assert column(tables_of(whole)["zero_shot"], "mean")["whole"] == "9.00"
 
 
 def test_marks_of_tied_rows_and_of_one_row() -> None:

@@ -129,7 +129,7 @@ def test_markdown_tables_are_whole_and_figures_exist(tmp_path: Path) -> None:
         assert set(rows[1]) <= set("|:-")
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
     figures = re.findall(r"\]\((figures/[^)]+)\)", text)
-    assert len(figures) == 3 + 3
+    assert len(figures) == 2 + 3
     assert all((tmp_path / "out" / figure).stat().st_size for figure in figures)
 
 

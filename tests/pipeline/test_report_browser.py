@@ -33,6 +33,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = directory / "alpha" / "evaluation"
     write_retrieval_output(directory / "pairs", output)
     write_classification_output(directory / "classes", output, [HOSTILE, "a_$b$", "third"])
+    write_classification_output(directory / "many", output, [f"class {index}" for index in range(30)])
     images = str(directory / "pairs")
     report.main([*map(str, runs), "--output", str(directory / "out"), "--images", images])
     return directory / "out" / "report.html"

@@ -84,8 +84,8 @@ def test_confusions(tmp_path: Path, count: int, has_chart: bool) -> None:
     (confusion,) = draw_result_pictures([tmp_path / "out"]).confusions
     assert (confusion.chart is not None) == has_chart
     (row,) = confusion.pairs.rows
-    assert row.label == "$x$"
-    assert [cell.text for cell in row.cells] == [HOSTILE, "3", "75.0 %"]
+    assert row.label == f"$x$ → {HOSTILE}"
+    assert [cell.text for cell in row.cells] == ["3", "75.0"]
 
 
 def test_queries_are_spread_evenly() -> None:
