@@ -16,6 +16,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from pipeline.data.word_counts import read_word_frequencies
 from pipeline.entry import add_launcher_argument, run
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     options = None if arguments.tasks == "auto" else [task.strip() for task in arguments.tasks.split(",")]
     datasets = _open(arguments.data, options)
+    if arguments.word_counts:
+        read_word_frequencies(arguments.word_counts)  # what is wrong with it shows before anything is encoded
     ranks = init_ranks()
     for checkpoint in arguments.checkpoint:
         model = load_any_model(checkpoint, ranks.device, arguments.tokenizer, arguments.model)
@@ -43,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             check_maskable(masking)
         encoder = FeatureEncoder(model, ranks, arguments.workers, masking)
         for data, dataset in datasets.items():
-            job = make_job(model.identity, data, dataset, options, arguments.batch_size, masking)
+            job = make_job(model.identity, data, dataset, options, arguments.batch_size, masking, arguments.word_counts)
             _run(job, encoder, arguments.slice, arguments.output)
     return 0
 
@@ -144,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         "--mask-images",
         action="store_true",
         help="hide patches as training did, each image by itself; results under a name of their own",
+    )
+    parser.add_argument(
+        "--word-counts",
+        metavar="FILE",
+        help="`data-prep words` of the training captions: accuracy also by the frequency of class names",
     )
     add_launcher_argument(parser)
     return parser

@@ -7,16 +7,13 @@ docs/text_masking.md says where we differ. A budget counts tokens without start 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from random import Random
 
 from pipeline.data.tokenizer import TextEncoder, Tokenizer
-from pipeline.data.word_counts import read_word_frequencies
+from pipeline.data.word_counts import WORD, read_word_frequencies
 from pipeline.recipe import TextMaskingSection
 
-# What `data-prep words` counts, in lower case.
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 # The words met first are the frequent ones; the rest of a web corpus would fill a worker's memory.
 _MAX_CACHED_WORDS = 100_000
 
@@ -65,7 +62,7 @@ class WordMasker:
 
     def cut(self, caption: str, budget: int, rng: Random) -> list[int]:
         """Token ids of the words that are kept, as a caption of just these has them; empty if none fits."""
-        words = _WORD.findall(caption)
+        words = WORD.findall(caption)
         lengths = [self._length(word) for word in words]
         drop_probabilities = [self._drop.get(word.lower(), self._drop_unknown) for word in words]
         kept = choose_words(lengths, drop_probabilities, budget, rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,9 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from pipeline.errors import UserError
+
+# What `data-prep words` counts, in lower case.
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 _MAKE_IT = "make it with `data-prep words SHARDS --output words.json`"
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.data.word_counts import WordFrequencies
 from pipeline.errors import UserError
+from pipeline.evaluation.class_names import class_names_of
 from pipeline.evaluation.composition_files import CompositionSet, GroupSet, read_composition_set
 from pipeline.evaluation.expectations import Expectations
 from pipeline.evaluation.set_files import read_lines, split_samples
@@ -29,7 +31,10 @@ class ClassificationSample:
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """Images of known classes; `{c}` in a template stands for the class name."""
+    """Images of known classes; `{c}` in a template stands for the class name.
+
+    words: of the training captions, if accuracy is to be told apart by the frequency of a class's name
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -37,6 +42,7 @@ class ClassificationSet:
     samples: tuple[ClassificationSample, ...]
     expected_samples: int | None = None
     directory: Path | None = None
+    words: WordFrequencies | None = None
 
     def has_split(self, split: str) -> bool:
         """Whether there is another split, `train` or `val`, beside the one for tests."""
@@ -126,7 +132,11 @@ def _declared_type(directory: Path) -> str | None:
     declared = directory / "dataset_type.txt"
     if declared.is_file():
         return declared.read_text(encoding="utf-8").strip().lower()
-    is_classification = (directory / CLASSNAMES).exists() or (directory / TEMPLATES).exists()
+    is_classification = (
+        (directory / CLASSNAMES).exists()
+        or (directory / TEMPLATES).exists()
+        or class_names_of(directory.resolve().name) is not None
+    )
     return "classification" if is_classification else None
 
 
@@ -149,10 +159,17 @@ def _read_multi_label_set(directory: Path, expectations: Expectations) -> MultiL
 
 
 def _names_and_templates(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    templates = read_lines(directory / TEMPLATES)
+    """Those beside the data; a file that is missing is made up for if the set is a common one."""
+    common = class_names_of(directory.resolve().name)
+    if common is not None and not (directory / TEMPLATES).exists():
+        templates = common.templates
+    else:
+        templates = read_lines(directory / TEMPLATES)
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"{directory / TEMPLATES}: template {template!r} has no {{c}} for the class name")
+    if common is not None and not (directory / CLASSNAMES).exists():
+        return common.classes, templates
     return read_lines(directory / CLASSNAMES), templates
 
 

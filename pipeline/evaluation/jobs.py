@@ -11,13 +11,14 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.masking import MaskingConfig
+from pipeline.data.word_counts import read_word_frequencies
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, open_evaluation_set
 from pipeline.evaluation.feature_store import Collection, FeatureStore
 from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.registry import TASKS, tasks_of
@@ -33,7 +34,7 @@ JOBS, JOB_FILE = "jobs", "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One model on one data set. `masking`: of the images, on request only."""
+    """One model on one data set. On request only: masking of the images, word counts of the training captions."""
 
     model: ModelIdentity
     data: Path
@@ -41,6 +42,7 @@ class Job:
     tasks: tuple[Task, ...]
     batch_size: int
     masking: MaskingConfig | None = None
+    word_counts: str | None = None
 
     @property
     def dataset_name(self) -> str:
@@ -58,11 +60,12 @@ class Job:
             "tasks": [task.option for task in self.tasks],
             "batch_size": self.batch_size,
             "masking": None if self.masking is None else asdict(self.masking),
+            "word_counts": self.word_counts,
         }
 
     def directory(self, output: Path) -> Path:
         """Where its record and its slices' are."""
-        fields = {name: value for name, value in self.record().items() if name != "tasks"}
+        fields = {name: value for name, value in self.record().items() if name not in ("tasks", "word_counts")}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return output / JOBS / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.dataset.name)}-{digest[:16]}"
 
@@ -110,6 +113,7 @@ def score_job(job: Job, output: Path) -> list[Result]:
     Raises UserError that names the collection and the slices that have not ended, if they are not.
     """
     stores = job.stores(output)
+    dataset = _with_words(job.dataset, job.word_counts)
     results = []
     for task in job.tasks:
         start_s = time.monotonic()
@@ -117,7 +121,7 @@ def score_job(job: Job, output: Path) -> list[Result]:
             loaded = {name: store.load() for name, store in stores[task.option].items()}
         except UserError as error:
             raise UserError(f"{job.dataset.name}: {error}; {_what_to_run(job, output)}") from None
-        scores = task.score(job.dataset, {name: features for name, (features, _) in loaded.items()})
+        scores = task.score(dataset, {name: features for name, (features, _) in loaded.items()})
         content = hashlib.sha256("".join(sha256 for _, sha256 in loaded.values()).encode()).hexdigest()
         results.append(
             Result(
@@ -142,6 +146,12 @@ def score_job(job: Job, output: Path) -> list[Result]:
             )
         )
     return results
+
+
+def _with_words(dataset: EvaluationSet, word_counts: str | None) -> EvaluationSet:
+    if word_counts is None or not isinstance(dataset, ClassificationSet):
+        return dataset
+    return replace(dataset, words=read_word_frequencies(word_counts))
 
 
 def read_jobs(output: Path) -> list[Job]:
@@ -172,6 +182,7 @@ def read_job(file: Path) -> Job:
             tasks=tuple(TASKS[option] for option in record["tasks"]),
             batch_size=int(record["batch_size"]),
             masking=None if masking is None else MaskingConfig(**masking),
+            word_counts=record.get("word_counts"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -186,9 +197,10 @@ def make_job(
     options: Sequence[str] | None,
     batch_size: int,
     masking: MaskingConfig | None,
+    word_counts: str | None = None,
 ) -> Job:
     """The job of a model on a data set: the tasks in `options` that fit it, or all that fit if None."""
-    return Job(model, data, dataset, tasks_of(dataset, options), batch_size, masking)
+    return Job(model, data, dataset, tasks_of(dataset, options), batch_size, masking, word_counts)
 
 
 def _ended_slices(directory: Path) -> Mapping[int, set[int]]:

@@ -25,6 +25,7 @@ class Sweep(BaseModel):
     tokenizer: str | None = None
     model: str | None = None
     mask_images: bool = False
+    word_counts: str | None = None
 
 
 def read_sweep(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.evaluation.bootstrap import Outcomes
 from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, MultiLabelSet
 from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.features import distinct
+from pipeline.evaluation.long_tail import class_frequencies, long_tail_details, long_tail_outcomes, thirds
 from pipeline.evaluation.multi_label import multi_label_scores
 from pipeline.evaluation.ranking import hit_probability
 from pipeline.evaluation.results import Scores
@@ -45,7 +46,14 @@ def _score(dataset: EvaluationSet, features: Features) -> Scores:
         return multi_label_scores(dataset, features["images"] @ classifier_CD.T, template_sha256)
     labels_N = torch.tensor([sample.label for sample in dataset.samples])
     outcomes = classification_outcomes(features["images"], classifier_CD, labels_N)
-    return Scores.of(outcomes, classification_chance(num_classes), len(dataset.samples), template_sha256)
+    chance, details = classification_chance(num_classes), None
+    if dataset.words is not None:
+        frequency_C = class_frequencies(dataset.class_names, dataset.words)
+        third_C = thirds(frequency_C)
+        by_frequency = long_tail_outcomes(outcomes["acc1"].values_N, labels_N, third_C)
+        outcomes, chance = outcomes | by_frequency, chance | dict.fromkeys(by_frequency, 1 / num_classes)
+        details = long_tail_details(frequency_C, third_C, dataset.words)
+    return Scores.of(outcomes, chance, len(dataset.samples), template_sha256, details)
 
 
 def _classifier(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Tensor:

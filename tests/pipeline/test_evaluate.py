@@ -312,6 +312,41 @@ def measured(line: str) -> str:
     return json.dumps({name: value for name, value in json.loads(line).items() if name != "wall_time_s"})
 
 
+def classification_set(directory: Path, images: Sequence[ImageFile]) -> Path:
+    (directory / "test").mkdir(parents=True)
+    with tarfile.open(directory / "test" / "0.tar", "w") as tar:
+        for number, image in enumerate(images):
+            label = str(number % 3).encode()
+            for name, data in ((f"{image.path.stem}.png", image.read()), (f"{image.path.stem}.cls", label)):
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    (directory / "test" / "nshards.txt").write_text("1\n")
+    (directory / "classnames.txt").write_text("dog\ncat\nowl\n")
+    (directory / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    return directory
+
+
+def test_word_counts_give_accuracy_by_frequency_also_when_collecting(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = classification_set(tmp_path / "animals", images), tmp_path / "out"
+    words = tmp_path / "words.json"
+    arguments = ("--data", str(data), "--output", str(output), "--word-counts", str(words))
+    with pytest.raises(UserError, match=r"cannot read word counts at .*words\.json"):
+        run_program(monkeypatch, model, *arguments)
+    counts = {"dog": 5, "cat": 2, "owl": 1}
+    words.write_text(json.dumps({"format_version": 1, "captions": 5, "words": 10, "counts": counts}))
+    assert run_program(monkeypatch, model, *arguments, "--slice", "0/1") == 0
+    assert report.main(["collect", str(output)]) == 0
+    (result,) = read_results(output / "results.jsonl")
+    by_frequency = [result.metrics[f"acc1/{third}"] for third in ("rare", "medium", "frequent")]
+    assert sum(by_frequency) / 3 == pytest.approx(result.metrics["mean_per_class_recall"])
+    assert result.details["word_frequency"]["rare"] == {"classes": 1, "from": 0.1, "to": 0.1}
+    assert run_program(monkeypatch, model, *arguments[:4]) == 0  # without them: the figures without
+    assert "acc1/rare" not in read_results(output / "results.jsonl")[0].metrics
+
+
 @pytest.mark.slow
 def test_any_slicing_gives_the_same_bytes(
     tmp_path: Path, model: InferenceModel, images: list[ImageFile], capsys: pytest.CaptureFixture[str]

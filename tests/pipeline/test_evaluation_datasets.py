@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.evaluation.class_names import all_class_names
 from pipeline.evaluation.composition_files import CompositionSet, GroupSet
 from pipeline.evaluation.datasets import (
     ClassificationSet,
@@ -281,6 +282,31 @@ def test_captions_per_image_as_dataset_json_says(tmp_path: Path) -> None:
 def test_names_of_one_set(name: str) -> None:
     assert set_key(name) == "cifar10"
     assert all(set_key(key) == key for key in KNOWN_SETS)
+
+
+def test_common_sets_need_no_class_names(tmp_path: Path) -> None:
+    labelled = [member for n in range(20) for member in ((f"{n}.png", png()), (f"{n}.cls", str(n % 10).encode()))]
+    write_test_split(tmp_path / "wds_vtab-cifar10", [labelled])
+    with pytest.raises(UserError, match="has 20 samples, but wds_vtab-cifar10 has 10,000"):
+        open_evaluation_set(tmp_path / "wds_vtab-cifar10")
+    (tmp_path / "wds_vtab-cifar10" / "dataset.json").write_text('{"known_set": false}')
+    dataset = open_evaluation_set(tmp_path / "wds_vtab-cifar10")
+    assert isinstance(dataset, ClassificationSet)
+    assert dataset.class_names[:2] == ("airplane", "automobile")
+    assert dataset.templates == ("a photo of a {c}.",)
+    (tmp_path / "wds_vtab-cifar10" / "classnames.txt").write_text("\n".join("abcdefghij"))
+    named = open_evaluation_set(tmp_path / "wds_vtab-cifar10")
+    assert isinstance(named, ClassificationSet)
+    assert (named.class_names[0], named.templates) == ("a", dataset.templates)
+
+
+def test_class_names_that_come_along_fit_the_known_sets() -> None:
+    for key, names in all_class_names().items():
+        assert len(names.classes) == len(set(names.classes)) == KNOWN_SETS[key].classes
+        assert all("{c}" in template for template in names.templates)
+        if "alphabetical" in names.order:
+            plain = [name.lower().replace(" ", "_") for name in names.classes]
+            assert plain == sorted(plain)
 
 
 def test_shards_without_samples(tmp_path: Path) -> None:
