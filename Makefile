@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Options for pip, e.g. PIP_OPTIONS="--index-url …" for a mirror, or for a CPU-only torch.
 PIP_OPTIONS ?=
+# How many processes run tests; each starts others of its own, and two cores are enough for two.
+TEST_PROCESSES ?= 2
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -26,7 +28,7 @@ demo: $(READY) ## The whole path in minutes: synthetic pairs -> shards -> traini
 	@bash examples/demo.sh demo_run
 
 test: $(READY) lint ## Lint, types and the whole test suite (what CI runs)
-	@python -m pytest -q
+	@python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	@ruff check --quiet .

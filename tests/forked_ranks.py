@@ -71,7 +71,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 600) -> list[Any]:
     """`function(ranks, *arguments)` in every rank at once, gloo between them; what each returns, in rank order.
 
     The function is found by its module and name in the other process, its arguments and result are pickled. Raises
@@ -135,7 +135,7 @@ class Program:
     processes: list[ForkServerProcess]
     directory: Path
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 600) -> list[int]:
         """Exit codes in rank order, negative for a signal; what runs longer is killed."""
         end_s = time.monotonic() + timeout_s
         for process in self.processes:
@@ -155,7 +155,7 @@ class Program:
         """What a rank has written so far to stdout and stderr."""
         return (self.directory / f"output_{rank}.txt").read_text(errors="replace")
 
-    def wait_for(self, text: str, rank: int = 0, timeout_s: float = 120) -> None:
+    def wait_for(self, text: str, rank: int = 0, timeout_s: float = 600) -> None:
         """Wait until a rank has written a text; AssertionError if it ends without, or takes longer."""
         end_s = time.monotonic() + timeout_s
         while text not in self.output(rank):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_images import good_sample, write_tar
 from make_shards import assert_consistent, captions, contents, make_shards, manifest, sample
+from shard_reading import loader_index
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
@@ -47,7 +48,7 @@ def test_every_sample_arrives_once_in_shards_of_the_size_asked_for(tmp_path: Pat
         assert json.loads(members["json"])["key"] == key
     (step,) = [json.loads(line) for line in (output / "provenance.jsonl").read_text().splitlines()]
     assert (step["step"], step["sources"][0]["directory"]) == ("reshard", "source")
-    assert sum(len(s.read_index()[1].keys) for s in read_manifest(str(output)).shards) == 14
+    assert sum(len(loader_index(s).keys) for s in read_manifest(str(output)).shards) == 14
 
 
 def test_a_size_in_bytes(tmp_path: Path) -> None:

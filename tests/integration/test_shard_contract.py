@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shard_reading import loader_index
 
 from data_prep.shards.verify import verify
 from data_prep.shards.words import count_words
@@ -63,7 +64,7 @@ def test_the_loader_finds_the_samples_that_verify_counted(
     write_tar(tmp_path / "00000.tar", [*members, *good], tar_format)
     verify(tmp_path, processes=1, max_bad_ratio=1.0)
     (shard,) = read_manifest(str(tmp_path)).shards
-    _, index = shard.read_index()  # raises if the counts differ
+    index = loader_index(shard)  # raises if the counts differ
     assert "good" in index.keys
     assert len(index.keys) == shard.samples
 
@@ -90,7 +91,7 @@ def test_the_loader_uses_what_precedes_a_truncation(tmp_path: Path, cut: str) ->
     )
     assert not verify(tmp_path, processes=1, max_bad_ratio=1.0)
     (shard,) = read_manifest(str(tmp_path)).shards
-    _, index = shard.read_index()
+    index = loader_index(shard)
     assert index.keys == ["a", "b"]
 
 
@@ -108,8 +109,7 @@ def test_webdataset_reads_our_shards_as_the_loader_does(tmp_path: Path) -> None:
     ]
     by_loader = []
     for shard in shards:
-        path, index = shard.read_index()
-        content = path.read_bytes()
+        index, content = loader_index(shard), shard.local_path.read_bytes()
         for key, (image, image_size, text, text_size) in zip(index.keys, index.spans_n4.tolist(), strict=True):
             by_loader.append((key, content[image : image + image_size], content[text : text + text_size]))
     assert by_loader == by_webdataset
