@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from pipeline.reporting.charts import Chart, Theme, add_legend, draw_chart, plain, style_axes
 from pipeline.reporting.report_inputs import Run
 
-_MAX_POINTS = 300
+_MAX_POINTS, _MAX_RUNS = 300, 12
 
 
 def draw_curves(runs: Sequence[Run]) -> list[Chart]:
@@ -24,8 +24,10 @@ def draw_curves(runs: Sequence[Run]) -> list[Chart]:
     curves = []
     for metric, title, description, is_share in charts:
         shown = [run for run in runs if run.curve(metric)[0]]
+        if len(shown) > _MAX_RUNS:
+            description += f"; the first {_MAX_RUNS} of {len(shown)} runs"
         if shown:
-            curves.append(draw_chart(metric, title, description, partial(_paint, shown, metric, is_share)))
+            curves.append(draw_chart(metric, title, description, partial(_paint, shown[:_MAX_RUNS], metric, is_share)))
     return curves
 
 

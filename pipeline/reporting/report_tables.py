@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.evaluation import composition, retrieval, zero_shot
+from pipeline.evaluation import composition, linear_probe, retrieval, zero_shot
 from pipeline.evaluation.known_sets import set_key
 from pipeline.evaluation.results import Result
 from pipeline.reporting.group_tables import format_interval, group_table
@@ -19,8 +19,10 @@ _TASK_NAMES = {
     zero_shot.TASK.name: "zero-shot classification",
     retrieval.TASK.name: "image-text retrieval",
     composition.TASK.name: "composition",
+    linear_probe.TASK.name: "linear probe",
+    linear_probe.FEW_SHOT_TASK.name: "linear probe on few images",
 }
-HEADLINES = ("acc1", "image_retrieval_recall@1", "text_retrieval_recall@1", "acc")
+HEADLINES = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1", "acc")
 
 
 def dataset_tables(results: Sequence[Result]) -> list[Table]:
@@ -73,8 +75,9 @@ def provenance_table(results: Sequence[Result]) -> Table:
 
 def metric_label(metric: str) -> str:
     """A short name for a column: `image_retrieval_recall@5` -> `image R@5`."""
-    if metric == "mean_per_class_recall":
-        return "per class"
+    named = {"mean_per_class_recall": "per class", "mean_average_precision": "mAP"}
+    if metric in named:
+        return named[metric]
     return metric.replace("_retrieval_recall@", " R@").removeprefix("acc/")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.evaluation.results import Result
+from pipeline.recipe import Recipe
 from pipeline.reporting.report_inputs import Run
 from pipeline.reporting.run_cost import Cost, cost_of, run_of
 from pipeline.training.checkpoint import AVERAGED_WEIGHTS
@@ -39,10 +40,19 @@ def by_checkpoint(results: Sequence[Result], runs: Sequence[Run] = ()) -> list[E
 
 def by_recipe(results: Sequence[Result], runs: Sequence[Run]) -> list[Entry]:
     """The same, with checkpoints of equal steps in one entry where their recipes differ in nothing but the seed."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, dict[int, Entry]] = {}
+    alone: list[Entry] = []
     for entry in by_checkpoint(results, runs):
-        groups.setdefault(_recipe_key(entry, runs), []).append(entry)
-    return [_merge(group) if len(group) > 1 else group[0] for group in groups.values()]
+        run = run_of(entry.seeds[0][0], runs)
+        if run is None or run.recipe is None:
+            alone.append(entry)
+            continue
+        by_seed, seed = groups.setdefault(_recipe_key(entry, run.recipe), {}), run.recipe.train.seed
+        if seed in by_seed:
+            alone.append(entry)  # the same training by two names, or twice: no further seed
+        else:
+            by_seed[seed] = entry
+    return [_merge(list(by_seed.values())) for by_seed in groups.values()] + alone
 
 
 def row_label(result: Result) -> str:
@@ -64,18 +74,17 @@ def row_note(result: Result) -> str:
     return result.model if result.step is None else f"{result.model}, step {result.step:,}"
 
 
-def _recipe_key(entry: Entry, runs: Sequence[Run]) -> str:
+def _recipe_key(entry: Entry, recipe: Recipe) -> str:
     """The same for checkpoints that only the seed tells apart."""
     first = entry.seeds[0][0]
-    run = run_of(first, runs)
-    if run is None or run.recipe is None:
-        return json.dumps([first.model, first.checkpoint])
-    fields = run.recipe.model_dump(mode="json", exclude={"train": {"seed", "output"}})
+    fields = recipe.model_dump(mode="json", exclude={"train": {"seed", "output"}})
     # the kind of weights counts too: RUN/checkpoints/step_N or its averaged_weights
     return json.dumps([fields, first.step, Path(first.checkpoint).name == AVERAGED_WEIGHTS], sort_keys=True)
 
 
 def _merge(entries: Sequence[Entry]) -> Entry:
+    if len(entries) == 1:
+        return entries[0]
     labels = [entry.label for entry in entries]
     shared = [
         letters[0] for letters in itertools.takewhile(lambda some: len(set(some)) == 1, zip(*labels, strict=False))

@@ -157,6 +157,13 @@ def test_seeds_become_one_row_with_their_spread_and_mean_cost(tmp_path: Path) ->
     )
 
 
+def test_one_seed_by_two_names_is_not_two_seeds(tmp_path: Path) -> None:
+    results = [result_of("base", "cifar10", {"acc1": 0.1})]
+    results.append(replace(results[0], checkpoint=f"/elsewhere/{results[0].checkpoint}"))
+    inputs = read_inputs([write_run(tmp_path / "base", results)])
+    assert [len(entry.seeds) for entry in by_recipe(inputs.results, inputs.runs)] == [1, 1]
+
+
 def test_intervals_stand_beside_figures_and_not_beside_means() -> None:
     metric = "text_retrieval_recall@1"
     result = replace(result_of("a", "flickr8k", {metric: 0.4}), intervals={metric: [0.351, 0.449]})

@@ -243,6 +243,14 @@ def test_stages_of_a_run_are_told_apart(tmp_path: Path) -> None:
     assert draw_curves(single)[0].light_svg.count(b"stroke-dasharray") == 0
 
 
+def test_a_chart_has_room_for_twelve_runs(tmp_path: Path) -> None:
+    (run,) = read_inputs([write_run(tmp_path / "alpha")]).runs
+    loss = draw_curves([replace(run, name=f"run_{index}") for index in range(13)])[0]
+    assert "the first 12 of 13 runs" in loss.description
+    assert b"run_11" in loss.light_svg
+    assert b"run_12" not in loss.light_svg
+
+
 def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:
     recipe: Recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test")
     grid = draw_masks(write_images(tmp_path), recipe)
