@@ -25,6 +25,7 @@ from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
 from pipeline.reporting import report_tables as tables
 from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
+from pipeline.reporting.effective_robustness import effective_robustness_table
 from pipeline.reporting.group_tables import group_tables
 from pipeline.reporting.published import PUBLISHED_FILE, read_published
 from pipeline.reporting.rendering import render
@@ -51,11 +52,15 @@ def main(argv: Sequence[str]) -> int:
     entries = by_recipe(inputs.results, inputs.runs)
     pictures = draw_result_pictures(inputs.outputs)
     robustness = draw_robustness(entries, published)
+    effective = effective_robustness_table(entries, published)
     content = {
         "created": timestamp(),
         "sources": [str(path) for path in arguments.results],
         "headline": tables.headline_table(inputs.results, inputs.runs),
-        "groups": group_tables(entries, published, device_hours_label(inputs.runs)),
+        "groups": [
+            *group_tables(entries, published, device_hours_label(inputs.runs)),
+            *([effective] if effective else []),
+        ],
         "datasets": tables.dataset_tables(inputs.results),
         "provenance": tables.provenance_table(inputs.results) if inputs.results else None,
         "training": training_table(inputs.runs),
