@@ -153,6 +153,37 @@ def clip_benchmark(folder: str, data: str, task: str, output: str, dataset: str 
         cli.main()
 
 
+def logistic_regression(splits: str, decay: str, output: str) -> None:
+    """scikit-learn's logits [N, C] of `test` by a fit to `train` and `labels`, with our weight decay."""
+    from sklearn.linear_model import LogisticRegression
+
+    tensors = load_file(splits)
+    penalty = 1 / (len(tensors["train"]) * float(decay))  # theirs is the sum of losses, ours their mean
+    probe = LogisticRegression(C=penalty, max_iter=10_000, tol=1e-7)
+    probe.fit(tensors["train"].double().numpy(), tensors["labels"].numpy())
+    save_file({"logits": torch.from_numpy(probe.decision_function(tensors["test"].double().numpy()))}, output)
+
+
+def clip_benchmark_probe(splits: str, output: str) -> None:
+    """The same by CLIP_benchmark's training of a probe, at its defaults; it asks for CUDA and is given the CPU."""
+    from unittest.mock import patch
+
+    from clip_benchmark.metrics import linear_probe
+
+    tensors = load_file(splits)
+    features = linear_probe.FeatureDataset(tensors["train"], tensors["labels"])
+    batches = torch.utils.data.DataLoader(features, batch_size=64, shuffle=True)
+    shape = (tensors["train"].shape[1], int(tensors["labels"].max()) + 1)
+    with (
+        patch.object(torch.nn.Module, "cuda", lambda module: module),
+        patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
+        patch.object(torch.nn, "DataParallel", lambda module, device_ids: module),
+        torch.enable_grad(),
+    ):
+        probe = linear_probe.train(batches, *shape, 0.0, 0.1, 10, False, "cpu", 0)
+    save_file({"logits": probe(tensors["test"])}, output)
+
+
 def _topk_accuracy(logits: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...]) -> list[float]:
     correct = logits.topk(max(topk), 1, True, True)[1].t().eq(target.view(1, -1))
     return [float(correct[:k].reshape(-1).float().sum()) / len(target) for k in topk]
@@ -201,6 +232,8 @@ COMMANDS = {
         transformers_random,
         transformers_inputs,
         clip_benchmark,
+        logistic_regression,
+        clip_benchmark_probe,
         clip_benchmark_table,
     )
 }
