@@ -143,7 +143,13 @@ def _write_zero_shot(folder: Path, name: str, shown: Sequence[Combination], seed
     labels = [COMBINATIONS.index(thing) for thing in things]
     classnames = [" ".join(combination) for combination in COMBINATIONS]
     samples = zip(studio.draw(scenes), labels, strict=True)
-    write_classification_set(folder / "eval" / name, samples, classnames, ZERO_SHOT_TEMPLATES)
+    write_classification_set(
+        folder / "eval" / name,
+        samples,
+        classnames,
+        ZERO_SHOT_TEMPLATES,
+        allow_empty_classes=len(shown) < len(COMBINATIONS),
+    )
 
 
 def _write_contrasts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -18,10 +18,12 @@ def write_classification_set(
     templates: Sequence[str],
     *,
     samples_per_shard: int = 2000,
+    allow_empty_classes: bool = False,
 ) -> int:
     """Write a zero-shot classification set; returns the number of samples.
 
-    `samples` are (encoded image, class index); a template holds `{c}` where the class name goes.
+    `samples` are (encoded image, class index); a template holds `{c}` where the class name goes. An evaluation takes
+    a class without a sample for an error, unless the set says that there may be some (`allow_empty_classes`).
 
     Raises UserError for a class index outside `classnames`, a template without `{c}`, or an image of another type
     than JPEG, PNG and WebP.
@@ -38,7 +40,8 @@ def write_classification_set(
 
     write_text(directory / "classnames.txt", _lines(classnames))
     write_text(directory / "zeroshot_classification_templates.txt", _lines(templates))
-    return _write_samples(directory, members(), samples_per_shard)
+    facts = {"allow_empty_classes": True} if allow_empty_classes else {}
+    return _write_samples(directory, members(), samples_per_shard, facts)
 
 
 def write_retrieval_set(
@@ -60,14 +63,16 @@ def write_retrieval_set(
             yield {_extension(image, index): image, "txt": "\n".join(lines).encode("utf-8")}
 
     write_text(directory / "dataset_type.txt", "retrieval\n")  # without it CLIP_benchmark takes captions for classes
-    return _write_samples(directory, members(), samples_per_shard)
+    return _write_samples(directory, members(), samples_per_shard, {})
 
 
-def _write_samples(directory: Path, samples: Iterable[Members], samples_per_shard: int) -> int:
+def _write_samples(
+    directory: Path, samples: Iterable[Members], samples_per_shard: int, facts: Mapping[str, bool]
+) -> int:
     with ShardWriter(directory / "test", samples_per_shard, shard_name="{}.tar".format) as writer:
         for index, members in enumerate(samples):
             writer.write(f"s{index:07d}", members)
-    write_json(directory / "dataset.json", {"samples": writer.samples})
+    write_json(directory / "dataset.json", {"samples": writer.samples, **facts})
     # the number of shards comes last: readers find a set only once all of it is there
     write_text(directory / "test" / "nshards.txt", f"{writer.shards}\n")
     return writer.samples

@@ -146,6 +146,8 @@ def test_zero_shot_sets_are_balanced_over_their_classes(corpus: Path, held_out: 
     labels = Counter(classnames[int(sample["cls"])] for sample in samples.values())
     shown = held_out if name == "zeroshot_heldout" else set(classnames)
     assert labels == dict.fromkeys(shown, synthetic.IMAGES_PER_CLASS)
+    stated = json.loads((directory / "dataset.json").read_text())
+    assert stated.get("allow_empty_classes", False) == (shown != set(classnames))
     for sample in samples.values():
         assert Image.open(io.BytesIO(sample["jpg"])).size == (SIZE, SIZE)
 
