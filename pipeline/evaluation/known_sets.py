@@ -40,7 +40,6 @@ KNOWN_SETS = {
     "voc2007multilabel": KnownSet(4_952, classes=20),
     "dtd": KnownSet(1_880, classes=47),
     "pets": KnownSet(3_669, classes=37),
-    "caltech101": KnownSet(None, classes=102),
     "flowers": KnownSet(6_149, classes=102),
     "eurosat": KnownSet(5_400, classes=10),
     "resisc45": KnownSet(6_300, classes=45),
