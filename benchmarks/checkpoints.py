@@ -32,12 +32,12 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.files import flush_to_disk, sha256_of_file
 from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import TrainingState, checkpoint_directory
-from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.engine import make_engine
-from pipeline.training.engine_config import deepspeed_config, precision_of
+from pipeline.training.checkpoints.checkpoint import TrainingState, checkpoint_directory
+from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
+from pipeline.training.checkpoints.resume import restore, verify
+from pipeline.training.engines.engine import make_engine
+from pipeline.training.engines.engine_config import deepspeed_config, precision_of
 from pipeline.training.progress import Progress
-from pipeline.training.resume import restore, verify
 
 
 def slowest_s(act: Callable[[], Any], ranks: Ranks) -> float:

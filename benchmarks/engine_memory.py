@@ -52,9 +52,9 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
     from pipeline.data.sample_order import BatchPlan
     from pipeline.planning.measurement import TensorMemory
     from pipeline.recipe_files import load_recipe
-    from pipeline.training.engine import make_engine, release
-    from pipeline.training.engine_config import deepspeed_config
-    from pipeline.training.objective import make_objective
+    from pipeline.training.engines.engine import make_engine, release
+    from pipeline.training.engines.engine_config import deepspeed_config
+    from pipeline.training.objectives.objective import make_objective
 
     recipe = load_recipe("base", [*options, f"model.name={model}"])
     plan = BatchPlan(1000, PAIRS * ranks.world_size, PAIRS, ranks.world_size)
@@ -130,7 +130,7 @@ def main() -> None:
 def count(model: str) -> int:
     """Parameters of a model."""
     from model.config import config_from_name
-    from pipeline.training.stage_model import count_parameters
+    from pipeline.training.weights.stage_model import count_parameters
 
     return count_parameters(config_from_name(model))
 

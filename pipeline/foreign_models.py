@@ -18,7 +18,7 @@ from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tok
 from pipeline.errors import UserError
 from pipeline.files import sha256_of_file
 from pipeline.inference import InferenceModel, first_mismatch, load_for_inference
-from pipeline.training.weight_sources import WeightsFile, find_weights, read_traits, read_weights
+from pipeline.training.weights.weight_sources import WeightsFile, find_weights, read_traits, read_weights
 
 _OPEN_CLIP_POOLS = {"tok": "class", "avg": "average"}
 

@@ -18,7 +18,7 @@ from model.config import CLIPConfig
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import (
+from pipeline.training.checkpoints.checkpoint import (
     AVERAGED_WEIGHTS,
     MODEL_CARD,
     TOKENIZER,

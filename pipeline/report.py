@@ -37,7 +37,7 @@ from pipeline.reporting.result_rows import by_recipe
 from pipeline.reporting.run_cost import device_hours_label
 from pipeline.reporting.table_files import write_table_files
 from pipeline.reporting.training_table import training_table
-from pipeline.training.run_logger import timestamp
+from pipeline.training.observing.run_logger import timestamp
 
 
 def main(argv: Sequence[str]) -> int:

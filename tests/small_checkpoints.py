@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.files import sha256_of_file
-from pipeline.training.checkpoint import Contents, FileRecord, checkpoint_directory
-from pipeline.training.checkpoint_writer import publish
+from pipeline.training.checkpoints.checkpoint import Contents, FileRecord, checkpoint_directory
+from pipeline.training.checkpoints.checkpoint_writer import publish
 from pipeline.training.progress import Progress
 
 

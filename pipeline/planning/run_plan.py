@@ -11,7 +11,7 @@ from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.step_time import StepTime, step_time
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.recipe import Recipe
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import Stage, plan_stages
 
 # What a core decodes, crops and scales of 256-pixel JPEGs per second (benchmarks/loader.py).

@@ -28,10 +28,10 @@ from pipeline.planning.trial import Trial, try_steps
 from pipeline.planning.workload import workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.training.engine_config import check_config, deepspeed_config, zero_stage
-from pipeline.training.optimizer import check_optimizer
-from pipeline.training.stage_model import check_computable
+from pipeline.training.engines.engine_config import check_config, deepspeed_config, zero_stage
+from pipeline.training.engines.optimizer import check_optimizer
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
+from pipeline.training.weights.stage_model import check_computable
 
 _STEPS = 2
 

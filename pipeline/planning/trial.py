@@ -11,12 +11,12 @@ from typing import Any
 from pipeline.data.data_loader import Batch
 from pipeline.planning.measurement import CollectiveVolume, TensorMemory
 from pipeline.ranks import Ranks
-from pipeline.training.engine import make_engine, release
+from pipeline.training.engines.engine import make_engine, release
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import make_objective
-from pipeline.training.stage_model import make_model, speed_up
+from pipeline.training.objectives.objective import make_objective
 from pipeline.training.stage_plan import Stage
 from pipeline.training.train_step import train_step
+from pipeline.training.weights.stage_model import make_model, speed_up
 
 
 @dataclass(frozen=True)

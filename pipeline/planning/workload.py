@@ -14,8 +14,8 @@ from model.clip import CLIP
 from model.config import CLIPConfig, TextConfig, VisionConfig
 from model.loss import LossKind
 from pipeline.recipe import OptimizerSection, Precision, Recipe
-from pipeline.training.engine_config import offload_device, precision_of, zero_stage
-from pipeline.training.optimizer import freeze_towers, parameter_groups
+from pipeline.training.engines.engine_config import offload_device, precision_of, zero_stage
+from pipeline.training.engines.optimizer import freeze_towers, parameter_groups
 from pipeline.training.stage_plan import Stage
 
 # What DeepSpeed 0.19 takes where a configuration does not say.

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import read_recipe_file
-from pipeline.training.run_logger import METRICS
+from pipeline.training.observing.run_logger import METRICS
 from pipeline.training.run_record import read_record
 
 RECIPE_FILE = "recipe.yaml"

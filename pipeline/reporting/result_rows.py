@@ -14,7 +14,7 @@ from pipeline.evaluation.results import Result
 from pipeline.recipe import Recipe
 from pipeline.reporting.report_inputs import Run
 from pipeline.reporting.run_cost import Cost, cost_of, run_of
-from pipeline.training.checkpoint import AVERAGED_WEIGHTS
+from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pipeline.recipe import Recipe
 from pipeline.reporting.report_inputs import Run
 from pipeline.reporting.run_cost import cost_at, device_hours_label
 from pipeline.reporting.table import Cell, Column, Row, Table, distinct
-from pipeline.training.run_logger import format_duration
+from pipeline.training.observing.run_logger import format_duration
 
 
 def training_table(runs: Sequence[Run]) -> Table | None:

@@ -14,7 +14,7 @@ from model.class_attention import AttentiveCopy
 from model.masking import Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
 from model.vision import VisionTransformer, embed_patches
 from pipeline.ranks import Ranks
-from pipeline.training.engine import gathered_weights
+from pipeline.training.engines.engine import gathered_weights
 
 _EMBEDDING = ("patch_embedding.weight", "positional_embedding")
 

@@ -15,10 +15,10 @@ from model.clip import CLIPOutput
 from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
+from pipeline.training.faults.step_guard import spread_non_finite
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import TrainingObjective
-from pipeline.training.phase_clock import PhaseClock
-from pipeline.training.step_guard import spread_non_finite
+from pipeline.training.objectives.objective import TrainingObjective
+from pipeline.training.observing.phase_clock import PhaseClock
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

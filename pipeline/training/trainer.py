@@ -22,32 +22,32 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.training_data import TrainingData
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import Carried, TrainingState, checkpoint_directory, newest_checkpoint
-from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.engine import make_engine, release
-from pipeline.training.engine_config import precision_of
-from pipeline.training.fault_log import FaultLog
-from pipeline.training.fault_watch import FaultWatch
-from pipeline.training.live_evaluation import LiveEvaluation
+from pipeline.training.checkpoints.checkpoint import Carried, TrainingState, checkpoint_directory, newest_checkpoint
+from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
+from pipeline.training.checkpoints.resume import restore
+from pipeline.training.checkpoints.save_schedule import SaveSchedule
+from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine_config import precision_of
+from pipeline.training.engines.optimizer import learning_rate, set_learning_rate
+from pipeline.training.engines.weight_average import WeightAverage
+from pipeline.training.faults.bad_samples import BadSamples
+from pipeline.training.faults.fault_log import FaultLog
+from pipeline.training.faults.fault_watch import FaultWatch
+from pipeline.training.faults.step_vote import StepVote
+from pipeline.training.faults.stop_request import StopRequest
+from pipeline.training.faults.watchdog import Watchdog
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.metrics_window import MetricsWindow
-from pipeline.training.objective import make_objective
-from pipeline.training.optimizer import learning_rate, set_learning_rate
-from pipeline.training.profile_window import ProfileWindow
+from pipeline.training.objectives.objective import make_objective
+from pipeline.training.observing.live_evaluation import LiveEvaluation
+from pipeline.training.observing.metrics_window import MetricsWindow
+from pipeline.training.observing.profile_window import ProfileWindow
+from pipeline.training.observing.run_logger import RunLogger, timestamp
+from pipeline.training.observing.step_metrics import report_of, speeds
+from pipeline.training.observing.step_observer import StepObserver
 from pipeline.training.progress import Progress
-from pipeline.training.resume import restore
-from pipeline.training.run_logger import RunLogger, timestamp
-from pipeline.training.save_schedule import SaveSchedule
-from pipeline.training.stage_model import speed_up
 from pipeline.training.stage_plan import Stage
-from pipeline.training.step_metrics import report_of, speeds
-from pipeline.training.step_observer import StepObserver
-from pipeline.training.step_vote import StepVote
-from pipeline.training.stop_request import StopRequest
 from pipeline.training.train_step import train_step
-from pipeline.training.watchdog import Watchdog
-from pipeline.training.weight_average import WeightAverage
+from pipeline.training.weights.stage_model import speed_up
 
 
 @dataclass(frozen=True)

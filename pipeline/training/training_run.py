@@ -16,25 +16,25 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.training.bad_samples import BadSamples
-from pipeline.training.checkpoint import checkpoint_directory, read_contents
-from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.engine_config import check_config, deepspeed_config, precision_of, zero_stage
-from pipeline.training.fault_log import FaultLog
-from pipeline.training.live_evaluation import LiveEvaluation
-from pipeline.training.optimizer import check_optimizer
-from pipeline.training.profile_window import ProfileWindow
+from pipeline.training.checkpoints.checkpoint import checkpoint_directory, read_contents
+from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
+from pipeline.training.checkpoints.resume import choose_checkpoint, set_aside_later
+from pipeline.training.engines.engine_config import check_config, deepspeed_config, precision_of, zero_stage
+from pipeline.training.engines.optimizer import check_optimizer
+from pipeline.training.faults.bad_samples import BadSamples
+from pipeline.training.faults.fault_log import FaultLog
+from pipeline.training.faults.rank_check import check_same_start
+from pipeline.training.faults.stop_request import StopRequest
+from pipeline.training.faults.watchdog import Watchdog
+from pipeline.training.observing.live_evaluation import LiveEvaluation
+from pipeline.training.observing.profile_window import ProfileWindow
+from pipeline.training.observing.run_logger import RunLogger, timestamp
 from pipeline.training.progress import Progress
-from pipeline.training.rank_check import check_same_start
-from pipeline.training.resume import choose_checkpoint, set_aside_later
-from pipeline.training.run_logger import RunLogger, timestamp
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
-from pipeline.training.stage_model import check_computable, count_parameters, make_model
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
-from pipeline.training.start_weights import RECORD_KEY, check_start_weights, load_start_weights
-from pipeline.training.stop_request import StopRequest
 from pipeline.training.trainer import RunContext, StageTrainer
-from pipeline.training.watchdog import Watchdog
+from pipeline.training.weights.stage_model import check_computable, count_parameters, make_model
+from pipeline.training.weights.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75

@@ -24,10 +24,10 @@ from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import make_engine
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine import make_engine
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import make_objective
+from pipeline.training.objectives.objective import make_objective
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import make_engine
-from pipeline.training.engine_config import check_config, deepspeed_config
-from pipeline.training.objective import make_objective
+from pipeline.training.engines.engine import make_engine
+from pipeline.training.engines.engine_config import check_config, deepspeed_config
+from pipeline.training.objectives.objective import make_objective
 
 G, L, P, T = 12, 16, 192, 9
 

@@ -20,7 +20,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.entry import run
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.start_weights import load_start_weights
+from pipeline.training.weights.start_weights import load_start_weights
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from forked_ranks import run_ranks
 from small_problem import make_clip, reference_step, start_engine, train_engine
 
 from pipeline.ranks import Ranks, init_ranks
-from pipeline.training.engine import release
+from pipeline.training.engines.engine import release
 
 STEPS = 3
 

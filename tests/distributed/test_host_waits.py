@@ -15,7 +15,7 @@ from small_problem import start_engine, train_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.ranks import Ranks
-from pipeline.training.engine import release
+from pipeline.training.engines.engine import release
 
 WAITING = ("_local_scalar_dense", "nonzero", "lift_fresh")
 # template, options, waits in a step

@@ -30,10 +30,10 @@ from pipeline.data.data_loader import Batch
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import make_engine, release
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import make_objective
+from pipeline.training.objectives.objective import make_objective
 from pipeline.training.train_step import train_step
 
 B, T, STEP, PROGRESS = 3, 7, 5, 0.5

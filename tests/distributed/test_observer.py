@@ -22,14 +22,14 @@ from pipeline.data.data_loader import Batch
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.batch_accuracy import batch_accuracy
-from pipeline.training.engine import make_engine, release
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine_config import deepspeed_config
+from pipeline.training.engines.optimizer import make_optimizer
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import make_objective
-from pipeline.training.optimizer import make_optimizer
-from pipeline.training.phase_clock import PHASES
-from pipeline.training.step_observer import StepObserver
+from pipeline.training.objectives.objective import make_objective
+from pipeline.training.observing.batch_accuracy import batch_accuracy
+from pipeline.training.observing.phase_clock import PHASES
+from pipeline.training.observing.step_observer import StepObserver
 from pipeline.training.train_step import train_step
 
 G = 8
@@ -132,7 +132,7 @@ def test_norms_are_those_of_plain_torch(world_size: int, tmp_path: Path) -> None
 
 
 def test_accuracy_within_a_batch_is_that_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.batch_accuracy._ROWS", 7)
+    monkeypatch.setattr("pipeline.training.observing.batch_accuracy._ROWS", 7)
     generator = Generator().manual_seed(3)
     text_BD: Tensor = F.normalize(torch.randn(40, 6, generator=generator), dim=1)
     image_BD = F.normalize(text_BD + 0.4 * torch.randn(40, 6, generator=generator), dim=1)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.engine import release
-from pipeline.training.fragments import full_weights, load_full_weights
-from pipeline.training.optimizer_state import load_optimizer_state, optimizer_state
+from pipeline.training.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
+from pipeline.training.engines.engine import release
+from pipeline.training.engines.fragments import full_weights, load_full_weights
 
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 GLOBAL_BATCH = 12

@@ -14,8 +14,8 @@ from small_problem import make_clip, reference_step, start_engine, train_engine
 from torch import Tensor, nn
 
 from pipeline.ranks import Ranks
-from pipeline.training.engine import release
-from pipeline.training.optimizer import set_learning_rate
+from pipeline.training.engines.engine import release
+from pipeline.training.engines.optimizer import set_learning_rate
 
 STEPS, LR, DECAY = 3, 2e-3, 0.3
 FP32 = ["train.precision=fp32", f"optimizer.lr={LR}", f"optimizer.weight_decay={DECAY}", "optimizer.max_grad_norm=1"]

@@ -22,7 +22,7 @@ from pipeline.planning.trial import Trial, try_steps
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import plan_stages
 
 CAPTION_TOKENS = 12

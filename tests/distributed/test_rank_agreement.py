@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.rank_check import RankCheck, bit_sums, check_same_start
-from pipeline.training.step_vote import StepVote
+from pipeline.training.faults.rank_check import RankCheck, bit_sums, check_same_start
+from pipeline.training.faults.step_vote import StepVote
 
 
 def vote(ranks: Ranks) -> tuple[list[bool], str]:

@@ -20,13 +20,13 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import TrainingState, complete_checkpoints, list_checkpoints
-from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.engine import make_engine
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.checkpoints.checkpoint import TrainingState, complete_checkpoints, list_checkpoints
+from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
+from pipeline.training.checkpoints.resume import choose_checkpoint
+from pipeline.training.engines.engine import make_engine
+from pipeline.training.engines.engine_config import deepspeed_config
+from pipeline.training.observing.run_logger import RunLogger
 from pipeline.training.progress import Progress
-from pipeline.training.resume import choose_checkpoint
-from pipeline.training.run_logger import RunLogger
 from pipeline.training.stage_plan import plan_stages
 
 

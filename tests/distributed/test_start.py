@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.files import sha256_of_file
-from pipeline.training.checkpoint import WEIGHTS, newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import WEIGHTS, newest_checkpoint
 from pipeline.training.run_record import RECORD
-from pipeline.training.start_weights import RECORD_KEY
+from pipeline.training.weights.start_weights import RECORD_KEY
 
 WORKER = Path(__file__).with_name("start_worker.py")
 VARIANT = ["model.pool=attention", "model.activation=quick_gelu"]

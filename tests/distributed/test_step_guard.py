@@ -22,12 +22,12 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine import make_engine, release
-from pipeline.training.engine_config import deepspeed_config
-from pipeline.training.fragments import full_weights
+from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine_config import deepspeed_config
+from pipeline.training.engines.fragments import full_weights
+from pipeline.training.faults.step_guard import StepGuard, StepOutcome, spread_non_finite
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objective import make_objective
-from pipeline.training.step_guard import StepGuard, StepOutcome, spread_non_finite
+from pipeline.training.objectives.objective import make_objective
 from pipeline.training.train_step import train_step
 
 BF16 = {"bf16": {"enabled": True}}

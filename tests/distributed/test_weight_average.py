@@ -10,9 +10,9 @@ from small_problem import start_engine, train_engine
 from torch import Tensor
 
 from pipeline.ranks import Ranks
-from pipeline.training.engine import release
-from pipeline.training.fragments import full_weights
-from pipeline.training.weight_average import WeightAverage
+from pipeline.training.engines.engine import release
+from pipeline.training.engines.fragments import full_weights
+from pipeline.training.engines.weight_average import WeightAverage
 
 STEPS, DECAY = 4, 0.2
 CASES = {

@@ -25,8 +25,8 @@ from model.masking import STRATEGIES, MaskingConfig
 from model.packing import lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
+from pipeline.training.faults.step_guard import StepGuard, spread_non_finite
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.step_guard import StepGuard, spread_non_finite
 from pipeline.training.train_step import Encoded, _report
 
 # `cluster-reference` asks how many patches are kept, as the released code does

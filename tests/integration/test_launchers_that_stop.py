@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import RANK_ENVIRONMENT, ROOT
 
-from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_accelerators=2", "--master_port={port}"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"]

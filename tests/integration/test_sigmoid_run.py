@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline import train
 from pipeline.inference import load_for_inference
-from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
 
 def test_a_run_with_the_sigmoid_loss(tmp_path: Path, tiny_options: list[str]) -> None:

@@ -19,7 +19,7 @@ from conftest import RANK_ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
 from pipeline.inference import load_for_inference
-from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
 TRAIN = "pipeline/train.py"
 POSITIONS = "visual.positional_embedding"

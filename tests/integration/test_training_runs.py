@@ -18,7 +18,7 @@ from conftest import RANK_ENVIRONMENT, ROOT, write_shards
 from safetensors.torch import load_file
 
 from pipeline.inference import load_for_inference
-from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
 TRAIN = "pipeline/train.py"
 

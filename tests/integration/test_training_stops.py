@@ -12,7 +12,7 @@ import faulty_train
 import pytest
 from forked_ranks import Program, start_program
 
-from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
 
 @pytest.fixture

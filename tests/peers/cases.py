@@ -28,7 +28,7 @@ from pipeline.exporting.export_formats import FORMATS
 from pipeline.exporting.parity import random_examples
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
-from pipeline.training.start_weights import load_start_weights
+from pipeline.training.weights.start_weights import load_start_weights
 
 Features = dict[str, Tensor]
 

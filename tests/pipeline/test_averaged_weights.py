@@ -16,8 +16,14 @@ from pipeline.files import sha256_of_file
 from pipeline.foreign_models import load_any_model
 from pipeline.inference import InferenceModel
 from pipeline.reporting.result_rows import row_label
-from pipeline.training.checkpoint import AVERAGED_WEIGHTS, WEIGHTS, FileRecord, newest_checkpoint, read_contents
-from pipeline.training.checkpoint_writer import publish
+from pipeline.training.checkpoints.checkpoint import (
+    AVERAGED_WEIGHTS,
+    WEIGHTS,
+    FileRecord,
+    newest_checkpoint,
+    read_contents,
+)
+from pipeline.training.checkpoints.checkpoint_writer import publish
 
 CPU = torch.device("cpu")
 

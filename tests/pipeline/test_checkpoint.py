@@ -14,7 +14,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference import load_for_inference
 from pipeline.recipe_files import load_recipe
-from pipeline.training.checkpoint import newest_checkpoint, what_is_missing
+from pipeline.training.checkpoints.checkpoint import newest_checkpoint, what_is_missing
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 

@@ -13,7 +13,7 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine_config import (
+from pipeline.training.engines.engine_config import (
     TEMPLATES_DIRECTORY,
     check_config,
     deepspeed_config,

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from pipeline.recipe import FaultsSection
-from pipeline.training.fault_policy import FaultPolicy
-from pipeline.training.step_guard import StepOutcome
+from pipeline.training.faults.fault_policy import FaultPolicy
+from pipeline.training.faults.step_guard import StepOutcome
 
 
 def losses(*values: float, first_step: int = 1) -> list[StepOutcome]:

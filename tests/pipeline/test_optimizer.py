@@ -13,9 +13,9 @@ import torch
 from model.clip import CLIP
 from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
-from pipeline.training.engine_config import TEMPLATES_DIRECTORY
-from pipeline.training.muon import MuonAdamW, orthogonalized
-from pipeline.training.optimizer import (
+from pipeline.training.engines.engine_config import TEMPLATES_DIRECTORY
+from pipeline.training.engines.muon import MuonAdamW, orthogonalized
+from pipeline.training.engines.optimizer import (
     check_optimizer,
     freeze_towers,
     learning_rate,

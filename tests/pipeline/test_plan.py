@@ -22,7 +22,7 @@ from pipeline.planning.run_plan import Hardware, plan_run
 from pipeline.planning.step_time import micro_batch_flops, step_time
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engine_config import deepspeed_config
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import plan_stages
 
 SAMPLES = 10_970_000

@@ -15,9 +15,9 @@ from small_checkpoints import save_small_checkpoint
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.checkpoint import checkpoint_directory
-from pipeline.training.checkpoint_writer import outdated
-from pipeline.training.resume import choose_checkpoint, set_aside_later
+from pipeline.training.checkpoints.checkpoint import checkpoint_directory
+from pipeline.training.checkpoints.checkpoint_writer import outdated
+from pipeline.training.checkpoints.resume import choose_checkpoint, set_aside_later
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 

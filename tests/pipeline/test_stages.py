@@ -18,8 +18,8 @@ from pipeline.errors import UserError
 from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
-from pipeline.training.stage_model import check_computable, count_parameters, make_model, speed_up
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
+from pipeline.training.weights.stage_model import check_computable, count_parameters, make_model, speed_up
 
 CPU = torch.device("cpu")
 BF16 = {"bf16": {"enabled": True}}

@@ -23,7 +23,7 @@ from pipeline.export import main as export_main
 from pipeline.inference import InferenceModel, load_for_inference
 from pipeline.ranks import Ranks
 from pipeline.training.run_record import RECORD
-from pipeline.training.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.training.weights.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe import FaultsSection
-from pipeline.training.step_guard import StepOutcome
+from pipeline.training.faults.step_guard import StepOutcome
 
 Action = Literal["go_on", "roll_back", "stop"]
 

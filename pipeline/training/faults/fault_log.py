@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from pipeline.ranks import Ranks
-from pipeline.training.fault_policy import Fault
+from pipeline.training.faults.fault_policy import Fault
 
 _SAMPLES_SHOWN = 3
 

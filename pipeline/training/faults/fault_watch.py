@@ -11,10 +11,10 @@ from pipeline.data.data_loader import Batch
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import FaultsSection
-from pipeline.training.fault_log import FaultLog
-from pipeline.training.fault_policy import FaultPolicy
-from pipeline.training.rank_check import RankCheck
-from pipeline.training.step_guard import StepGuard
+from pipeline.training.faults.fault_log import FaultLog
+from pipeline.training.faults.fault_policy import FaultPolicy
+from pipeline.training.faults.rank_check import RankCheck
+from pipeline.training.faults.step_guard import StepGuard
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

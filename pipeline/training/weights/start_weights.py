@@ -13,7 +13,7 @@ from pipeline.files import sha256_of_file
 from pipeline.inference import first_mismatch, read_card
 from pipeline.ranks import Ranks
 from pipeline.training.run_record import read_record
-from pipeline.training.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
+from pipeline.training.weights.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
 
 RECORD_KEY = "start_weights_sha256"
 

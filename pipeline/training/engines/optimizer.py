@@ -13,8 +13,8 @@ from torch import nn
 from model.clip import CLIP
 from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
-from pipeline.training.engine_config import offload_device, zero_stage
-from pipeline.training.muon import MatrixShape, MuonAdamW
+from pipeline.training.engines.engine_config import offload_device, zero_stage
+from pipeline.training.engines.muon import MatrixShape, MuonAdamW
 
 _BLOCK = re.compile(r"(visual|text)\.transformer\.resblocks\.(\d+)\.")
 _INPUT = re.compile(r"(visual|text)\.(class_embedding|positional_embedding|patch_embedding|token_embedding|ln_pre)")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.ranks import Ranks
-from pipeline.training.batch_accuracy import batch_accuracy
-from pipeline.training.phase_clock import PhaseClock
-from pipeline.training.tower_norms import TowerNorms
+from pipeline.training.observing.batch_accuracy import batch_accuracy
+from pipeline.training.observing.phase_clock import PhaseClock
+from pipeline.training.observing.tower_norms import TowerNorms
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -11,9 +11,9 @@ from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
 from pipeline.errors import UserError
-from pipeline.training.checkpoint import WEIGHTS, read_tensors
-from pipeline.training.engine_config import precision_of, zero_stage
-from pipeline.training.rng_state import seed_generators
+from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
+from pipeline.training.checkpoints.rng_state import seed_generators
+from pipeline.training.engines.engine_config import precision_of, zero_stage
 from pipeline.training.stage_plan import Stage
 
 _POSITIONS = "visual.positional_embedding"

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from model.clip import CLIP
 from pipeline.ranks import Ranks
 from pipeline.recipe import OptimizerSection, Recipe
-from pipeline.training.engine_config import offload_device
-from pipeline.training.gradient_norm import clip_gradients
-from pipeline.training.optimizer import freeze_towers, make_optimizer, parameter_groups
+from pipeline.training.engines.engine_config import offload_device
+from pipeline.training.engines.gradient_norm import clip_gradients
+from pipeline.training.engines.optimizer import freeze_towers, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import Precision, Recipe
 
-TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[2] / "ds_configs"
+TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[3] / "ds_configs"
 
 # What a template must leave to the recipe, so that a number is said in one place only.
 _RECIPE_KEYS = (

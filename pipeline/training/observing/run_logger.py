@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.files import write_atomically
 from pipeline.recipe import LogSection
+from pipeline.training.observing.wandb_run import WandbRun
 from pipeline.training.stage_plan import Stage, steps_left
-from pipeline.training.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.checkpoint import (
+from pipeline.training.checkpoints.checkpoint import (
     COMPLETE,
     WEIGHTS,
     TrainingState,
@@ -25,10 +25,10 @@ from pipeline.training.checkpoint import (
     step_of,
     what_is_missing,
 )
-from pipeline.training.fragments import load_full_weights
-from pipeline.training.optimizer_state import load_optimizer_state
-from pipeline.training.rng_state import load_rng_state
-from pipeline.training.run_logger import METRICS
+from pipeline.training.checkpoints.optimizer_state import load_optimizer_state
+from pipeline.training.checkpoints.rng_state import load_rng_state
+from pipeline.training.engines.fragments import load_full_weights
+from pipeline.training.observing.run_logger import METRICS
 
 
 def choose_checkpoint(run_directory: Path, resume: str, ranks: Ranks) -> Path | None:

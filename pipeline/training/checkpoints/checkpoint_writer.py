@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.training.checkpoint import (
+from pipeline.training.checkpoints.checkpoint import (
     COMPLETE,
     MODEL_CARD,
     TOKENIZER,
@@ -35,10 +35,10 @@ from pipeline.training.checkpoint import (
     rank_file,
     step_of,
 )
-from pipeline.training.fragments import full_weights
-from pipeline.training.optimizer_state import optimizer_state
+from pipeline.training.checkpoints.optimizer_state import optimizer_state
+from pipeline.training.checkpoints.rng_state import rng_state
+from pipeline.training.engines.fragments import full_weights
 from pipeline.training.progress import Progress
-from pipeline.training.rng_state import rng_state
 from pipeline.training.run_record import versions
 
 # A run whose disk is full goes on, so that somebody can make room; after so many failed saves in a row it stops.

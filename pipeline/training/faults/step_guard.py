@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.training.gradient_norm import gradient_norm
+from pipeline.training.engines.gradient_norm import gradient_norm
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

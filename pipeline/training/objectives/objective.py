@@ -14,8 +14,8 @@ from model.loss_tiles import make_tiles
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
-from pipeline.training.feature_exchange import GatheredColumns, RingColumns
-from pipeline.training.grad_cache import CachedLoss
+from pipeline.training.objectives.feature_exchange import GatheredColumns, RingColumns
+from pipeline.training.objectives.grad_cache import CachedLoss
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.ranks import Ranks
-from pipeline.training.checkpoint import AVERAGED_WEIGHTS
-from pipeline.training.fragments import find_fragments, full_weights
+from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
+from pipeline.training.engines.fragments import find_fragments, full_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

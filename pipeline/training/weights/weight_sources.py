@@ -21,7 +21,7 @@ from model.open_clip_weights import from_open_clip
 from model.transformers_weights import from_transformers
 from pipeline.errors import UserError
 from pipeline.inference import find_model, read_card
-from pipeline.training.checkpoint import AVERAGED_WEIGHTS, MODEL_CARD
+from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS, MODEL_CARD
 
 _OPEN_CLIP_CONFIG, _TRANSFORMERS_CONFIG = "open_clip_config.json", "config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

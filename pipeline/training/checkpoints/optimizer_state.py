@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.fragments import Fragment, find_fragments
+from pipeline.training.engines.fragments import Fragment, find_fragments
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -1,0 +1,1 @@
+"""What watches over a run and decides when something goes wrong."""

@@ -1,0 +1,1 @@
+"""The loss over all ranks: what is exchanged, what is cached."""

@@ -1,0 +1,1 @@
+"""The model that a stage trains, and the weights that it begins with."""
