@@ -111,6 +111,7 @@ def open_evaluation_set(directory: Path) -> EvaluationSet:
         raise UserError(f"no evaluation set at {directory}: there is no such directory")
     expectations = Expectations.of(directory)
     declared = _declared_type(directory)
+    directory = directory.resolve()  # features are named by where images lie, however that was written
     if (directory / "images").is_dir():
         dataset: EvaluationSet = read_composition_set(directory)
     elif declared == "multilabel":

@@ -51,6 +51,15 @@ def test_gallery_shows_the_nearest_and_marks_what_belongs_together(tmp_path: Pat
         assert image.size == (112, 112)
 
 
+def test_features_are_found_however_the_path_of_the_set_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_retrieval_output(Path("pairs"), Path("out"))
+    monkeypatch.chdir("/")
+    assert draw_result_pictures([tmp_path / "out"]).notes == ()
+
+
 def test_one_gallery_of_each_set_of_the_newest_checkpoint(tmp_path: Path) -> None:
     for step in (10, 30, 20):
         write_retrieval_output(tmp_path / "pairs", tmp_path / "out", step)
