@@ -43,9 +43,9 @@ def write_composition_set(directory: Path) -> Path:
 
 def write_classification_set(directory: Path) -> Path:
     write_retrieval_set(directory)
-    (directory / "classnames.txt").write_text("cat\ndog\n")
+    (directory / "classnames.txt").write_text("dog\n")
     (directory / "zeroshot_classification_templates.txt").write_text("a {c}\n")
-    write_tar(directory / "test" / "0.tar", [("a.jpg", jpeg_bytes(0)), ("a.cls", b"1")])
+    write_tar(directory / "test" / "0.tar", [("a.jpg", jpeg_bytes(0)), ("a.cls", b"0")])
     return directory
 
 
