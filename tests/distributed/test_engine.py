@@ -87,6 +87,7 @@ def losses() -> dict[str, Any]:
     return run_ranks(train_all, 2)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_train_as_one_process(case: Case, losses: dict[str, Any]) -> None:
     expected = reference_losses()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from forked_ranks import run_ranks
 from small_problem import start_engine, train_engine
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +72,7 @@ def count_waits(ranks: Ranks) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_backward_and_update_wait_as_often_as_the_documentation_says() -> None:
     found = run_ranks(count_waits, 2)[0]
     assert [(*case[:2], waits) for case, waits in zip(CASES, found, strict=True)] == CASES

@@ -92,6 +92,7 @@ def weights_after_training(ranks: Ranks, cases: Sequence[str]) -> dict[str, dict
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "cases"), [(2, list(CASES)), (3, ["muon 1", "muon 2"])])
 def test_each_weight_is_updated_as_if_it_were_alone(world_size: int, cases: list[str]) -> None:
     start = {name: parameter.detach() for name, parameter in make_clip().named_parameters()}
