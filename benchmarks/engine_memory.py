@@ -2,14 +2,17 @@
 
     python benchmarks/engine_memory.py [--models ViT-tiny-16 ViT-S-16] [--ranks 1 2 4]
 
-Counted are the bytes of tensors, every allocation and release, in a run without a batch to speak of (2 pairs a rank):
-`states_bytes` between steps (weights, master weights, moments), `peak_bytes` the most at any time (with gradients and
-the buckets in which they are averaged). A GPU holds the same tensors, but for what is offloaded: here that counts too.
+Counted are the bytes of tensors in a run without a batch to speak of (2 pairs a rank): `states_bytes` of all tensors
+that Python knows between steps (weights, master weights, moments), `peak_bytes` of all allocations at any time: with
+gradients and the buckets in which they are averaged, and up to the gradients' size too much, where gloo's threads
+release them. A GPU holds the same tensors, but for what is offloaded: here that counts too.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import logging
 import multiprocessing
 import os
@@ -18,6 +21,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +56,7 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
     from pipeline.data.sample_order import BatchPlan
     from pipeline.planning.measurement import TensorMemory
     from pipeline.recipe_files import load_recipe
-    from pipeline.training.engines.engine import make_engine, release
+    from pipeline.training.engines.engine import make_engine
     from pipeline.training.engines.engine_config import deepspeed_config
     from pipeline.training.objectives.objective import make_objective
 
@@ -63,7 +67,7 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
     with TensorMemory() as memory:
         engine = make_engine(CLIP(config), recipe, deepspeed_config(recipe, plan, template), ranks)
         objective = make_objective(recipe.loss, ranks)
-        for step in range(2):
+        for _ in range(2):
             patches = torch.randn(PAIRS * vision.num_patches, 3 * vision.patch_size**2)
             tokens = torch.tensor([[1] * (TOKENS - 1) + [end]] * PAIRS)
             output = engine(
@@ -73,29 +77,32 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
             engine.backward(loss)
             engine.step()
             del patches, tokens, output, loss
-            memory.mark(f"step {step}")
-    release(engine)
-    between, after = memory.marks[0], memory.marks[1]
-    return {"states_bytes": after.live_bytes, "peak_bytes": max(between.peak_bytes, after.peak_bytes)}
+    return {"states_bytes": living_bytes(), "peak_bytes": memory.peak_bytes}
 
 
-def run_rank(rank: int, world_size: int, port: int, models: Sequence[str], results: Connection) -> None:
-    """All arms in turn; the main rank sends what it measured."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+def living_bytes() -> int:
+    """Memory behind all tensors, views of one storage counted once."""
+    import torch
+
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def run_rank(rank: int, world_size: int, port: int, model: str, arm: str, results: Connection) -> None:
+    """Measure one arm; the main rank sends what it found."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logging.disable()
     from pipeline.ranks import init_ranks
 
     ranks = init_ranks()
-    for model in models:
-        for arm, (template, options) in ARMS.items():
-            figures = measure(model, template, options, ranks)
-            if ranks.is_main:
-                results.send((model, arm, figures))
+    figures = measure(model, *ARMS[arm], ranks)
     if ranks.is_main:
-        results.send(None)
+        results.send(figures)
+    ranks.barrier()
+    os._exit(0)  # torn down in order, ranks wait for each other's threads
 
 
 def main() -> None:
@@ -103,28 +110,35 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["ViT-tiny-16", "ViT-S-16"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     options = parser.parse_args()
-    figures: dict[str, Any] = {model: {"parameters": count(model), "arms": {}} for model in options.models}
-    context = multiprocessing.get_context("spawn")
-    for world_size in options.ranks:
-        receiver, sender = context.Pipe(duplex=False)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        processes = [
-            context.Process(target=run_rank, args=(rank, world_size, port, options.models, sender), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        sender.close()
-        while (received := receiver.recv()) is not None:  # EOFError: a rank failed, and said why
-            model, arm, measured = received
-            figures[model]["arms"].setdefault(arm, {})[f"{world_size} ranks"] = measured
-            print(f"{model}, {arm}, {world_size} ranks: {measured}", flush=True)
-        for process in processes:
-            process.join()
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed.runtime.engine", "pipeline.training.engines.engine"])
+    figures: dict[str, Any] = {}
+    for model, world_size, arm in itertools.product(options.models, options.ranks, ARMS):
+        of_model = figures.setdefault(model, {"parameters": count(model), "arms": {}})
+        measured = run_arm(context, world_size, model, arm)
+        of_model["arms"].setdefault(arm, {})[f"{world_size} ranks"] = measured
+        print(f"{model}, {arm}, {world_size} ranks: {measured}", flush=True)
     command = f"python benchmarks/engine_memory.py {shlex.join(sys.argv[1:])}".strip()
     print(f"written to {record('engine_memory', figures, command, repeats=1)}")
+
+
+def run_arm(context: ForkServerContext, world_size: int, model: str, arm: str) -> dict[str, int]:
+    """What the main rank measured; in processes of its own, where nothing is left of another arm."""
+    receiver, sender = context.Pipe(duplex=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = [
+        context.Process(target=run_rank, args=(r, world_size, port, model, arm, sender)) for r in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    sender.close()
+    measured: dict[str, int] = receiver.recv()  # EOFError: a rank failed, and said why
+    for process in ranks:
+        process.join()
+    return measured
 
 
 def count(model: str) -> int:
