@@ -182,7 +182,8 @@ def outcome(run: Path) -> dict[str, object]:
         "weights": sha256_of_file(find_checkpoint(run) / "model.safetensors"),
         "losses": [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()],
         "metrics": {result["dataset"]: result["metrics"] for result in results},
-        "table": page[page.index("## Benchmarks") : page.index("## Training")],
+        # the tables before and after it say how long training took, too
+        "table": page[page.index("## All figures by dataset") : page.index("## Training")],
     }
 
 
