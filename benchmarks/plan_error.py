@@ -5,7 +5,9 @@
 Real engines on 1, 2 and 4 ranks take two steps on made-up batches: ZeRO stages 0 to 3, fp32, bf16 and autocast, blocks
 stored and recomputed, micro-batches accumulated. Memory is the most bytes of tensors alive at once in the second step,
 counted at every allocation; volume is what is given to torch.distributed. DeepSpeed's buckets are made as small as the
-models are, so that they do not hide everything else. `gpu` compares with benchmarks/results/gpu_throughput.json: peak
+models are, so that they do not hide everything else. Between real ranks, gloo copies what it gathers and scatters and
+holds on to it, which NCCL does not: `peak` is that of a rank whose collectives do nothing (train.py --simulate-world),
+`peak_with_gloo` that of a real one. `gpu` compares with benchmarks/results/gpu_throughput.json: peak
 memory as the allocator counted it, and the step's time, to which four constants of the estimate were fitted.
 """
 
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -31,17 +35,20 @@ from pipeline.data.data_loader import Batch
 from pipeline.planning.communication import step_traffic
 from pipeline.planning.hardware import find_accelerator, find_interconnect
 from pipeline.planning.memory import estimate_memory
+from pipeline.planning.simulated_rank import join_fake_world
 from pipeline.planning.step_time import step_time
 from pipeline.planning.trial import Trial, try_steps
 from pipeline.planning.workload import Workload, workload_of
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import Stage, plan_stages
 
 CAPTION_TOKENS, SAMPLES, VOCABULARY = 16, 1_000_000, (49408, 49407)
-# Collectives of a few numbers, such as the gradients' norm, are not estimated.
-NEGLIGIBLE_BYTES = 10_000
+# Above the largest parameter, as the templates' is.
+BUCKET = 20_000_000
+# Collectives of a few numbers are not estimated: the gradients' norm, whether stage 3 runs alike on all ranks.
+NEGLIGIBLE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ CASES = [
 def prepare(case: Case, directory: Path) -> tuple[Stage, dict[str, Any]]:
     """The stage and DeepSpeed configuration of a case."""
     template = directory / f"{case.zero_stage}.json"
-    template.write_text(json.dumps({"zero_optimization": {"stage": case.zero_stage, "reduce_bucket_size": 8_000_000}}))
+    template.write_text(json.dumps({"zero_optimization": {"stage": case.zero_stage, "reduce_bucket_size": BUCKET}}))
     recipe = load_recipe(
         "base",
         [
@@ -155,41 +162,51 @@ def beside(predicted: float, measured: float) -> dict[str, float]:
 
 
 def rank_main(rank: int, world_size: int, port: int, directory: str) -> None:
-    """All cases of this many ranks, in one process each; rank 0 writes what it found."""
-    import os
-
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
-    from pipeline.ranks import init_ranks
-
+    """All cases of this many ranks; rank 0 writes what it found. Without a port the other ranks are simulated."""
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    ranks = init_ranks()
-    found = {}
-    for case in CASES:
-        if case.ranks == world_size:
-            own = Path(directory, str(rank))
-            own.mkdir(exist_ok=True)
-            found[case.name] = measure(case, ranks, own)
-            if ranks.is_main:
-                print(case.name, json.dumps(found[case.name]), flush=True)
+    if port:
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in launched.items()}, MASTER_PORT=str(port))
+        ranks = init_ranks()
+    else:
+        join_fake_world(rank, world_size)
+        ranks = Ranks(rank, 0, world_size, torch.device("cpu"))
+    own = Path(directory, str(rank))
+    own.mkdir(exist_ok=True)
+    found = {case.name: measure(case, ranks, own) for case in CASES if case.ranks == world_size}
     if ranks.is_main:
-        Path(directory, f"{world_size}.json").write_text(json.dumps(found))
+        (own / "found.json").write_text(json.dumps(found))
 
 
 def measure_all() -> dict[str, Any]:
-    """Every case on its ranks."""
+    """Every case on its ranks, and as one simulated rank of so many."""
     found: dict[str, Any] = {}
     for world_size in sorted({case.ranks for case in CASES}):
-        with tempfile.TemporaryDirectory() as directory:
-            multiprocessing.spawn(rank_main, (world_size, 29_600 + world_size, directory), nprocs=world_size)
-            found |= json.loads(Path(directory, f"{world_size}.json").read_text())
+        real, simulated = (in_processes(world_size, port) for port in (free_port(), 0))
+        for name, run in real.items():
+            found[name] = {
+                "peak": simulated[name]["peak"],
+                "peak_with_gloo": run["peak"],
+                "collectives": run["collectives"],
+            }
+            print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def in_processes(world_size: int, port: int) -> dict[str, Any]:
+    """What rank 0 finds, of as many processes as ranks or, without a port, in one."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (world_size, port, directory)
+        multiprocessing.spawn(rank_main, arguments, nprocs=world_size if port else 1)
+        found: dict[str, Any] = json.loads(Path(directory, "0", "found.json").read_text())
     return found
 
 
@@ -238,6 +255,7 @@ def main() -> None:
     figures = {
         "worst_relative_error": worst([*peaks, *volumes, *(entry["peak"] for entry in gpu.values())]),
         "worst_peak_error": worst(peaks),
+        "worst_peak_error_with_gloo": worst([run["peak_with_gloo"] for run in runs.values()]),
         "worst_volume_error": worst(volumes),
         "worst_gpu_peak_error": worst([entry["peak"] for entry in gpu.values()]),
         "worst_gpu_step_time_error_in_sample": worst([entry["step_s"] for entry in gpu.values()]),

@@ -62,7 +62,7 @@ def estimate_memory(load: Workload, on_gpu: bool = True) -> Memory:
             **always,
             **buckets,
             "activations": vision.saved,
-            "backward pass": vision.transient,
+            "backward pass": max(vision.transient, _last_of_text(load)),
             "gradients": _gradients(load, width * sizes.text),
         },
         "the backward pass ends": {
@@ -139,14 +139,23 @@ def _gradients(load: Workload, so_far: int) -> int:
     return min(computed, computed // load.world_size + load.weight_bytes * load.parameters.largest)
 
 
+def _last_of_text(load: Workload) -> int:
+    """In stage 3 the gradient of the token embedding, the text tower's last, before it is copied into a bucket."""
+    is_beside = load.zero_stage == 3 and load.parameters.text > 0
+    return load.weight_bytes * load.parameters.embeddings if is_beside else 0
+
+
 def _on_the_way(load: Workload) -> int:
-    """Gradients that are copied to be averaged: without ZeRO many together, else one, or a bucket's."""
+    """Gradients that are copied to be averaged: without ZeRO many together, in stage 3 a bucket's.
+
+    In stages 1 and 2 what joins the largest tensor, which a rank holds whole.
+    """
     sizes, width = load.parameters, load.weight_bytes
     if load.zero_stage == 0:
         return width * min(sizes.trained, _ENGINE_BUCKET)
     if load.zero_stage == 3:
         return width * min(sizes.trained, max(load.reduce_bucket, sizes.largest))
-    return width * sizes.largest
+    return width * min(sizes.largest, sizes.trained - sizes.largest)
 
 
 def _update(load: Workload) -> dict[str, int]:

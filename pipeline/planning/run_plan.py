@@ -14,8 +14,8 @@ from pipeline.recipe import Recipe
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import Stage, plan_stages
 
-# What a core decodes, crops and scales of 256-pixel JPEGs per second (benchmarks/loader.py).
-IMAGES_PER_CORE_S = 450
+# What a core reads, decodes, crops and scales of 256-pixel JPEGs (benchmarks/results/loader.json: 1.08 ms each).
+IMAGES_PER_CORE_S = 900
 _DAY_S, _HOUR_S = 86_400, 3_600
 
 

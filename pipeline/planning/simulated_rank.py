@@ -57,7 +57,7 @@ def simulate(recipe: Recipe, rank: int, world_size: int, pairs: int | None) -> N
         check_optimizer(stage.recipe.optimizer, config)
         check_computable(stage, ranks.device, config)
     # stage 3 checks that all ranks do as rank 0 does, whose word never comes; its shares are equal on all ranks
-    _join_fake_world(0 if zero_stage(configs[0]) == 3 else rank, world_size)
+    join_fake_world(0 if zero_stage(configs[0]) == 3 else rank, world_size)
     print(f"rank {rank:,} of {world_size:,}, simulated: collectives do nothing, losses mean nothing")
     print(describe_stages(stages, len(data.shards)))
     print(f"start: {time.perf_counter() - start_s:.1f} s", flush=True)
@@ -67,7 +67,7 @@ def simulate(recipe: Recipe, rank: int, world_size: int, pairs: int | None) -> N
         _simulate_stage(stage, config, ranks, data, tokenizer, pairs)
 
 
-def _join_fake_world(rank: int, world_size: int) -> None:
+def join_fake_world(rank: int, world_size: int) -> None:
     """A process group whose collectives return at once."""
     # what torch tests large worlds with; it has no public name
     from torch.testing._internal.distributed.fake_pg import FakeStore
