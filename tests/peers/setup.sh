@@ -10,7 +10,7 @@ pip() { "$directory/bin/python" -m pip install -q --disable-pip-version-check "$
 pip 'torch==2.13.0'
 # --no-deps: what these would bring along is not needed to build and load models
 pip --no-deps 'torchvision==0.28.0' 'timm>=1.0.17,<2' 'open_clip_torch>=3.2,<4' 'clip-benchmark>=1.6,<2'
-pip ftfy regex 'huggingface_hub>=1,<2' safetensors tqdm pillow 'transformers>=5,<6' 'webdataset<2' scikit-learn pandas pycocoevalcap
+pip ftfy regex 'huggingface_hub>=1,<2' safetensors tqdm pillow 'transformers>=5,<6' 'webdataset<2' requests scikit-learn pandas pycocoevalcap
 
 # torchvision has no CPU build of its own; the CUDA one imports where two operators are declared beforehand
 site=$("$directory/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
