@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -153,22 +154,29 @@ def launch(free_port: Callable[[], int]) -> Callable[..., subprocess.CompletedPr
     return run
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose sockets have short names: in pytest's own, of several processes, Slurm's exceed 108 bytes."""
+    with tempfile.TemporaryDirectory(prefix="slurm", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm() -> Iterator[Cluster]:
     """A private Slurm of two nodes; it ends with the tests, however they end."""
     missing = small_slurm.missing_programs()
     if missing:
         pytest.skip(f"no {', '.join(missing)}: install Debian's slurm-wlm and munge (.ci/run does)")
-    directory = tmp_path_factory.mktemp("slurm")
-    command = [sys.executable, small_slurm.__file__, str(directory)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as guardian:
-        assert guardian.stdout is not None
-        assert guardian.stdout.readline() == "ready\n"
-        environment = RANK_ENVIRONMENT | {"VENV": str(Path(sys.executable).parents[1])}
-        yield Cluster(directory, ROOT, environment)
-        guardian.communicate()
+    with tempfile.TemporaryDirectory(prefix="slurm", ignore_cleanup_errors=True) as directory:  # short, for sockets
+        command = [sys.executable, small_slurm.__file__, directory]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as guardian:
+            assert guardian.stdout is not None
+            assert guardian.stdout.readline() == "ready\n"
+            environment = RANK_ENVIRONMENT | {"VENV": str(Path(sys.executable).parents[1])}
+            yield Cluster(Path(directory), ROOT, environment)
+            guardian.communicate()
 
 
 @pytest.fixture(scope="session")

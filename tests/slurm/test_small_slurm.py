@@ -32,15 +32,15 @@ def processes_of(directory: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_daemons_and_jobs_end_with_whoever_started_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", STARTER, small_slurm.__file__, str(tmp_path)]
+def test_daemons_and_jobs_end_with_whoever_started_them(short_path: Path) -> None:
+    command = [sys.executable, "-c", STARTER, small_slurm.__file__, str(short_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
         assert starter.stdout.readline() == "ready\n"
         stubborn = "trap : TERM; touch running; while true; do sleep 1; done"
-        submit = ["sbatch", "--nodes=2", f"--chdir={tmp_path}", "--output=/dev/null", f"--wrap={stubborn}"]
-        subprocess.run(submit, env=small_slurm.environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
-        wait_for((tmp_path / "running").exists, "the job")
-        assert len(processes_of(tmp_path)) > len(small_slurm.NODES) + 2
+        submit = ["sbatch", "--nodes=2", f"--chdir={short_path}", "--output=/dev/null", f"--wrap={stubborn}"]
+        subprocess.run(submit, env=small_slurm.environment(short_path), check=True, stdout=subprocess.DEVNULL)
+        wait_for((short_path / "running").exists, "the job")
+        assert len(processes_of(short_path)) > len(small_slurm.NODES) + 2
         starter.kill()
-    wait_for(lambda: not processes_of(tmp_path), "the end of all daemons and jobs", timeout_s=40)
+    wait_for(lambda: not processes_of(short_path), "the end of all daemons and jobs", timeout_s=40)
