@@ -29,10 +29,15 @@ def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths:
     words = (text.layers - 1) * _block(text.width, text.mlp_ratio, caption_lengths)
     words += _pooled_block(text.width, text.mlp_ratio, caption_lengths)
     projections = 2 * B * config.embed_dim * (vision.width + text.width)
-    logits = 2 * 2 * B * B * config.embed_dim
     patch_embedding = 2 * K * 3 * vision.patch_size**2 * vision.width
     # pixels need no gradient
-    return _FORWARD_AND_BACKWARD * (image + words + projections + logits) + 2 * patch_embedding
+    towers = _FORWARD_AND_BACKWARD * (image + words + projections) + 2 * patch_embedding
+    return towers + loss_flops(B, config.embed_dim)
+
+
+def loss_flops(pairs: int, width: int) -> int:
+    """Operations of the loss of a batch in tiles (model/loss.py): logits twice, then the gradients of both sides."""
+    return 4 * 2 * pairs * pairs * width
 
 
 def _block(width: int, mlp_ratio: float, lengths: Sequence[int]) -> int:
