@@ -9,6 +9,7 @@ import random
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from pipeline.evaluation.jobs import encode_slice, make_job, read_jobs, score_jo
 from pipeline.evaluation.results import Result, Scores, format_table, read_results, write_results
 from pipeline.evaluation.slices import Slice
 from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.files import write_atomically
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 
@@ -496,3 +498,11 @@ def test_probes_are_done_when_asked_for_and_share_features(
     (tmp_path / "half" / "train").rename(data / "train")
     with pytest.raises(UserError, match=r"training split of noise has no sample of class 1 \(strong\)"):
         run_program(monkeypatch, model, *arguments, "--tasks", "linear_probe")
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As ranks that begin a store at the same moment."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_atomically(tmp_path / "file", str(n % 3)), range(200)))
+    assert (tmp_path / "file").read_text() in "012"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
