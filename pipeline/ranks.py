@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -152,12 +151,6 @@ def explain_lost_peers() -> Iterator[None]:
         raise
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def _environment_from_launcher() -> None:
     """Complete torch's variables: `deepspeed` and `torchrun` set them, `srun` has its own, plain python none."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
@@ -171,10 +164,8 @@ def _environment_from_launcher() -> None:
             )
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            raise UserError("MASTER_PORT is not set: export the same free port on every rank")
-        os.environ["MASTER_PORT"] = str(_free_port())
+    if "MASTER_PORT" not in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError("MASTER_PORT is not set: export the same free port on every rank")
 
 
 def init_ranks() -> Ranks:
@@ -193,5 +184,7 @@ def init_ranks() -> Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" else None  # tells NCCL which GPU is this rank's before first use
-        dist.init_process_group(backend, rank=rank, world_size=world_size, device_id=device_id)
+        # alone there is nobody to meet: a port that is free now could be taken by the time it is listened at
+        store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Ranks(rank, local_rank, world_size, device)

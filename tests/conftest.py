@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -115,16 +117,20 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
+def unused_port() -> int:
+    """Below those that the system gives to others at any moment, so that it is still free when it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port nobody listens on."""
 
-    def find() -> int:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return int(listener.getsockname()[1])
-
-    return find
+    return unused_port
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from conftest import unused_port
 
 _SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # What the first step of the first engine would import; none of it starts a thread.
@@ -65,12 +66,6 @@ def _join_world(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 600) -> list[Any]:
     """`function(ranks, *arguments)` in every rank at once, gloo between them; what each returns, in rank order.
 
@@ -78,7 +73,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     AssertionError with the traceback of the first rank that fails, or if the ranks do not end in time.
     """
     with tempfile.TemporaryDirectory() as directory:
-        port = _free_port()
+        port = unused_port()
         processes = [
             _context().Process(target=_call, args=(function, rank, world_size, port, directory, arguments))
             for rank in range(world_size)
@@ -176,7 +171,7 @@ def start_program(
     Kill what is not waited for: the ranks end with the test process, not with the test.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = unused_port()
     processes = []
     for rank in range(world_size):
         output = directory / f"output_{rank}.txt"
