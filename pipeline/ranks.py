@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -35,6 +36,7 @@ class PendingMaximum:
 
 
 T = TypeVar("T")
+LOADER_DEATH_NOTICE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,13 @@ class Ranks:
 def explain_lost_peers() -> Iterator[None]:
     """Around training: the error of a rank whose peer, or loader process, has ended becomes a PeerLostError."""
     try:
-        yield
+        try:
+            yield
+        except (OSError, EOFError):
+            # torch hands tensors over by a socket: that of a loader process just killed breaks before the signal of
+            # its end, from which torch raises the error below, gets here
+            time.sleep(LOADER_DEATH_NOTICE_S)
+            raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise PeerLostError(
