@@ -1,0 +1,218 @@
+"""What the full-size recipes will need, as pipeline/plan.py estimates it, and the tables of docs/reproduce.md.
+
+    python benchmarks/full_size_plans.py           # plan, write benchmarks/results/full_size_plans.json, print tables
+    python benchmarks/full_size_plans.py --print   # print the tables of that file
+
+Nothing here is measured. Published runs are planned with the same formulas, to see how far to trust them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from record import RESULTS_DIRECTORY, record
+
+from pipeline import plan
+from pipeline.planning.hardware import find_accelerator
+from pipeline.planning.run_plan import IMAGES_PER_CORE_S
+from pipeline.reporting.published import Published, read_published
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on hardware. `row`: what it should reproduce of pipeline/reporting/published.yaml."""
+
+    recipe: str
+    samples: int
+    gpus: int
+    gpu: str
+    shards: str = ""
+    row: str = ""
+    options: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of pipeline/plan.py."""
+        hardware = ["--gpus", str(self.gpus), "--gpu", self.gpu]
+        return ["--recipe", self.recipe, *hardware, "--samples", str(self.samples), *self.options]
+
+    @property
+    def start(self) -> str:
+        """The command that starts it."""
+        nodes = -(-self.gpus // find_accelerator(self.gpu).per_node)
+        return f"RECIPE={self.recipe} SHARDS={self.shards} sbatch --nodes={nodes} slurm/train.sbatch"
+
+
+# Pairs: of CC12M as in both papers' scripts; of LAION-400M what DynamiCS could still fetch; of DataComp the whole pool.
+CC12M, LAION_400M, DATACOMP = 10_968_539, 298_000_000, 128_000_000
+CASES = (
+    *(
+        Case(f"cc12m_vit_b16_{name}", CC12M, 8, "h100", "data/cc12m/shards", row)
+        for name, row in (
+            ("clip", "CLIP"),
+            ("flip", "FLIP"),
+            ("cluster", "cluster masking"),
+            ("cluster_embedding", ""),
+            ("pgs", "CLIP-PGS 0.5"),
+        )
+    ),
+    Case("laion400m_vit_b16_cluster", LAION_400M, 64, "h100", "data/laion400m/shards"),
+    Case("datacomp_medium_vit_b16_cluster", DATACOMP, 8, "h100", "data/datacomp_medium/shards"),
+    Case("efficient_vit_b16", LAION_400M, 8, "h100", "data/laion400m/shards"),
+)
+# System of the published costs -> the same run in our model: its samples, batches and GPUs, nothing masked.
+PUBLISHED_RUNS = {
+    "OpenCLIP ViT-B/16": Case(
+        "laion400m_vit_b16_cluster",
+        LAION_400M,
+        176,
+        "a100-40gb",
+        options=("masking.strategy=none", "train.micro_batch_size=192"),
+    ),
+    "DynamiCS ViT-B/16": Case(
+        "efficient_vit_b16", LAION_400M, 8, "h100", options=("stages.low.masking.strategy=none",)
+    ),
+}
+
+
+def plan_case(case: Case) -> dict[str, Any]:
+    """What plan.py says, in short, and GPU-hours if the loader has the cores that slurm/train.sbatch asks for."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        plan.main([*case.arguments, "--json"])
+    planned = json.loads(printed.getvalue())
+    stages, cores = planned["stages"], cores_per_gpu()
+    fed_s = sum(stage["steps"] * stage["step_s"] * max(1, stage["loader_cores_per_gpu"] / cores) for stage in stages)
+    return {
+        "command": f"python pipeline/plan.py {' '.join(case.arguments)}",
+        "start": case.start if case.shards else "",
+        "row": case.row,
+        "gpus": case.gpus,
+        "gpu": case.gpu,
+        "fits": planned["fits"],
+        "days": round(planned["days"], 3),
+        "gpu_hours": round(planned["gpu_hours"], 1),
+        "cores_per_gpu": cores,
+        "gpu_hours_with_these_cores": round(fed_s / 3600 * case.gpus, 1),
+        "stages": [short_stage(stage, case.gpus) for stage in stages],
+    }
+
+
+def short_stage(stage: dict[str, Any], gpus: int) -> dict[str, Any]:
+    """What the table shows of a stage."""
+    return {
+        "name": stage["name"],
+        "steps": stage["steps"],
+        "samples": stage["samples"],
+        "global_batch_size": stage["micro_batch_size"] * stage["accumulation_steps"] * gpus,
+        "micro_batch_size": stage["micro_batch_size"],
+        "device_bytes": stage["memory"]["device_bytes"],
+        "step_s": round(stage["step_s"], 4),
+        "images_per_s_per_gpu": round(stage["images_per_s_per_gpu"]),
+        "loader_cores_per_gpu": round(stage["loader_cores_per_gpu"], 1),
+    }
+
+
+def cores_per_gpu() -> int:
+    """What slurm/train.sbatch asks for."""
+    found = re.search(r"^#SBATCH --cpus-per-task=(\d+)$", (ROOT / "slurm/train.sbatch").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def tables(figures: dict[str, Any], published: Published) -> str:
+    """Both tables of docs/reproduce.md."""
+    return f"{recipe_table(figures['recipes'], published)}\n\n{check_table(figures['published_runs'], published)}"
+
+
+def recipe_table(recipes: dict[str, Any], published: Published) -> str:
+    """A row for each recipe; what stages have of their own is separated by slashes."""
+    cores = next(iter(recipes.values()))["cores_per_gpu"]
+    header = ["recipe", "on", "samples, M", "batch", "memory, GB", "step, s", "images/s a GPU", "days", "GPU-hours"]
+    header += [f"with {cores} cores a GPU", "published row: IN-1K, mean of 17", "start"]
+    rows = []
+    for name, planned in recipes.items():
+        stages = planned["stages"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{planned['gpus']} x {planned['gpu']}",
+                slashed(f"{stage['samples'] / 1e6:,.0f}" for stage in stages),
+                slashed(f"{stage['global_batch_size']:,}" for stage in stages),
+                slashed(f"{stage['device_bytes'] / 1e9:.0f}" for stage in stages),
+                slashed(f"{stage['step_s']:.3f}" for stage in stages),
+                slashed(f"{stage['images_per_s_per_gpu']:,}" for stage in stages),
+                f"{planned['days']:.2f}",
+                f"{planned['gpu_hours']:,.0f}",
+                f"{planned['gpu_hours_with_these_cores']:,.0f}",
+                published_row(planned["row"], published),
+                f"`{planned['start']}`",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def published_row(method: str, published: Published) -> str:
+    """A method and its two figures that sum up the most."""
+    if not method:
+        return "none"
+    imagenet = published.tables["robustness"].figures(method)["imagenet"]
+    return f"{method}: {imagenet:.1f}, {published.tables['zero_shot'].figures(method)['mean']:.1f}"
+
+
+def check_table(runs: dict[str, Any], published: Published) -> str:
+    """Published GPU-hours beside the plan of as many samples."""
+    costs = {cost.system: cost.gpu_hours for cost in reversed(published.costs)}
+    rows = [
+        [
+            system,
+            f"{planned['gpus']} x {planned['gpu']}",
+            f"{costs[system]:,.0f}",
+            f"{planned['gpu_hours']:,.0f}",
+            f"{costs[system] / planned['gpu_hours']:.1f}",
+        ]
+        for system, planned in runs.items()
+    ]
+    return markdown(["published run", "planned on", "GPU-hours, published", "planned", "published over planned"], rows)
+
+
+def slashed(parts: Iterable[str]) -> str:
+    """One cell of several stages."""
+    return " / ".join(parts)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def main() -> None:
+    """Plan and record, unless only to print; print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", dest="print_only", help="the recorded plans' tables")
+    options = parser.parse_args()
+    result = RESULTS_DIRECTORY / "full_size_plans.json"
+    if not options.print_only:
+        figures = {
+            "images_per_core_s": IMAGES_PER_CORE_S,
+            "recipes": {case.recipe: plan_case(case) for case in CASES},
+            "published_runs": {system: plan_case(case) for system, case in PUBLISHED_RUNS.items()},
+        }
+        record(result.stem, figures, "python benchmarks/full_size_plans.py", repeats=0)
+    print(tables(json.loads(result.read_text())["figures"], read_published()))
+
+
+if __name__ == "__main__":
+    main()
