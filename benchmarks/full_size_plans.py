@@ -1,9 +1,9 @@
-"""What the full-size recipes will need, as pipeline/plan.py estimates it, and the tables of docs/reproduce.md.
+"""What the full-size recipes will need, as pipeline/plan.py estimates it: no figure here is measured.
 
-    python benchmarks/full_size_plans.py           # plan, write benchmarks/results/full_size_plans.json, print tables
-    python benchmarks/full_size_plans.py --print   # print the tables of that file
+    python benchmarks/full_size_plans.py
 
-Nothing here is measured. Published runs are planned with the same formulas, to see how far to trust them.
+Writes results/full_size_plans.json, and its tables into docs/reproduce.md. Published runs are planned with the same
+formulas, to see how far to trust them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from pipeline import plan
 from pipeline.planning.hardware import find_accelerator
 from pipeline.planning.run_plan import IMAGES_PER_CORE_S
 from pipeline.reporting.published import Published, read_published
+
+PAGE = ROOT / "docs/reproduce.md"
+TABLES_BEGIN, TABLES_END = "<!-- full_size_plans.json -->\n", "<!-- end of full_size_plans.json -->\n"
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def cores_per_gpu() -> int:
 
 def tables(figures: dict[str, Any], published: Published) -> str:
     """Both tables of docs/reproduce.md."""
-    return f"{recipe_table(figures['recipes'], published)}\n\n{check_table(figures['published_runs'], published)}"
+    return f"{recipe_table(figures['recipes'], published)}\n\n{check_table(figures['published_runs'], published)}\n"
 
 
 def recipe_table(recipes: dict[str, Any], published: Published) -> str:
@@ -198,20 +201,36 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 
 
+def plan_all() -> dict[str, Any]:
+    """The record's figures."""
+    return {
+        "images_per_core_s": IMAGES_PER_CORE_S,
+        "recipes": {case.recipe: plan_case(case) for case in CASES},
+        "published_runs": {system: plan_case(case) for system, case in PUBLISHED_RUNS.items()},
+    }
+
+
+def recorded() -> dict[str, Any]:
+    """The figures of the last record."""
+    figures: dict[str, Any] = json.loads((RESULTS_DIRECTORY / "full_size_plans.json").read_text())["figures"]
+    return figures
+
+
+def write_tables(figures: dict[str, Any]) -> None:
+    """Replace the tables of docs/reproduce.md."""
+    before, _, rest = PAGE.read_text().partition(TABLES_BEGIN)
+    _, _, after = rest.partition(TABLES_END)
+    PAGE.write_text(f"{before}{TABLES_BEGIN}{tables(figures, read_published())}{TABLES_END}{after}")
+
+
 def main() -> None:
-    """Plan and record, unless only to print; print the tables."""
+    """Plan, record, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", dest="print_only", help="the recorded plans' tables")
-    options = parser.parse_args()
-    result = RESULTS_DIRECTORY / "full_size_plans.json"
-    if not options.print_only:
-        figures = {
-            "images_per_core_s": IMAGES_PER_CORE_S,
-            "recipes": {case.recipe: plan_case(case) for case in CASES},
-            "published_runs": {system: plan_case(case) for system, case in PUBLISHED_RUNS.items()},
-        }
-        record(result.stem, figures, "python benchmarks/full_size_plans.py", repeats=0)
-    print(tables(json.loads(result.read_text())["figures"], read_published()))
+    parser.parse_args()
+    figures = plan_all()
+    write_tables(figures)
+    print(tables(figures, read_published()))
+    print(record("full_size_plans", figures, "python benchmarks/full_size_plans.py", repeats=0))
 
 
 if __name__ == "__main__":
