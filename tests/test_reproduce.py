@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,11 @@ def test_the_record_is_what_the_planner_says(plans: ModuleType) -> None:
 
 def test_every_recipe_fits(plans: ModuleType) -> None:
     assert {name for name, planned in plans.recorded()["recipes"].items() if not planned["fits"]} == set()
+
+
+def test_a_shell_can_read_it() -> None:
+    checked = subprocess.run(["bash", "-n"], input="\n".join(commands()), capture_output=True, text=True, check=False)
+    assert checked.stderr == ""
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("data-prep ")])
