@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ def arms() -> dict[str, Arm]:
         "none": lambda name, batch, checkpoint: packed_step(name, batch, "none", checkpoint=checkpoint),
         "random_0.5": lambda name, batch, checkpoint: packed_step(name, batch, "random", checkpoint=checkpoint),
         "cluster_0.5": lambda name, batch, checkpoint: packed_step(name, batch, "cluster", checkpoint=checkpoint),
+        "cluster_0.5_compiled": lambda name, batch, checkpoint: packed_step(
+            name, batch, "cluster", checkpoint=checkpoint, compiled=True
+        ),
     }
     try:
         from open_clip import ClipLoss, create_model
@@ -102,12 +105,16 @@ def model_flops(name: str, batch: TrainingBatch, mask_ratio: float) -> int:
     return step_flops(config, [kept] * len(batch.lengths_B), batch.lengths_B.tolist())
 
 
-def measure(name: str, batch: TrainingBatch, rounds: int, peak: float, checkpoint: bool) -> dict[str, Any]:
-    """Figures of all arms for one model and batch; arms that do not fit say so."""
+def measure(
+    name: str, batch: TrainingBatch, rounds: int, peak: float, checkpoint: bool, wanted: Collection[str]
+) -> dict[str, Any]:
+    """Figures of the wanted arms for one model and batch; arms that do not fit say so."""
     device, pairs = batch.images_BCHW.device, len(batch.lengths_B)
     steps: dict[str, Step] = {}
     figures: dict[str, Any] = {}
     for arm, make in arms().items():
+        if wanted and arm not in wanted:
+            continue
         try:
             step, peak_bytes = made_with_peak(lambda make=make: make(name, batch, checkpoint), device)
             steps[arm] = step
@@ -140,6 +147,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--checkpoint-from", type=int, default=2048, metavar="B", help="recompute blocks from here on")
+    parser.add_argument("--arms", nargs="+", default=[], help="only these (default: all there are)")
+    parser.add_argument("--part", help="write the figures under this key, beside those that are there")
     parser.add_argument("--device", default="cuda", help="cpu tries the script, with small models and batches")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -150,13 +159,13 @@ def main() -> None:
     for name in options.models:
         for size in options.batches:
             batch = make_batch(size, config_from_name(name).vision.image_size).to(device)
-            measured = measure(name, batch, options.rounds, peak, size >= options.checkpoint_from)
+            measured = measure(name, batch, options.rounds, peak, size >= options.checkpoint_from, options.arms)
             figures.setdefault(name, {})[str(size)] = measured
             print(name, size, measured, flush=True)
     if device.type == "cuda":
         figures["device"] = torch.cuda.get_device_name(device)
         command = f"python benchmarks/gpu_throughput.py --models {' '.join(options.models)}"
-        print(record("gpu_throughput", figures, command, options.rounds))
+        print(record("gpu_throughput", figures, command, options.rounds, options.part))
 
 
 if __name__ == "__main__":

@@ -87,13 +87,20 @@ def train_with(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
 
 
 def packed_step(
-    name: str, batch: TrainingBatch, strategy: str, target_mask_ratio: float = 0.5, checkpoint: bool = False
+    name: str,
+    batch: TrainingBatch,
+    strategy: str,
+    target_mask_ratio: float = 0.5,
+    checkpoint: bool = False,
+    compiled: bool = False,
 ) -> Step:
     """This project's model on the batch's device; masks are drawn within the step, blocks recomputed if asked."""
     device = batch.images_BCHW.device
     clip = CLIP.from_name(name).to(device)
     if checkpoint:
         clip.checkpoint_blocks()
+    if compiled:
+        clip.compile_blocks(image_tokens_vary=False)
     is_token_BT = torch.arange(batch.tokens_BT.shape[1], device=device) < batch.lengths_B[:, None]
     tokens_N, cu_seqlens_B1 = batch.tokens_BT[is_token_BT], lengths_to_cu_seqlens(batch.lengths_B)
     generator = torch.Generator(device).manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import read_json_lines, write_json, write_json_lines
 from data_prep.shards.tar_reader import SAMPLE_TYPES, Sample, TarSamples
+from data_prep.versions import version_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"
@@ -179,7 +179,7 @@ def _summary(lines: Sequence[ShardLine], source: Sequence[Mapping[str, Any]]) ->
         "source": list(source),
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("cluster-clip", "pillow", "simplejpeg")},
+            **{name: version_of(name) for name in ("cluster-clip", "pillow", "simplejpeg")},
         },
     }
 

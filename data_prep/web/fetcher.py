@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
-import importlib.metadata
 import socket
 import ssl
 import time
@@ -19,6 +18,7 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from data_prep.versions import version_of
 from data_prep.web.addresses import AddressPolicy, RefusedAddressError
 from data_prep.web.host_limits import HostLimits
 from data_prep.web.names import Names
@@ -184,7 +184,7 @@ class Fetcher:
 
 def user_agent(contact: str | None) -> str:
     """Who asks, truthfully."""
-    version = importlib.metadata.version("cluster-clip")
+    version = version_of("cluster-clip")
     return f"{PRODUCT}/{version} ({f'+{contact}' if contact else 'image-text data set builder'})"
 
 

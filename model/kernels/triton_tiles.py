@@ -127,6 +127,7 @@ class TritonTiles:
     block_rows: int = 128
     block_columns: int = 64
     block_width: int = 16
+    warps: int = 8
 
     def logsumexp(self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See Tiles."""
@@ -144,7 +145,7 @@ class TritonTiles:
         column_parts = rows_RD.new_empty(blocks, C)
         _logsumexp_kernel[blocks, splits](
             rows_RD, columns_CD, scale, row_parts, column_parts, R, C, D, columns_per_split,
-            self.block_rows, self.block_columns, self.block_width, num_warps=8,
+            self.block_rows, self.block_columns, self.block_width, num_warps=self.warps,
         )  # fmt: skip
         return row_parts.logsumexp(0), column_parts.logsumexp(0)
 
@@ -190,7 +191,7 @@ class TritonTiles:
         _sums_kernel[blocks, splits](
             rows_RD, columns_CD, scale, scale if bias is None else bias, row_lse_R, column_lse_C, parts,
             softplus_parts, sigmoid_parts, R, C, D, columns_per_split,
-            bias is not None, self.block_rows, self.block_columns, self.block_width, num_warps=8,
+            bias is not None, self.block_rows, self.block_columns, self.block_width, num_warps=self.warps,
         )  # fmt: skip
         if splits > 1:
             into_RD += parts.sum(0)
