@@ -28,7 +28,6 @@ class Study(BaseModel):
     tokenizer: str
     evaluation: list[str]  # sets, evaluated during training and at its end
     metrics: dict[str, str]  # name in tables: key in metrics.jsonl
-    probe: list[str] = []  # sets for a linear probe of the final weights
     pairs: int  # of a run at equal samples
     evaluations: int  # of a run, evenly spaced, the last at its end
     seeds: int

@@ -125,8 +125,8 @@ class TritonTiles:
     """Tiles on a CUDA device, for features in fp32; the blocks are powers of two, at least 16."""
 
     block_rows: int = 128
-    block_columns: int = 64
-    block_width: int = 16
+    block_columns: int = 128
+    block_width: int = 32
     warps: int = 8
 
     def logsumexp(self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
