@@ -1,7 +1,8 @@
 """A study: arms that differ in masking alone, trained on the same pairs in the same order from the same weights.
 
 The file of a study is YAML. `views` of an arm: `samples` sees as many pairs as every other; `time` trains for as long
-as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth of the learning rate.
+as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth of the learning rate. `further` are
+as `samples`, and their turn comes when all others are done.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 BASELINE = "none"
-View = Literal["samples", "time", "tail"]
+View = Literal["samples", "time", "tail", "further"]
 TAIL_SHARE, TAIL_LR_RATIO = 0.1, 0.1
 
 
@@ -33,7 +34,7 @@ class Study(BaseModel):
     seeds: int
     recipe: dict[str, Any]
     arms: dict[str, dict[str, Any]]  # sections of the recipe; the first is the baseline
-    views: dict[View, list[str]]  # which arms; a list may be shorter than all
+    views: dict[View, list[str]]  # which arms
 
     @property
     def batch(self) -> int:
