@@ -13,7 +13,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from doc_tables import markdown, replace
 from record import RESULTS_DIRECTORY, record
 
 from pipeline import plan
@@ -30,7 +31,7 @@ from pipeline.planning.run_plan import IMAGES_PER_CORE_S
 from pipeline.reporting.published import Published, read_published
 
 PAGE = ROOT / "docs/reproduce.md"
-TABLES_BEGIN, TABLES_END = "<!-- full_size_plans.json -->\n", "<!-- end of full_size_plans.json -->\n"
+TABLES = "full_size_plans.json"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def cores_per_gpu() -> int:
 
 def tables(figures: dict[str, Any], published: Published) -> str:
     """Both tables of docs/reproduce.md."""
-    return f"{recipe_table(figures['recipes'], published)}\n\n{check_table(figures['published_runs'], published)}\n"
+    return f"{recipe_table(figures['recipes'], published)}\n\n{check_table(figures['published_runs'], published)}"
 
 
 def recipe_table(recipes: dict[str, Any], published: Published) -> str:
@@ -196,11 +197,6 @@ def slashed(parts: Iterable[str]) -> str:
     return " / ".join(parts)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
-
-
 def plan_all() -> dict[str, Any]:
     """The record's figures."""
     return {
@@ -216,19 +212,12 @@ def recorded() -> dict[str, Any]:
     return figures
 
 
-def write_tables(figures: dict[str, Any]) -> None:
-    """Replace the tables of docs/reproduce.md."""
-    before, _, rest = PAGE.read_text().partition(TABLES_BEGIN)
-    _, _, after = rest.partition(TABLES_END)
-    PAGE.write_text(f"{before}{TABLES_BEGIN}{tables(figures, read_published())}{TABLES_END}{after}")
-
-
 def main() -> None:
     """Plan, record, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     figures = plan_all()
-    write_tables(figures)
+    replace(PAGE, TABLES, tables(figures, read_published()))
     print(tables(figures, read_published()))
     print(record("full_size_plans", figures, "python benchmarks/full_size_plans.py", repeats=0))
 

@@ -62,8 +62,9 @@ class Outcomes:
             "curve": [self._point(arm, view, [run["curve"][i] for run in runs]) for i in range(len(runs[0]["curve"]))],
         }
         for metric in self.metrics:
-            if values := [*self.final(arm, view, metric).values()]:
-                figures[metric] = estimate(values).rounded()
+            if values := self.final(arm, view, metric):
+                by_seed = {str(seed): round(value, 5) for seed, value in sorted(values.items())}
+                figures[metric] = estimate([*values.values()]).rounded() | {"by_seed": by_seed}
         return figures
 
     def _point(self, arm: str, view: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Outcomes:
     def figures(self) -> dict[str, Any]:
         """All that is recorded."""
         views: dict[str, dict[str, Any]] = {}
-        for arm, view in self._runs:
+        for arm, view in self._arms():
             views.setdefault(view, {})[arm] = self.arm(arm, view)
         return {
             "title": self.study.title,
@@ -110,9 +111,14 @@ class Outcomes:
             "comparisons": [found for pair in self._pairs() if (found := self.compare(*pair))],
         }
 
+    def _arms(self) -> list[tuple[str, str]]:
+        """What has runs, in the order of the study's file."""
+        views = [view for view in self.study.views if view != "further"]
+        return [(arm, view) for view in views for arm in self.study.arms if (arm, view) in self._runs]
+
     def _pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         pairs = []
-        for arm, view in self._runs:
+        for arm, view in self._arms():
             if (arm, view) != (BASELINE, "samples") and view != "tail":
                 pairs.append(((arm, view), (BASELINE, "samples")))
             if arm != BASELINE and not arm.startswith("random"):

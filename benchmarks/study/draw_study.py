@@ -1,0 +1,191 @@
+"""Tables and plots of docs/results.md from benchmarks/results/study.json.
+
+python benchmarks/study/draw_study.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from doc_tables import markdown, replace
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from record import RESULTS_DIRECTORY
+
+PAGE = ROOT / "docs/results.md"
+IMAGES = ROOT / "docs/images"
+BASELINE = ("none", "samples")
+COLOURS = {
+    "none": "#555555",
+    "random": "#1f77b4",
+    "cluster": "#d62728",
+    "cluster embedding 0.5": "#ff9896",
+    "reference": "#9467bd",
+    "pgs": "#2ca02c",
+}
+VIEWS = {"samples": "", "time": ", as long as none", "tail": ", last tenth whole"}
+
+
+def recorded() -> dict[str, Any]:
+    """Figures of the record."""
+    figures: dict[str, Any] = json.loads((RESULTS_DIRECTORY / "study.json").read_text())["figures"]
+    return figures
+
+
+def studies(figures: dict[str, Any]) -> dict[str, Any]:
+    """Parts that are of trained models."""
+    return {name: part for name, part in figures.items() if "views" in part}
+
+
+def study_table(study: dict[str, Any]) -> str:
+    """A row for each arm of each view."""
+    metrics = study["metrics"]
+    has_times = bool(study["step_s"])
+    header = ["masks", "seeds", "pairs, k", "image tokens a pair", *(["seconds"] if has_times else [])]
+    header += [*metrics, f"{metrics[-1]}: over none", "over random"]
+    rows = []
+    for view, arms in study["views"].items():
+        for arm, found in arms.items():
+            row = [arm + VIEWS[view], str(found["seeds"]), f"{found['pairs'] / 1e3:.0f}"]
+            row.append(f"{found['image_tokens_per_pair']:.0f}")
+            if has_times:
+                row.append("" if found["seconds"] is None else f"{found['seconds']:.0f}")
+            row += [estimate_cell(found.get(metric)) for metric in metrics]
+            row += [difference_cell(study, (arm, view), other, metrics[-1]) for other in (is_baseline, is_random)]
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def is_baseline(over: tuple[str, str], view: str) -> bool:
+    """Whether a comparison is with the unmasked arm."""
+    return over == BASELINE
+
+
+def is_random(over: tuple[str, str], view: str) -> bool:
+    """Whether it is with random masks under the same conditions."""
+    return over[0].startswith("random") and over[1] == view
+
+
+def estimate_cell(estimate: dict[str, Any] | None) -> str:
+    """Mean and half the interval, in percent."""
+    if estimate is None:
+        return ""
+    half = "" if estimate["high"] is None else f" ± {100 * (estimate['high'] - estimate['mean']):.1f}"
+    return f"{100 * estimate['mean']:.1f}{half}"
+
+
+def difference_cell(
+    study: dict[str, Any], run: tuple[str, str], is_wanted: Callable[[tuple[str, str], str], bool], metric: str
+) -> str:
+    """A paired difference in points, its interval and p."""
+    for compared in study["comparisons"]:
+        if tuple(compared["of"]) == run and is_wanted(tuple(compared["over"]), run[1]) and metric in compared:
+            found = compared[metric]
+            if found["p"] is None:
+                return f"{100 * found['mean']:+.1f}"
+            interval = f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+            return f"{100 * found['mean']:+.1f} {interval}, p {found['p']:.3f}"
+    return ""
+
+
+def budget_table(budget: dict[str, Any]) -> str:
+    """What the fixed threshold does to each set."""
+    header = ["set", "its own threshold", "dropped at the first set's", "lowest and highest batch", "tokens over exact"]
+    header += ["fullest of 8 ranks over mean"]
+    rows = []
+    for name, found in budget.items():
+        if not isinstance(found, dict):
+            continue
+        low, high = found["dropped_lowest_and_highest"]
+        rows.append(
+            [
+                name,
+                f"{found['own_threshold']:.3f}",
+                f"{100 * found['dropped_mean']:.1f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                f"{found['tokens_over_exact_budget']:.2f}",
+                f"{found['fullest_of_8_ranks_over_mean']:.3f}",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def colour(arm: str) -> str:
+    """One for each kind of masks."""
+    return COLOURS.get(arm, COLOURS.get(arm.split(" ")[0], "#8c564b"))
+
+
+def draw(study: dict[str, Any], path: Path) -> None:
+    """Left: every seed, mean and interval of all arms. Right: means of the main arms during training."""
+    metric = next(reversed([name for name in study["metrics"] if name != "linear probe"]))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.15, 1))
+    draw_finals(study, metric, left)
+    draw_curves(study, metric, right)
+    figure.suptitle(study["title"], fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_finals(study: dict[str, Any], metric: str, axes: Axes) -> None:
+    """Seeds as dots, mean and 95 % interval as a bar."""
+    rows = [(arm, view, found) for view, arms in study["views"].items() for arm, found in arms.items()]
+    for place, (arm, _, found) in enumerate(reversed(rows)):
+        estimate = found[metric]
+        values = [100 * value for value in estimate["by_seed"].values()]
+        axes.plot(values, [place] * len(values), "o", color=colour(arm), alpha=0.35, markersize=5)
+        mean = 100 * estimate["mean"]
+        half = 0 if estimate["high"] is None else 100 * estimate["high"] - mean
+        axes.errorbar(mean, place, xerr=half, fmt="|", color=colour(arm), markersize=12, capsize=3)
+    axes.set_yticks(range(len(rows)), [arm + VIEWS[view] for arm, view, _ in reversed(rows)], fontsize=8)
+    axes.set_xlabel(f"{metric}, %, at the end of training")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw_curves(study: dict[str, Any], metric: str, axes: Axes) -> None:
+    """Means over seconds where steps were timed, else over image tokens."""
+    has_times = bool(study["step_s"])
+    for view in ("samples", "time"):
+        for arm, found in study["views"].get(view, {}).items():
+            if (has_times and found["seconds"] is None) or "0.3" in arm or "0.7" in arm:
+                continue
+            x = [point["seconds"] if has_times else point["image_tokens"] / 1e6 for point in found["curve"]]
+            y = [100 * point[metric]["mean"] for point in found["curve"]]
+            style = "-" if view == "samples" else "--"
+            axes.plot(x, y, style, marker=".", color=colour(arm), label=arm + VIEWS[view])
+    axes.set_xlabel("seconds of training, steps timed alone" if has_times else "image tokens seen, millions")
+    axes.set_ylabel(f"{metric}, %, mean of seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def tables(figures: dict[str, Any]) -> dict[str, str]:
+    """By the name of their place in docs/results.md."""
+    found = {f"study.json, {name}": study_table(study) for name, study in studies(figures).items()}
+    return found | {"study.json, budget": budget_table(figures["budget"])}
+
+
+def main() -> None:
+    """Write tables and plots."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    figures = recorded()
+    for name, text in tables(figures).items():
+        replace(PAGE, name, text)
+        print(f"{name}\n{text}\n")
+    for name, study in studies(figures).items():
+        draw(study, IMAGES / f"study_{name}.png")
+
+
+if __name__ == "__main__":
+    main()
