@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 def gradient_norm(engine: DeepSpeedEngine, optimizer: Optimizer) -> Tensor:
     """Of the gradients that the optimizer is about to apply, scalar; infinite or NaN where one of them is."""
     norm = getattr(engine.optimizer, "_global_grad_norm", None)
-    if norm is not None:
-        return torch.as_tensor(norm, dtype=torch.float32)
-    # without ZeRO in fp32 DeepSpeed keeps none; every rank has the averaged gradients of all
-    return _norm(_gradients(optimizer))
+    return _norm(_gradients(optimizer)) if norm is None else torch.as_tensor(norm, dtype=torch.float32)
 
 
 def clip_gradients(engine: DeepSpeedEngine, max_norm: float) -> None:
-    """From now on every update is made with gradients whose norm over all ranks is at most `max_norm`; 0: any."""
-    if getattr(engine.optimizer, "compute_grad_norm", True) is False:
+    """From now on every update is made with gradients whose norm over all ranks is at most `max_norm`; 0: any.
+
+    Their norm before that is what the engine's `get_global_grad_norm` gives after each update, at every ZeRO stage.
+    """
+    if engine.optimizer is engine.basic_optimizer:
+        _measure_all(engine.basic_optimizer)
+    elif getattr(engine.optimizer, "compute_grad_norm", True) is False:
         _measure_shares(engine.optimizer, engine.basic_optimizer)
 
     def clip(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,6 +43,15 @@ def clip_gradients(engine: DeepSpeedEngine, max_norm: float) -> None:
 
     if max_norm:
         engine.basic_optimizer.register_step_pre_hook(clip)
+
+
+def _measure_all(optimizer: Optimizer) -> None:
+    """What DeepSpeed keeps nowhere (without ZeRO): the norm, of averaged gradients that every rank has all of."""
+
+    def publish(*_: Any) -> None:
+        optimizer._global_grad_norm = _norm(_gradients(optimizer))  # type: ignore[attr-defined]  # DeepSpeed looks there
+
+    optimizer.register_step_pre_hook(publish)
 
 
 def _measure_shares(zero: Any, optimizer: Optimizer) -> None:
