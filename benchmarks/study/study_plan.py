@@ -47,7 +47,9 @@ class Study(BaseModel):
 
     def runs(self) -> list[Run]:
         """All runs: every seed once before any a second time, so that what is not reached is balanced."""
-        return [Run(arm, view, seed) for seed in range(self.seeds) for view, arms in self.views.items() for arm in arms]
+        seeds = range(self.seeds)
+        runs = [Run(arm, view, seed) for seed in seeds for view, arms in self.views.items() for arm in arms]
+        return sorted(runs, key=lambda run: run.view == "further")
 
 
 @dataclass(frozen=True)
