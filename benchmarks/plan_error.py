@@ -210,15 +210,20 @@ def in_processes(world_size: int, port: int) -> dict[str, Any]:
     return found
 
 
-def gpu_errors() -> dict[str, Any]:
-    """Predictions for the steps of benchmarks/gpu_throughput.py beside what it recorded: bytes, seconds."""
+def gpu_errors() -> dict[str, dict[str, Any]]:
+    """Predictions for the steps of benchmarks/gpu_throughput.py beside what it recorded, for each card."""
     figures = json.loads((RESULTS_DIRECTORY / "gpu_throughput.json").read_text())["figures"]
-    accelerator, network = find_accelerator("h200"), find_interconnect("ndr")
+    return {"gpu": card_errors("h200", figures), "gpu_h100": card_errors("h100", figures["H100_compiled"])}
+
+
+def card_errors(card: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Bytes and seconds of every model, batch and arm that a card was measured with."""
+    accelerator, network = find_accelerator(card), find_interconnect("ndr")
     found: dict[str, Any] = {}
     for model in (name for name in figures if name.startswith("ViT")):
         for size, arms in figures[model].items():
             for arm in ("none", "random_0.5", "cluster_0.5"):
-                if "peak_bytes" not in arms[arm]:
+                if "peak_bytes" not in arms.get(arm, {}):
                     continue
                 load = plain_torch_load(model, int(size), arm)
                 # images and captions lay there before that count began
@@ -248,22 +253,28 @@ def worst(values: list[dict[str, float]]) -> float:
 def main() -> None:
     """Measure, compare, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    runs, gpu = measure_all(), gpu_errors()
+    parser.add_argument("--gpu", action="store_true", help="only beside gpu_throughput.json; what ranks took stays")
+    options = parser.parse_args()
+    path = RESULTS_DIRECTORY / "plan_error.json"
+    runs = json.loads(path.read_text())["figures"]["runs"] if options.gpu else measure_all()
+    cards = gpu_errors()
     peaks = [run["peak"] for run in runs.values()]
     volumes = [volume for run in runs.values() for volume in run["collectives"].values()]
+    gpu_peaks = [entry["peak"] for card in cards.values() for entry in card.values()]
     figures = {
-        "worst_relative_error": worst([*peaks, *volumes, *(entry["peak"] for entry in gpu.values())]),
+        "worst_relative_error": worst([*peaks, *volumes, *gpu_peaks]),
         "worst_peak_error": worst(peaks),
         "worst_peak_error_with_gloo": worst([run["peak_with_gloo"] for run in runs.values()]),
         "worst_volume_error": worst(volumes),
-        "worst_gpu_peak_error": worst([entry["peak"] for entry in gpu.values()]),
-        "worst_gpu_step_time_error_in_sample": worst([entry["step_s"] for entry in gpu.values()]),
+        "worst_gpu_peak_error": worst(gpu_peaks),
+        "worst_gpu_step_time_error_in_sample": worst([entry["step_s"] for entry in cards["gpu"].values()]),
+        "worst_h100_step_time_error": worst([entry["step_s"] for entry in cards["gpu_h100"].values()]),
         "runs": runs,
-        "gpu": gpu,
+        **cards,
         "cases": [asdict(case) for case in CASES],
     }
-    print(record("plan_error", figures, "python benchmarks/plan_error.py", 1))
+    note = json.loads(path.read_text()).get("note") if options.gpu else None
+    print(record("plan_error", figures, "python benchmarks/plan_error.py" + " --gpu" * options.gpu, 1, note=note))
 
 
 if __name__ == "__main__":

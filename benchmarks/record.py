@@ -13,11 +13,13 @@ from typing import Any
 RESULTS_DIRECTORY = Path(__file__).parent / "results"
 
 
-def record(name: str, figures: dict[str, Any], command: str, repeats: int, part: str | None = None) -> Path:
+def record(
+    name: str, figures: dict[str, Any], command: str, repeats: int, part: str | None = None, note: str | None = None
+) -> Path:
     """Write one result and return its path; `repeats` is how often each figure was measured.
 
     With `part` the figures go under that key and the other parts of the result stay as they are; command, commit,
-    machine, repeats and date are those of the last part written.
+    machine, repeats and date are those of the last part written. `note`: what has to be known beside all that.
     """
     path = RESULTS_DIRECTORY / f"{name}.json"
     if part is not None:
@@ -32,6 +34,8 @@ def record(name: str, figures: dict[str, Any], command: str, repeats: int, part:
         "repeats": repeats,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+    if note:
+        result["note"] = note
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
