@@ -25,7 +25,7 @@ from record import RESULTS_DIRECTORY
 
 PAGE = ROOT / "docs/results.md"
 IMAGES = ROOT / "docs/images"
-BASELINE = ("none", "samples")
+BASELINE, PROBE = ("none", "samples"), "linear probe"
 COLOURS = {
     "none": "#555555",
     "random": "#1f77b4",
@@ -127,14 +127,19 @@ def colour(arm: str) -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """Left: every seed, mean and interval of all arms. Right: means of the main arms during training."""
-    metric = next(reversed([name for name in study["metrics"] if name != "linear probe"]))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.15, 1))
-    draw_finals(study, metric, left)
-    draw_curves(study, metric, right)
+    """Every seed, mean and interval of all arms; then means of the main arms over tokens, and over time if known."""
+    metric = next(reversed([name for name in study["metrics"] if name != PROBE]))
+    axes_of_curves = ["tokens", "seconds"] if study["step_s"] else ["tokens"]
+    panels = 1 + len(axes_of_curves)
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(1.5 + 4.7 * panels, 4.8), width_ratios=(1.2, *[1] * (panels - 1))
+    )
+    draw_finals(study, metric, axes[0])
+    for over, panel in zip(axes_of_curves, axes[1:], strict=True):
+        draw_curves(study, metric, over, panel)
     figure.suptitle(study["title"], fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -153,18 +158,16 @@ def draw_finals(study: dict[str, Any], metric: str, axes: Axes) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def draw_curves(study: dict[str, Any], metric: str, axes: Axes) -> None:
-    """Means over seconds where steps were timed, else over image tokens."""
-    has_times = bool(study["step_s"])
-    for view in ("samples", "time"):
+def draw_curves(study: dict[str, Any], metric: str, over: str, axes: Axes) -> None:
+    """Means of seeds during training; runs that are as long as the unmasked one are dashed."""
+    for view, style in (("samples", "-"), ("time", "--")):
         for arm, found in study["views"].get(view, {}).items():
-            if (has_times and found["seconds"] is None) or "0.3" in arm or "0.7" in arm:
+            if (over == "seconds" and found["seconds"] is None) or arm.endswith(("0.3", "0.7")):
                 continue
-            x = [point["seconds"] if has_times else point["image_tokens"] / 1e6 for point in found["curve"]]
+            x = [point["seconds"] if over == "seconds" else point["image_tokens"] / 1e6 for point in found["curve"]]
             y = [100 * point[metric]["mean"] for point in found["curve"]]
-            style = "-" if view == "samples" else "--"
             axes.plot(x, y, style, marker=".", color=colour(arm), label=arm + VIEWS[view])
-    axes.set_xlabel("seconds of training, steps timed alone" if has_times else "image tokens seen, millions")
+    axes.set_xlabel("seconds of steps, timed alone" if over == "seconds" else "image tokens seen, millions")
     axes.set_ylabel(f"{metric}, %, mean of seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
