@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ranks import Ranks
+from pipeline.training.side_files import LineFile
 
 # The share of bad samples is judged over at least this many, so that one among the first few does not stop a run.
 _MIN_SAMPLES_JUDGED = 1000
@@ -27,7 +29,7 @@ class BadSamples:
         self.count = 0
         self.count_before = 0
         self._samples_read = 0
-        self._file = run_directory / f"bad_samples_rank{ranks.rank}.txt"
+        self._lines = LineFile(run_directory / f"bad_samples_rank{ranks.rank}.txt")
         self._ranks = ranks
         self._max_ratio = max_ratio
         self._data = data
@@ -50,20 +52,23 @@ class BadSamples:
         """What a step met among the samples that all ranks read for it."""
         self._samples_read += samples_read
         problems = list(problems)
-        if not problems:
-            return
+        known = (self._listed_before + self.count) if problems else 0
         self.count += len(problems)
-        known = self._file.read_text().count("\n") if self._file.exists() else 0
-        with self._file.open("a") as file:
-            file.writelines(" ".join(problem.split()) + "\n" for problem in problems)
+        self._lines.append(*(" ".join(problem.split()) for problem in problems))
         for problem in problems[: max(0, _PROBLEMS_SHOWN - known)]:
-            print(f"warning: skipped {problem} (all are listed in {self._file})", flush=True)
+            print(f"warning: skipped {problem} (all are listed in {self._lines.path})", flush=True)
+
+    @functools.cached_property
+    def _listed_before(self) -> int:
+        """By earlier starts; asked before this one writes."""
+        path = self._lines.path
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def check(self, count: int) -> None:
         """Raise UserError if so many bad samples, of all ranks and starts, are more than allowed."""
         if count > self._max_ratio * max(self._samples_read, _MIN_SAMPLES_JUDGED):
             raise UserError(
                 f"{count} of {self._samples_read:,} samples could not be used, more than "
-                f"data.max_bad_ratio={self._max_ratio} allows; {self._file} names them; "
+                f"data.max_bad_ratio={self._max_ratio} allows; {self._lines.path} names them; "
                 f"`data-prep verify {self._data}` marks them to be left out"
             )

@@ -39,8 +39,7 @@ class FaultWatch:
         step: how many steps were taken
         """
         faults = self.policy.judge(self._guard.read())
-        for fault in faults:
-            self._log.note(fault)
+        self._log.note(faults)
         self._rank_check.look(step)
         worst = {fault.action: fault for fault in faults}
         if "stop" in worst:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -24,6 +26,7 @@ _LAUNCHER_MODULES = {
     "torch.distributed.launch",
 }
 _LOOK_EVERY_S = 1.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StopRequest:
@@ -91,25 +94,21 @@ def _write(text: str) -> None:
 
 
 class _Outlasting(io.TextIOBase):
-    """A stream that may lose its reader: what nobody can read is dropped."""
+    """A stream that may lose its reader, or its room on a disk: what nobody can read is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """As of any text stream."""
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._drop()
-            return len(text)
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """As of any stream."""
-        try:
+        with self._dropping():
             self._stream.flush()
-        except BrokenPipeError:
-            self._drop()
 
     def fileno(self) -> int:
         """As of any stream."""
@@ -119,10 +118,17 @@ class _Outlasting(io.TextIOBase):
         """As of any stream."""
         return self._stream.isatty()
 
-    def _drop(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:  # there may be room again
+                raise
 
 
 def _outlasting(stream: TextIO) -> TextIO:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from pipeline.files import write_atomically
 from pipeline.recipe import LogSection
+from pipeline.training.observing.curves import Curves
 from pipeline.training.observing.wandb_run import WandbRun
+from pipeline.training.side_files import LineFile
 from pipeline.training.stage_plan import Stage, steps_left
 
 METRICS = "metrics.jsonl"
@@ -27,15 +25,11 @@ class RunLogger:
     """
 
     def __init__(self, run_directory: Path, first_step: int, stages: Sequence[Stage], section: LogSection) -> None:
-        self._path = run_directory / METRICS
-        self._unwritten: list[str] = []
-        self._has_warned = False
         self._stages = stages
-        self._tensorboard: SummaryWriter | None = SummaryWriter(
-            str(run_directory / "tensorboard"), purge_step=first_step + 1
-        )
+        self._curves = Curves(run_directory, first_step)
         self._wandb = None if section.wandb == "off" else WandbRun(run_directory, section)
-        kept = _drop_lines_after(self._path, first_step)
+        kept = _drop_lines_after(run_directory / METRICS, first_step)
+        self._lines = LineFile(run_directory / METRICS)
         self._wall_time_before_s = kept[-1].get("wall_time_s", 0.0) if kept else 0.0
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -44,45 +38,19 @@ class RunLogger:
         `wall_time_s` comes in counted from this start and goes out counted over all starts of the run.
         """
         metrics = {**metrics, "wall_time_s": self._wall_time_before_s + metrics["wall_time_s"]}
-        self._unwritten.append(json.dumps(metrics) + "\n")
-        try:
-            self._write_lines()
-            self._add_points(metrics)
-        except OSError as error:
-            if not self._has_warned:
-                print(f"warning: {self._path.parent} cannot be written: {error}; training goes on", flush=True)
-            self._has_warned = True
+        if self._lines.append(json.dumps(metrics)):
+            self._curves.add(metrics)  # not on a disk that is known to be full: each try leaves a file
+        if self._wandb:
+            self._wandb.log(metrics)
         eta_s = steps_left(self._stages, metrics["step"]) * metrics["seconds_per_step"]
         print(progress_line(metrics, self._stages[-1].end_step, eta_s), flush=True)
 
-    def _write_lines(self) -> None:
-        size_bytes = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("a") as file:
-                file.writelines(self._unwritten)
-        except OSError:
-            os.truncate(self._path, size_bytes)  # no half lines
-            raise
-        self._unwritten = []
-
-    def _add_points(self, metrics: dict[str, Any]) -> None:
-        writer, self._tensorboard = self._tensorboard, None
-        if writer is None:  # the thread of the one before died of the full disk
-            writer = SummaryWriter(str(self._path.parent / "tensorboard"))
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name not in ("step", "time"):
-                writer.add_scalar(name if name.startswith("eval/") else f"train/{name}", value, metrics["step"])
-        self._tensorboard = writer
-        if self._wandb:
-            self._wandb.log(metrics)
-
     def close(self) -> None:
-        """Flush what is buffered."""
-        with contextlib.suppress(OSError):
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-            if self._wandb:
-                self._wandb.close()
+        """Write what waits or is buffered."""
+        self._lines.append()
+        self._curves.close()
+        if self._wandb:
+            self._wandb.close()
 
 
 def progress_line(metrics: dict[str, Any], total_steps: int, eta_s: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.recipe import LogSection
+from pipeline.training.side_files import Unwritable
 
 _ID_FILE = "wandb_id"
 
@@ -39,11 +41,16 @@ class WandbRun:
             reason = " ".join(str(error).split())
             raise UserError(f"wandb cannot start: {reason}; log.wandb=offline needs no network") from error
         write_atomically(id_file, run_id + "\n")
+        self._unwritable = Unwritable(run_directory / "wandb", "figures are missing there")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One logged step."""
-        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=metrics["step"])
+        try:
+            self._run.log({name: value for name, value in metrics.items() if value is not None}, step=metrics["step"])
+        except OSError as error:
+            self._unwritable.say(error)
 
     def close(self) -> None:
         """Send what is left."""
-        self._run.finish()
+        with contextlib.suppress(OSError):
+            self._run.finish()
