@@ -13,7 +13,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +93,8 @@ PUBLISHED_RUNS = {
 
 def plan_case(case: Case) -> dict[str, Any]:
     """What plan.py says, in short, and GPU-hours if the loader has the cores that slurm/train.sbatch asks for."""
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        plan.main([*case.arguments, "--json"])
-    planned = json.loads(printed.getvalue())
-    stages, cores = planned["stages"], cores_per_gpu()
-    fed_s = sum(stage["steps"] * stage["step_s"] * max(1, stage["loader_cores_per_gpu"] / cores) for stage in stages)
+    planned, cores = run_planner(case.arguments), cores_per_gpu()
+    fed = run_planner([*case.arguments, "--cores-per-gpu", str(cores)])
     return {
         "command": f"python pipeline/plan.py {' '.join(case.arguments)}",
         "start": case.start if case.shards else "",
@@ -109,9 +105,18 @@ def plan_case(case: Case) -> dict[str, Any]:
         "days": round(planned["days"], 3),
         "gpu_hours": round(planned["gpu_hours"], 1),
         "cores_per_gpu": cores,
-        "gpu_hours_with_these_cores": round(fed_s / 3600 * case.gpus, 1),
-        "stages": [short_stage(stage, case.gpus) for stage in stages],
+        "gpu_hours_with_these_cores": round(fed["gpu_hours"], 1),
+        "stages": [short_stage(stage, case.gpus) for stage in planned["stages"]],
     }
+
+
+def run_planner(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `plan.py --json` prints."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        plan.main([*arguments, "--json"])
+    planned: dict[str, Any] = json.loads(printed.getvalue())
+    return planned
 
 
 def short_stage(stage: dict[str, Any], gpus: int) -> dict[str, Any]:

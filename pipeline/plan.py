@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     vocab_size, end_token_id = _vocabulary(recipe)
     plan = plan_run(
         recipe,
-        Hardware(options.gpus, accelerator, network, options.mfu),
+        Hardware(options.gpus, accelerator, network, options.mfu, options.cores_per_gpu),
         options.samples or _count_samples(recipe),
         min(options.caption_tokens, recipe.context_length),
         vocab_size,
@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a caption on average, start and end included (default: %(default)g)",
     )
     parser.add_argument("--mfu", type=_share, help="utilisation to assume, 0 to 1, instead of estimating it")
+    parser.add_argument(
+        "--cores-per-gpu",
+        type=_positive(float),
+        metavar="N",
+        help="CPU cores for each GPU's loader, which may bind (default: as many as it takes)",
+    )
     parser.add_argument("--json", action="store_true", help="plain values instead of a table")
     return parser
 

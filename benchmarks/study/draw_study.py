@@ -1,4 +1,4 @@
-"""Tables and plots of docs/results.md from benchmarks/results/study.json.
+"""Tables and plots of docs/results.md, and the README's table, from benchmarks/results/study.json.
 
 python benchmarks/study/draw_study.py
 """
@@ -23,7 +23,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from record import RESULTS_DIRECTORY
 
-PAGE = ROOT / "docs/results.md"
+PAGE, README = ROOT / "docs/results.md", ROOT / "README.md"
 IMAGES = ROOT / "docs/images"
 BASELINE, PROBE = ("none", "samples"), "linear probe"
 COLOURS = {
@@ -173,18 +173,38 @@ def draw_curves(study: dict[str, Any], metric: str, over: str, axes: Axes) -> No
     axes.legend(fontsize=7)
 
 
-def tables(figures: dict[str, Any]) -> dict[str, str]:
-    """By the name of their place in docs/results.md."""
-    found = {f"study.json, {name}": study_table(study) for name, study in studies(figures).items()}
-    return found | {"study.json, budget": budget_table(figures["budget"])}
+def headline_table(figures: dict[str, Any]) -> str:
+    """For the README: the main arms on real pictures."""
+    flickr, cifar = figures["flickr8k_gpu"], figures["cifar10_cpu"]
+    header = ["masks", "Flickr8k, mean R@10", "CIFAR-10, zero-shot", "CIFAR-10, trained as long as none"]
+    rows = []
+    for arm in ("none", "random 0.5", "cluster 0.5", "reference"):
+        equal_time = cifar["views"]["time"].get(arm) or (cifar["views"]["samples"][arm] if arm == "none" else None)
+        rows.append(
+            [
+                arm,
+                estimate_cell(flickr["views"]["samples"][arm]["mean R@10"]),
+                estimate_cell(cifar["views"]["samples"][arm]["zero-shot accuracy"]),
+                estimate_cell(equal_time and equal_time["zero-shot accuracy"]),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def tables(figures: dict[str, Any]) -> dict[tuple[Path, str], str]:
+    """By page and the name of their place there."""
+    found = {(PAGE, f"study.json, {name}"): study_table(study) for name, study in studies(figures).items()}
+    found[PAGE, "study.json, budget"] = budget_table(figures["budget"])
+    found[README, "study.json"] = headline_table(figures)
+    return found
 
 
 def main() -> None:
     """Write tables and plots."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figures = recorded()
-    for name, text in tables(figures).items():
-        replace(PAGE, name, text)
+    for (page, name), text in tables(figures).items():
+        replace(page, name, text)
         print(f"{name}\n{text}\n")
     for name, study in studies(figures).items():
         draw(study, IMAGES / f"study_{name}.png")

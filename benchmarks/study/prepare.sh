@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shards, evaluation sets and tokenizers of the studies.
 #   prepare.sh DATA FOLDER [SYNTHETIC_PAIRS] [PROCESSES]
-# DATA holds flickr8k_{train,val}.parquet and cifar10_{train,test}.parquet (docs/first_results.md). Made parts stay.
+# DATA holds flickr8k_{train,val}.parquet and cifar10_{train,test}.parquet (docs/results.md). Made parts stay.
 set -euo pipefail
 data=$1
 out=$2

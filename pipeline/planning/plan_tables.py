@@ -98,11 +98,19 @@ def _time_lines(plan: StagePlan, run: RunPlan) -> list[str]:
     time, stage = plan.time, plan.stage
     bound = "the host, which launches kernels" if time.host_s > time.compute_s else "the device"
     assumed = f"at the given {run.hardware.mfu:.0%}" if run.hardware.mfu else f"bound by {bound}"
-    return [
+    lines = [
         f"time        {time.step_s:.3f} s a step: {max(time.compute_s, time.host_s):.3f} computing ({assumed}), "
         f"{time.exposed_s:.3f} waiting for collectives ({time.communication_s:.3f} in all)",
         f"            {time.mfu:.0%} of the data sheet's products; {plan.images_per_s_per_gpu:,.0f} images/s a GPU, "
         f"which takes {plan.loader_cores:.1f} CPU cores a GPU at {IMAGES_PER_CORE_S} images/s a core",
+    ]
+    if plan.cores and plan.fed_step_s > time.step_s:
+        lines.append(
+            f"            {plan.fed_step_s:.3f} s a step with {plan.cores:g} cores a GPU: bound by the loader, "
+            f"which delivers {plan.cores * IMAGES_PER_CORE_S:,.0f} images/s"
+        )
+    return [
+        *lines,
         f"            {stage.num_steps:,} steps, {stage.num_samples:,} samples: {plan.seconds / 3600:,.1f} hours",
     ]
 
@@ -159,6 +167,7 @@ def _stage_to_dict(plan: StagePlan) -> dict[str, Any]:
             for traffic in plan.traffic
         ],
         "step_s": time.step_s,
+        "fed_step_s": plan.fed_step_s,
         "compute_s": time.compute_s,
         "host_s": time.host_s,
         "communication_s": time.communication_s,

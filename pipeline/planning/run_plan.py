@@ -21,12 +21,17 @@ _DAY_S, _HOUR_S = 86_400, 3_600
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is planned for. `mfu`: the utilisation to assume instead of estimating it."""
+    """What a run is planned for.
+
+    mfu: the utilisation to assume instead of estimating it
+    cores: CPU cores of each GPU's loader; None: as many as it takes
+    """
 
     gpus: int
     accelerator: Accelerator
     network: Interconnect
     mfu: float | None = None
+    cores: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage needs."""
+    """What one stage needs; `cores` as of the hardware."""
 
     stage: Stage
     load: Workload
@@ -49,15 +54,21 @@ class StagePlan:
     time: StepTime
     fits: bool
     suggestion: Suggestion | None
+    cores: float | None
 
     @property
     def seconds(self) -> float:
         """All steps, without stops and evaluations."""
-        return self.stage.num_steps * self.time.step_s
+        return self.stage.num_steps * self.fed_step_s
+
+    @property
+    def fed_step_s(self) -> float:
+        """A step's time where the loader's cores may bind."""
+        return self.time.step_s * max(1.0, self.loader_cores / self.cores if self.cores else 0.0)
 
     @property
     def images_per_s_per_gpu(self) -> float:
-        """What the loader of each rank has to deliver."""
+        """What the loader of each rank has to deliver not to bind."""
         return self.load.micro_batch_size * self.load.accumulation_steps / self.time.step_s
 
     @property
@@ -110,7 +121,7 @@ def _plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> Stag
     suggestion = suggest(stage, hardware, caption_tokens)
     if suggestion is not None and fits and suggestion.time.step_s > 0.97 * time.step_s:
         suggestion = None
-    return StagePlan(stage, load, memory, step_traffic(load), time, fits, suggestion)
+    return StagePlan(stage, load, memory, step_traffic(load), time, fits, suggestion, hardware.cores)
 
 
 def suggest(stage: Stage, hardware: Hardware, caption_tokens: float) -> Suggestion | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -110,6 +111,24 @@ def test_nothing_fits_a_tiny_memory() -> None:
     plans = plan_run(recipe, Hardware(8, tiny, NETWORK), SAMPLES, 16.0, 49408, 49407)
     assert not plans.fits
     assert plans.stages[0].suggestion is None
+
+
+def test_few_cores_make_the_loader_bind(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "base", "--gpus", "8", "--gpu", "h100", "--samples", str(SAMPLES)]
+
+    def planned(*options: str) -> dict[str, Any]:
+        assert plan.main([*arguments, "--json", *options]) == 0
+        values: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return values
+
+    free = planned()
+    cores = free["stages"][0]["loader_cores_per_gpu"]
+    assert planned("--cores-per-gpu", str(cores + 0.1)) == free
+    bound = planned("--cores-per-gpu", str(cores / 2))
+    assert bound["gpu_hours"] == pytest.approx(2 * free["gpu_hours"])
+    assert bound["stages"][0]["step_s"] == free["stages"][0]["step_s"]
+    assert plan.main([*arguments, "--cores-per-gpu", str(cores / 2)]) == 0
+    assert "bound by the loader" in capsys.readouterr().out
 
 
 @settings(deadline=None, max_examples=30)
