@@ -68,10 +68,7 @@ def test_seeds_come_one_after_the_other_and_further_arms_last() -> None:
     study_plan = module("study_plan")
     fields = SMALL | {"seeds": 2, "views": {"further": ["random 0.5"], "samples": ["none", "random 0.5"]}}
     runs = study_plan.Study.model_validate(fields).runs()
-    assert [(run.view, run.seed) for run in runs] == [("samples", 0)] * 2 + [("samples", 1)] * 2 + [
-        ("further", 0),
-        ("further", 1),
-    ]
+    assert [(run.view, run.seed) for run in runs] == [*[("samples", 0)] * 2, *[("samples", 1)] * 2, ("further", 0)]
 
 
 def test_recipes_of_views_see_what_they_should() -> None:

@@ -2,7 +2,7 @@
 
 The file of a study is YAML. `views` of an arm: `samples` sees as many pairs as every other; `time` trains for as long
 as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth of the learning rate. `further` are
-as `samples`, and their turn comes when all others are done.
+as `samples`, of the first seed alone, when all others are done.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Study(BaseModel):
 
     def runs(self) -> list[Run]:
         """All runs: every seed once before any a second time, so that what is not reached is balanced."""
-        seeds = range(self.seeds)
-        runs = [Run(arm, view, seed) for seed in seeds for view, arms in self.views.items() for arm in arms]
-        return sorted(runs, key=lambda run: run.view == "further")
+        views = {view: arms for view, arms in self.views.items() if view != "further"}
+        runs = [Run(arm, view, seed) for seed in range(self.seeds) for view, arms in views.items() for arm in arms]
+        return [*runs, *(Run(arm, "further", 0) for arm in self.views.get("further", []))]
 
 
 @dataclass(frozen=True)
