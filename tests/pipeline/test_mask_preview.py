@@ -1,250 +1,33 @@
-"""mask-preview: its pictures show what training would do, by independent means; and every way to use it wrongly."""
+"""mask-preview, the program: what it writes and says; and every way to use it wrongly."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import math
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from conftest import ROOT
-from PIL import Image, ImageChops, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
+from preview_material import PATCH, SIZE, stand_in_checkpoint, write_pictures
 
-from model.clip import CLIP
-from model.config import config_from_name
-from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
-from model.patches import normalize_pixels
 from pipeline import mask_preview
-from pipeline.data.image_sources import load_image, read_images
 from pipeline.errors import UserError
-from pipeline.inference import InferenceModel
-from pipeline.recipe_files import load_recipe
-from pipeline.reporting import preview_setting
-from pipeline.reporting.mask_anatomy import Anatomy, dissect
-from pipeline.reporting.mask_pictures import heat_map, outline, tint_clusters
-from pipeline.reporting.preview_setting import make_setting
-from pipeline.reporting.preview_sheet import Sheet, make_sheet
-from pipeline.reporting.sheet_painter import paint
-from pipeline.training.mask_drawer import seed_masks
 
-SIZE, PATCH = 64, 8
 TINY = ["--image-size", str(SIZE), "--patch-size", str(PATCH)]
-WITHOUT_MODEL = ["none", "random", "block", "grid", "cluster", "pgs", "cluster-reference"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures: under a flat sky noise, stripes, a disc."""
-    directory = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:SIZE, 0:SIZE]
-    disc = np.where(((x - 40) ** 2 + (y - 44) ** 2 < 150)[..., None], (220, 40, 30), (60, 140, 60))
-    pictures = [rng.integers(0, 256, (SIZE, SIZE, 3)), np.stack([x * 37 % 200, y * 3, x + y], -1), disc]
-    for number, pixels in enumerate(pictures):
-        pixels[: SIZE // 2] = (120, 160, 230 - 40 * number)
-        Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{number}.png")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def images_BCSS(folder: Path) -> Tensor:
-    pixels = [np.array(Image.open(folder / f"{number}.png")) for number in range(3)]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-
-
-@pytest.fixture(scope="module")
-def busy_BCSS() -> Tensor:
-    """Coarse noise under fine noise: no flat patches, and no two similarities alike."""
-    generator = torch.Generator().manual_seed(1)
-    coarse_BCSS = torch.nn.functional.interpolate(torch.rand(3, 3, 5, 5, generator=generator), SIZE, mode="bicubic")
-    fine_BCSS = torch.rand(3, 3, SIZE, SIZE, generator=generator)
-    return (200 * coarse_BCSS + 50 * fine_BCSS).clamp(0, 255).to(torch.uint8)
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
 def checkpoint(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An untrained model that stands for a checkpoint of 64 x 64 images in patches of 8."""
-    torch.manual_seed(0)
-    config = config_from_name("ViT-nano-8")
-    model = InferenceModel(
-        clip=CLIP(replace(config, text=replace(config.text, vocab_size=16, eot_token_id=15))).eval(),
-        tokenizer=None,  # type: ignore[arg-type]
-        image_size=SIZE,
-        name="ViT-nano-8",
-        checkpoint="runs/test",
-        step=7,
-        samples_seen=700,
-        weights_sha256="ab" * 32,
-        masking=MaskingConfig(),
-    )
-    monkeypatch.setattr(preview_setting, "load_for_inference", lambda path, device: model)
-    return "runs/test"
-
-
-def sheet_of(folder: Path, strategies: list[str], show: str = "clusters", checkpoint: str | None = None) -> Sheet:
-    setting = make_setting(load_recipe("base"), strategies, checkpoint, PATCH, SIZE, seed=3, progress=1.0)
-    samples = read_images(folder)
-    return make_sheet(setting, samples, torch.stack([load_image(sample.image, SIZE) for sample in samples]), show)
-
-
-def dropped_by_training(images_BCSS: Tensor, masking: MaskingConfig, guidance: Guidance | None = None) -> Tensor:
-    """What the first step of a run with seed 3 drops, bool [B, L]."""
-    generator = torch.Generator()
-    seed_masks(generator, seed=3, step=0, micro_batch=0, rank=0)
-    kept = choose_patches(PatchedImages(images_BCSS, PATCH), masking, generator, guidance).selection.kept_K.tolist()
-    return torch.tensor([patch not in kept for patch in range(3 * 64)]).view(3, 64)
-
-
-def changed_patches(before: Image.Image, after: Image.Image) -> Tensor:
-    """Which of 8 x 8 patches of two pictures differ by more than a few grey levels, bool [64]."""
-    difference = np.abs(np.asarray(before, dtype=float) - np.asarray(after, dtype=float)).mean(axis=2)
-    side = difference.shape[0] // 8
-    return torch.from_numpy(difference.reshape(8, side, 8, side).mean(axis=(1, 3)).flatten() > 8)
-
-
-@pytest.mark.parametrize("strategy", WITHOUT_MODEL)
-def test_grey_patches_are_those_that_training_drops(strategy: str, folder: Path, images_BCSS: Tensor) -> None:
-    dropped_BL = dropped_by_training(images_BCSS, MaskingConfig(strategy))
-    sheet = sheet_of(folder, ["random", strategy] if strategy != "random" else ["random"])
-    for row, dropped_L in zip(sheet.rows, dropped_BL, strict=True):
-        assert torch.equal(changed_patches(row.cells[0].picture, row.cells[-1].picture), dropped_L)
-        assert row.cells[-1].note == f"{100 * dropped_L.float().mean():.1f} % dropped"
-
-
-def test_strategies_that_look_through_a_model(folder: Path, images_BCSS: Tensor, checkpoint: str) -> None:
-    visual = preview_setting.load_for_inference(checkpoint, torch.device("cpu")).clip.visual
-    copy = preview_setting.class_attention(visual, PatchedImages(images_BCSS, PATCH))
-    dropped_BL = dropped_by_training(
-        images_BCSS, MaskingConfig("attentive"), Guidance(class_attention=lambda images: copy)
-    )
-    sheet = sheet_of(folder, ["attentive"], checkpoint=checkpoint)
-    assert [cell.label for cell in sheet.rows[0].cells] == ["original", "attentive"]
-    for row, dropped_L, attention_L in zip(sheet.rows, dropped_BL, copy, strict=True):
-        drawn_L = changed_patches(row.cells[0].picture, row.cells[1].picture)
-        assert torch.equal(drawn_L, dropped_L)
-        assert attention_L[drawn_L].max() <= attention_L[~drawn_L].min()
-
-
-def assert_threshold_explains(anatomy: Anatomy) -> None:
-    assert anatomy.clusters
-    score_BL = anatomy.clusters.score_BL
-    assert math.isfinite(anatomy.threshold)
-    assert bool(anatomy.dropped_BL[score_BL > anatomy.threshold + 1e-5].all())
-    assert not bool(anatomy.dropped_BL[score_BL < anatomy.threshold - 1e-5].any())
-    assert (score_BL - anatomy.threshold).abs().gt(1e-5).float().mean() > 0.95
-
-
-# within such bounds nothing but the threshold decides
-WIDE = MaskingConfig(anchor_ratio=0.1, min_mask_ratio=0.0, max_mask_ratio=0.99)
-
-
-@pytest.mark.parametrize("strategy", ["cluster", "pgs"])
-def test_clusters_are_those_by_which_the_mask_was_made(strategy: str, busy_BCSS: Tensor) -> None:
-    assert_threshold_explains(dissect(PatchedImages(busy_BCSS, PATCH), replace(WIDE, strategy=strategy), seed=5))
-
-
-def test_clusters_by_patch_embeddings(busy_BCSS: Tensor) -> None:
-    weight_DP = torch.randn(16, 3 * PATCH**2, generator=torch.Generator().manual_seed(0))
-    guidance = Guidance(progress=1.0, embed=lambda patches_BLP: patches_BLP @ weight_DP.T)
-    mixed = dissect(PatchedImages(busy_BCSS, PATCH), replace(WIDE, embedding_mix=1.0), 0, guidance)
-    assert_threshold_explains(mixed)
-    assert mixed.clusters
-    for image, anchors_A, similarity_L in zip(
-        busy_BCSS, mixed.clusters.anchors_BA, mixed.clusters.similarity_BL, strict=True
-    ):
-        embedded_LD = PatchedImages(image[None], PATCH).patches()[0] @ weight_DP.T
-        cosines = [torch.cosine_similarity(embedded_LD[[anchor]], embedded_LD).numpy() for anchor in anchors_A.tolist()]
-        np.testing.assert_allclose(similarity_L.numpy(), np.max(cosines, axis=0), atol=1e-5)
-
-
-def test_each_patch_is_in_the_cluster_of_the_anchor_it_correlates_with_most(busy_BCSS: Tensor) -> None:
-    clusters = dissect(PatchedImages(busy_BCSS, PATCH), WIDE, seed=0).clusters
-    assert clusters
-    pixels = normalize_pixels(busy_BCSS)[0].numpy()
-    patches = [pixels[:, y : y + 8, x : x + 8].flatten() for y in range(0, SIZE, 8) for x in range(0, SIZE, 8)]
-    anchors = [patches[anchor] for anchor in clusters.anchors_BA[0].tolist()]
-    for number, patch in enumerate(patches):
-        correlations = [np.corrcoef(anchor, patch)[0, 1] for anchor in anchors]
-        assert clusters.nearest_BL[0, number] == int(np.argmax(correlations))
-        assert clusters.similarity_BL[0, number].item() == pytest.approx(max(correlations), abs=1e-5)
-
-
-def test_labels_by_what_is_shown(folder: Path) -> None:
-    def labels(show: str) -> list[str]:
-        return [cell.label for cell in sheet_of(folder, ["random", "cluster", "pgs"], show).rows[0].cells]
-
-    assert labels("masks") == ["original", "random", "cluster", "pgs"]
-    assert labels("clusters") == [
-        *["original", "random", "cluster: clusters", "cluster"],
-        *["pgs: edges", "pgs: clusters", "pgs"],
-    ]
-    assert labels("steps") == [
-        *["original", "random", "cluster: anchors", "cluster: similarity", "cluster: clusters", "cluster"],
-        *["pgs: edges", "pgs: candidates", "pgs: similarity", "pgs: clusters", "pgs"],
-    ]
-
-
-def test_tint_outline_and_heat() -> None:
-    grey_CSS = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    tinted = tint_clusters(grey_CSS, torch.tensor([0, 1, 0, 1]), torch.tensor([1.0, 1.0, 0.5, -0.2]), 16)
-    first, second, weaker, none = (
-        tinted[:, y : y + 16, x : x + 16].flatten(1).unique(dim=1) for y in (0, 16) for x in (0, 16)
-    )
-    assert first.shape == second.shape == weaker.shape == (3, 1)
-    assert none.flatten().tolist() == [100, 100, 100]
-    away = [(colour.float() - 100).abs().max() for colour in (first, weaker)]
-    assert away[0] > 1.8 * away[1] > 20
-    assert (first.float() - second.float()).abs().max() > 50
-
-    framed = outline(grey_CSS, torch.tensor([1, 2]), 16) != grey_CSS
-    assert framed.any(dim=0)[:16, 16:].any()
-    assert not framed[:, :16, :16].any()
-    assert not framed[:, 16:, 16:].any()
-    assert not framed[:, 4:12, 20:28].any()  # the anchor itself is seen within its frame
-
-    cold, middle, hot, below = (
-        heat_map(grey_CSS, torch.tensor([0.0, 0.3, 1.0, -1.0]), 0.3, 16)[:, ::16, ::16].flatten(1).T
-    )
-    assert int(cold[2]) - int(cold[0]) > 80
-    assert int(hot[0]) - int(hot[2]) > 80
-    assert middle.unique().numel() == 1
-    assert torch.equal(cold, below)
-
-
-def shows_text(picture: Image.Image, text: str, ink: str, font: ImageFont.FreeTypeFont) -> bool:
-    """Whether the text, drawn anew, is somewhere in the picture, pixel by pixel."""
-    paper = Image.new("RGB", (900, 60), "white")
-    ImageDraw.Draw(paper).text((5, 5), text, ink, font)
-    drawn = np.asarray(paper.crop(ImageChops.invert(paper).getbbox()))
-    pixels, (height, width, _) = np.asarray(picture), drawn.shape
-    for top in range(pixels.shape[0] - height + 1):
-        row, start = pixels[top].tobytes(), -1
-        while (start := row.find(drawn[0].tobytes(), start + 1)) >= 0:
-            left = start // 3
-            if np.array_equal(pixels[top : top + height, left : left + width], drawn):
-                return True
-    return False
-
-
-def test_words_of_the_sheet_are_in_its_picture(folder: Path) -> None:
-    sheet = sheet_of(folder, ["random", "cluster"], "masks")
-    picture = paint(sheet)
-    font = ImageFont.load_default(19)  # pictures are drawn at 256 pixels, four times their size
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    assert sheet.rows[0].cells[2].note != sheet.rows[1].cells[2].note
-    for text in ("original", "random", "cluster", *map(str, sheet.summaries)):
-        assert shows_text(picture, text, "#1c2129", font), text
-    for text in ("Patches of 8 x 8 on images of 64 x 64;", *(cell.note for row in sheet.rows for cell in row.cells)):
-        assert shows_text(picture, text, "#5b6472", font), text
-    assert not shows_text(picture, "clusters", "#1c2129", font)
+    return stand_in_checkpoint(monkeypatch)
 
 
 def run_preview(folder: Path, output: Path, *options: str) -> bytes:
@@ -381,12 +164,6 @@ def test_numbers_out_of_range(
     with pytest.raises(SystemExit):
         mask_preview.main([str(folder), "--output", "a.png", option, value])
     assert re.search(f"argument {option}: must be a {message}", capsys.readouterr().err)
-
-
-def test_a_sheet_that_is_too_large(folder: Path) -> None:
-    sheet = sheet_of(folder, ["random"])
-    with pytest.raises(UserError, match=r"a sheet of .* pixels is too large: take fewer --images"):
-        paint(replace(sheet, rows=sheet.rows * 100))
 
 
 def test_a_checkpoint_has_sizes_of_its_own(folder: Path, tmp_path: Path, checkpoint: str) -> None:
