@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_slurm
+from peers.client import Peer, peers_python
 from PIL import Image
 from slurm_cluster import Cluster
 
@@ -183,6 +184,17 @@ def slurm() -> Iterator[Cluster]:
             environment = RANK_ENVIRONMENT | {"VENV": str(Path(sys.executable).parents[1])}
             yield Cluster(Path(directory), ROOT, environment)
             guardian.communicate()
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    """The environment of other libraries (`make peers`), in one process for all tests of a module."""
+    python = peers_python()
+    if python is None:
+        pytest.skip("no environment with open_clip, transformers, CLIP_benchmark: run `make peers` or set PEERS_PYTHON")
+    process = Peer(python)
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 from conftest import jpeg_bytes
 from peers.cases import small_config, untrained_model
-from peers.client import Peer, peers_python
+from peers.client import Peer
 
 from pipeline import evaluate
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,16 +32,6 @@ pytestmark = pytest.mark.slow
 CLASSES = ["crane", "heron", "red fox", "Zürich café", "owl", "ship", "bridge"]
 COLOURS = ["red", "blue", "green", "old", "wet"]
 TEMPLATES = ["a photo of a {c}.", "the {c}", "art of {c}, small"]
-
-
-@pytest.fixture(scope="module")
-def peer() -> Iterator[Peer]:
-    python = peers_python()
-    if python is None:
-        pytest.skip("no environment with CLIP_benchmark: run `make peers`, or set PEERS_PYTHON")
-    process = Peer(python)
-    yield process
-    process.close()
 
 
 def write_set(directory: Path, shards: list[list[tuple[str, bytes]]], texts: dict[str, str]) -> Path:

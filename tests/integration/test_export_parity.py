@@ -24,7 +24,7 @@ from peers.cases import (
     small_config,
     untrained_model,
 )
-from peers.client import Peer, peers_python
+from peers.client import Peer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,17 +38,6 @@ from pipeline.exporting.export_formats import FORMATS, open_clip_config
 from pipeline.exporting.parity import random_examples
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def peer() -> Iterator[Peer]:
-    """The other environment, one process for all tests."""
-    python = peers_python()
-    if python is None:
-        pytest.skip("no environment with open_clip and transformers: run `make peers`, or set PEERS_PYTHON")
-    process = Peer(python)
-    yield process
-    process.close()
 
 
 @pytest.fixture
