@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -11,25 +12,38 @@ from typing import NoReturn
 
 from pipeline.errors import UserError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
     """Accept the `--local_rank=N` that the `deepspeed` launcher appends; the environment says the same."""
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
 
 
+def _report(text: str, code: int) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error: {text}" if rank == 0 else f"error (rank {rank}): {text}", file=sys.stderr, flush=True)
+    return code
+
+
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a program; a UserError becomes one line on stderr (of each rank that meets it) and its exit code."""
+    """Run a program; a UserError becomes one line on stderr (of each rank that meets it) and its exit code.
+
+    So does a disk without room, where it was not seen to before.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        code = _report(str(error), error.exit_code)
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            where = error.filename or "a file"
+            code = _report(f"{where} cannot be written: {error.strerror}; make room and run it again", 2)
+        else:
+            traceback.print_exc()
+            code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -23,6 +23,7 @@ from pipeline.training.faults.fault_log import FaultLog
 from pipeline.training.faults.fault_policy import Fault
 from pipeline.training.faults.step_guard import StepOutcome
 from pipeline.training.observing.curves import Curves
+from pipeline.training.observing.profile_window import ProfileWindow
 from pipeline.training.observing.run_logger import RunLogger
 from pipeline.training.side_files import LineFile
 from pipeline.training.stage_plan import plan_stages
@@ -187,3 +188,18 @@ def test_output_on_a_full_disk_is_dropped() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "went on\n")
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, NO_ROOM)
+
+    window = ProfileWindow((1, 1), tmp_path, RANKS)
+    window.before(1)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", no_room)
+    assert window.after(1) is None
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / 'profile'} cannot be written: {NO_ROOM}; training goes on, the trace is lost\n"
+    )

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.ranks import Ranks
+from pipeline.training.side_files import Unwritable
 
 DIRECTORY = "profile"
 _ROWS = 30
@@ -30,15 +31,21 @@ class ProfileWindow:
             self._profiler.start()
 
     def after(self, step: int) -> Path | None:
-        """Stop and write if this was the last; returns the trace's file then."""
+        """Stop and write if this was the last; returns the trace's file then, None where it cannot be written."""
         if self._profiler is None or self._steps is None or step < self._steps[1]:
             return None
         if self._is_cuda:
             torch.cuda.synchronize()
         profiler, self._profiler = self._profiler, None
         profiler.stop()
+        try:
+            return self._write(profiler, self._directory / f"steps_{self._steps[0]}_to_{self._steps[1]}.json.gz")
+        except OSError as error:
+            Unwritable(self._directory, "the trace is lost").say(error)
+            return None
+
+    def _write(self, profiler: profile, trace: Path) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
-        trace = self._directory / f"steps_{self._steps[0]}_to_{self._steps[1]}.json.gz"
         profiler.export_chrome_trace(str(trace))
         by = "self_device_time_total" if self._is_cuda else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=_ROWS)
