@@ -55,6 +55,8 @@ def measure(pairs: int, width: int, rounds: int, device: torch.device) -> dict[s
 
     steps, figures = {}, {}
     for name, loss_of in arms(device).items():
+        for leaf in leaves:
+            leaf.grad = None  # of the arm before: it would count as there already
         try:
             steps[name], peak_bytes = made_with_peak(lambda f=loss_of: lambda: step_of(f), device)
             figures[name] = {"peak_bytes": peak_bytes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,6 +42,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             where = error.filename or "a file"
             code = _report(f"{where} cannot be written: {error.strerror}; make room and run it again", 2)
+        elif isinstance(error, BrokenPipeError):  # whoever read the output, `head` for one, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 128 + signal.SIGPIPE
         else:
             traceback.print_exc()
             code = 1

@@ -23,6 +23,8 @@ from pipeline.training.checkpoints.checkpoint import (
     MODEL_CARD,
     TOKENIZER,
     WEIGHTS,
+    FileRecord,
+    find_damage,
     newest_checkpoint,
     read_contents,
     what_is_missing,
@@ -76,9 +78,10 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     With `/model_ema.safetensors` behind either, the average of its weights.
 
     `tokenizer`, if given, must be the one the model was trained with. Raises UserError for everything that does not
-    fit: no checkpoint, an incomplete one, weights of another model, another tokenizer.
+    fit: no checkpoint, an incomplete or damaged one, weights of another model, another tokenizer.
     """
     directory, file = find_model(Path(path))
+    record = _check_content(directory, file)
     card = read_card(directory)
     try:
         config = CLIPConfig.from_dict(card["model"])
@@ -110,9 +113,18 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
         checkpoint=str(directory if file.name == WEIGHTS else file),
         step=card["step"],
         samples_seen=card["samples_seen"],
-        weights_sha256=read_contents(directory).files[file.name].sha256,
+        weights_sha256=record.sha256,
         masking=masking,
     )
+
+
+def _check_content(directory: Path, weights: Path) -> FileRecord:
+    """What was recorded of the weights; UserError if they or the card are not what was written, to the bit."""
+    files = read_contents(directory).files
+    problem = find_damage(directory, files, hashed=(weights.name, MODEL_CARD))
+    if problem:
+        raise UserError(f"checkpoint {directory} is damaged: {problem}; take another of the run")
+    return files[weights.name]
 
 
 def find_model(path: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def replace_file(file: Path, content: bytes) -> None:
     """Another file in a checkpoint that is complete all the same."""
     file.write_bytes(content)
     complete = json.loads((file.parent / "COMPLETE.json").read_text())
-    complete["files"][file.name]["size_bytes"] = len(content)
+    complete["files"][file.name] |= {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (file.parent / "COMPLETE.json").write_text(json.dumps(complete))
 
 
@@ -95,6 +96,18 @@ def test_inference_refuses_what_does_not_fit(tmp_path: Path, tokenizer_file: Pat
         load_for_inference(str(tmp_path / "absent"), CPU)
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         load_for_inference(str(tmp_path / "checkpoints"), CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_inference_refuses_flipped_bits(tmp_path: Path, tokenizer_file: Path, name: str) -> None:
+    directory = save(tmp_path, 1, tokenizer_file)
+    content = bytearray((directory / name).read_bytes())
+    content[-3] ^= 1
+    (directory / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"is damaged: {name} has another sha256 than when it was written; take another"
+    ):
+        load_for_inference(str(directory), CPU)
 
 
 def test_a_run_is_continued_only_as_it_was_started(tmp_path: Path) -> None:
