@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 BENCHMARKS = ROOT / "benchmarks"
 # Drawn by benchmarks/study/draw_study.py once these studies are collected.
-NOT_DRAWN_YET = {"images/study_cifar10_long_cpu.png", "images/study_synthetic_cpu.png"}
+NOT_DRAWN_YET = {"images/study_synthetic_cpu.png"}
 
 
 def prose(text: str) -> str:
