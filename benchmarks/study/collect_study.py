@@ -119,13 +119,15 @@ class Outcomes:
     def _pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         pairs = []
         for arm, view in self._arms():
-            if (arm, view) != (BASELINE, "samples") and view != "tail":
+            if (arm, view) != (BASELINE, "samples"):
                 pairs.append(((arm, view), (BASELINE, "samples")))
             if arm != BASELINE and not arm.startswith("random"):
                 pairs.append(((arm, view), (_random_like(arm), view)))
             if view == "tail":
                 pairs.append(((arm, view), (arm, "samples")))
-        return [*pairs, (("cluster 0.5", "samples"), ("reference", "samples"))]
+        cluster = "cluster 0.5"
+        pairs += [((cluster, view), ("reference", view)) for view in ("samples", "time")]
+        return [*pairs, (("cluster even 0.5", "samples"), (cluster, "samples"))]
 
 
 def _random_like(arm: str) -> str:

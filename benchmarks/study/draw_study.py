@@ -48,12 +48,18 @@ def studies(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in figures.items() if "views" in part}
 
 
+def headline_metric(study: dict[str, Any]) -> str:
+    """The last of a study's own."""
+    found: str = [name for name in study["metrics"] if name != PROBE][-1]
+    return found
+
+
 def study_table(study: dict[str, Any]) -> str:
     """A row for each arm of each view."""
-    metrics = study["metrics"]
+    metrics, main_metric = study["metrics"], headline_metric(study)
     has_times = bool(study["step_s"])
     header = ["masks", "seeds", "pairs, k", "image tokens a pair", *(["seconds"] if has_times else [])]
-    header += [*metrics, f"{metrics[-1]}: over none", "over random"]
+    header += [*metrics, f"{main_metric}: over none", "over random"]
     rows = []
     for view, arms in study["views"].items():
         for arm, found in arms.items():
@@ -62,7 +68,7 @@ def study_table(study: dict[str, Any]) -> str:
             if has_times:
                 row.append("" if found["seconds"] is None else f"{found['seconds']:.0f}")
             row += [estimate_cell(found.get(metric)) for metric in metrics]
-            row += [difference_cell(study, (arm, view), other, metrics[-1]) for other in (is_baseline, is_random)]
+            row += [difference_cell(study, (arm, view), other, main_metric) for other in (is_baseline, is_random)]
             rows.append(row)
     return markdown(header, rows)
 
@@ -91,12 +97,28 @@ def difference_cell(
     """A paired difference in points, its interval and p."""
     for compared in study["comparisons"]:
         if tuple(compared["of"]) == run and is_wanted(tuple(compared["over"]), run[1]) and metric in compared:
-            found = compared[metric]
-            if found["p"] is None:
-                return f"{100 * found['mean']:+.1f}"
-            interval = f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-            return f"{100 * found['mean']:+.1f} {interval}, p {found['p']:.3f}"
+            return describe_difference(compared[metric])
     return ""
+
+
+def describe_difference(found: dict[str, Any]) -> str:
+    """In points, with interval and p where there is more than one seed."""
+    if found["p"] is None:
+        return f"{100 * found['mean']:+.1f}"
+    interval = f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return f"{100 * found['mean']:+.1f} {interval}, p {found['p']:.3f}"
+
+
+def further_table(study: dict[str, Any]) -> str:
+    """Paired differences other than over `none` and `random`."""
+    metric = headline_metric(study)
+    rows = []
+    for compared in study["comparisons"]:
+        (arm, view), (other, other_view) = compared["of"], compared["over"]
+        if metric in compared and other != BASELINE[0] and not (other.startswith("random") and other_view == view):
+            difference = describe_difference(compared[metric])
+            rows.append([arm + VIEWS[view], other + VIEWS[other_view], difference, str(compared[metric]["n"])])
+    return markdown(["masks", "over", metric, "seeds"], rows)
 
 
 def budget_table(budget: dict[str, Any]) -> str:
@@ -128,7 +150,7 @@ def colour(arm: str) -> str:
 
 def draw(study: dict[str, Any], path: Path) -> None:
     """Every seed, mean and interval of all arms; then means of the main arms over tokens, and over time if known."""
-    metric = next(reversed([name for name in study["metrics"] if name != PROBE]))
+    metric = headline_metric(study)
     axes_of_curves = ["tokens", "seconds"] if study["step_s"] else ["tokens"]
     panels = 1 + len(axes_of_curves)
     figure, axes = pyplot.subplots(
@@ -194,6 +216,7 @@ def headline_table(figures: dict[str, Any]) -> str:
 def tables(figures: dict[str, Any]) -> dict[tuple[Path, str], str]:
     """By page and the name of their place there."""
     found = {(PAGE, f"study.json, {name}"): study_table(study) for name, study in studies(figures).items()}
+    found[PAGE, "study.json, cifar10_cpu, differences"] = further_table(figures["cifar10_cpu"])
     found[PAGE, "study.json, budget"] = budget_table(figures["budget"])
     found[README, "study.json"] = headline_table(figures)
     return found
