@@ -31,6 +31,7 @@ COLOURS = {
     "random": "#1f77b4",
     "cluster": "#d62728",
     "cluster embedding 0.5": "#ff9896",
+    "cluster even 0.5": "#8c1a1a",
     "reference": "#9467bd",
     "pgs": "#2ca02c",
 }
