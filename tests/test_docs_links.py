@@ -17,7 +17,6 @@ PAGES = sorted(
     ]
 )
 BENCHMARKS = ROOT / "benchmarks"
-# Drawn by benchmarks/study/draw_study.py once these studies are collected.
 
 
 def prose(text: str) -> str:
