@@ -48,10 +48,11 @@ def submit(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable
     (project / "pipeline").mkdir()
     shutil.copy(Path(__file__).with_name("stub_train.py"), project / "pipeline" / "train.py")
 
+    # 20 minutes: the script asks for its signal 300 s before the end, and Slurm sends it a minute earlier if it likes
     def submit(name: str, plan: str, *options: str, **variables: str) -> Job:
         run = project / name
         run.mkdir()
-        size = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=5"]
+        size = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=20"]
         command = ["sbatch", "--parsable", *size, f"--output={run}/log", *options, project / "slurm" / "train.sbatch"]
         done = slurm.run(*command, PROJECT=project, RUN=run, OPTIONS=f"plan={plan}", **variables)
         return Job(done.stdout.strip(), run, slurm)
