@@ -29,7 +29,7 @@ CAPTION_TOKENS = 12
 
 
 TOLERANCE = 0.09
-# Gloo's threads may hold on to what they averaged last, here 7 % of the smallest peaks, on a busy machine to more of it.
+# Gloo's threads may hold on to what they averaged last: 7 % of the smallest peaks here, more on a busy machine.
 GLOO_TOLERANCE = 0.25
 
 
