@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from record import record
 
+from formats.files import flush_to_disk, sha256_of
 from model.clip import CLIP
 from model.config import config_from_name
 from pipeline.data.sample_order import BatchPlan
-from pipeline.files import flush_to_disk, sha256_of_file
 from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.checkpoints.checkpoint import TrainingState, checkpoint_directory
@@ -84,7 +84,7 @@ def measure(engine: Any, recipe: Any, tokenizer: Any, rounds: int, ranks: Ranks)
         ours, theirs = checkpoint_directory(place / "ours", number), place / "deepspeed" / str(number)
         time_of("ours_save", lambda number=number: writer.save(state, Progress(number, number), must_succeed=True))
         mine = [ours / f"rank_{ranks.rank:05d}.safetensors", *([ours / "model.safetensors"] if ranks.is_main else [])]
-        time_of("ours_hash", lambda mine=mine: [sha256_of_file(path) for path in mine])
+        time_of("ours_hash", lambda mine=mine: [sha256_of(path) for path in mine])
         time_of("ours_verify", lambda ours=ours: verify(ours, ranks))
         time_of("ours_restore", lambda ours=ours: restore(state, ours, ranks))
 

@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from benchmarks.record import record
-from data_prep.images import _check_with_pillow
 from data_prep.shards.manifest import read_manifest
 from data_prep.shards.publish import changing
 from data_prep.shards.rewrite import Removal, rewrite_shards
 from data_prep.shards.verify import verify
 from data_prep.shards.writer import ShardWriter
+from formats.pictures import _check_with_pillow
 
 SAMPLES_PER_SHARD = 1000
 

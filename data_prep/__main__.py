@@ -11,7 +11,7 @@ from data_prep.commands.corpora import add_pack, add_synthetic
 from data_prep.commands.metadata import add_build, add_ingest, add_sources
 from data_prep.commands.shards import add_merge, add_reshard, add_tokenizer, add_verify
 from data_prep.commands.web import add_download, add_report, add_retry
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 # What a command imports, it imports when it runs: `--help` answers at once.
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
-from data_prep.files import write_json
+from formats.errors import UserError
+from formats.files import write_json
 
 STATE = "build.json"
 SHARDS = "{output}/shards"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from data_prep.files import write_text
+from formats.files import write_atomically
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,7 +24,7 @@ def write_html(path: Path, template: str, content: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     css = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
-    write_text(path, environment.get_template(template).render(css=css, **content))
+    write_atomically(path, environment.get_template(template).render(css=css, **content))
 
 
 def data_uri(data: bytes, media_type: str) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -16,9 +16,9 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from formats.errors import UserError
 from pipeline.data.word_counts import read_word_frequencies
 from pipeline.entry import add_launcher_argument, run
-from pipeline.errors import UserError
 from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job

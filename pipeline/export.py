@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from formats.errors import UserError
+from formats.files import flush_to_disk
 from pipeline.entry import run
-from pipeline.errors import UserError
 from pipeline.exporting.export_formats import FORMATS, ExportFormat
 from pipeline.exporting.parity import (
     Difference,
@@ -28,7 +29,6 @@ from pipeline.exporting.parity import (
     reload_difference,
     with_captions,
 )
-from pipeline.files import flush_to_disk
 from pipeline.inference import InferenceModel, load_for_inference
 
 

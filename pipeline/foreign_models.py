@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from formats.errors import UserError
+from formats.files import sha256_of
 from model.clip import CLIP
 from model.config import CLIPConfig, TextConfig, VisionConfig, config_from_name
 from model.masking import MaskingConfig
 from model.patches import PIXEL_MEAN, PIXEL_STD
 from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
-from pipeline.errors import UserError
-from pipeline.files import sha256_of_file
 from pipeline.inference import InferenceModel, first_mismatch, load_for_inference
 from pipeline.training.weights.weight_sources import WeightsFile, find_weights, read_traits, read_weights
 
@@ -51,7 +51,7 @@ def load_any_model(
         checkpoint=str(path),
         step=None,
         samples_seen=None,
-        weights_sha256=sha256_of_file(file.path),
+        weights_sha256=sha256_of(file.path),
         masking=MaskingConfig(strategy="none"),
     )
 

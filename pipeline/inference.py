@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
-from pipeline.errors import UserError
 from pipeline.training.checkpoints.checkpoint import (
     AVERAGED_WEIGHTS,
     MODEL_CARD,

@@ -19,11 +19,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from formats.errors import UserError
+from formats.files import write_atomically
 from model.masking import STRATEGIES
 from pipeline.data.image_sources import CaptionedImage, load_image, read_images
 from pipeline.entry import run
-from pipeline.errors import UserError
-from pipeline.files import write_atomically
 from pipeline.recipe_files import load_recipe
 from pipeline.reporting.preview_setting import make_setting, parse_strategies
 from pipeline.reporting.preview_sheet import SHOWS, Sheet, make_sheet

@@ -13,8 +13,8 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
+from formats.errors import UserError
 from pipeline.entry import run
-from pipeline.errors import UserError
 from pipeline.planning.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import PeerLostError, UserError
+from formats.errors import PeerLostError, UserError
 
 
 @dataclass(frozen=True)

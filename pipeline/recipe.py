@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from formats.errors import UserError
 from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.loss import LossKind
 from model.loss_tiles import Kernel
 from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
-from pipeline.errors import UserError
 from pipeline.recipe_stages import merge_stages
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]

@@ -14,7 +14,7 @@ import fsspec
 import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import UserError, did_you_mean
+from formats.errors import UserError, did_you_mean
 from pipeline.recipe import Recipe, Section
 from pipeline.recipe_stages import find_stage, merge_stages
 

@@ -17,11 +17,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from formats.errors import UserError
+from formats.files import write_atomically
 from pipeline.entry import run
-from pipeline.errors import UserError
 from pipeline.evaluation.jobs import read_jobs, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
-from pipeline.files import write_atomically
 from pipeline.recipe import Recipe
 from pipeline.reporting import report_tables as tables
 from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness

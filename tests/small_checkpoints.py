@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.files import sha256_of_file
+from formats.files import sha256_of
 from pipeline.training.checkpoints.checkpoint import Contents, FileRecord, checkpoint_directory
 from pipeline.training.checkpoints.checkpoint_writer import publish
 from pipeline.training.progress import Progress
@@ -19,6 +19,6 @@ def save_small_checkpoint(run: Path, step: int, resume: str = "auto") -> Path:
     directory.mkdir(parents=True)
     for name in ("model.safetensors", "rank_00000.safetensors"):
         save_file({"a": torch.full((100,), float(step))}, directory / name)
-    files = {path.name: FileRecord(path.stat().st_size, sha256_of_file(path)) for path in directory.iterdir()}
+    files = {path.name: FileRecord(path.stat().st_size, sha256_of(path)) for path in directory.iterdir()}
     publish(directory, Contents(Progress(step, step), 1, 1, "fp32", {}, {"train": {"resume": resume}}, files))
     return directory

@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_PARTY = {"model", "data_prep", "pipeline"}
-MAY_IMPORT = {"model": {"model"}, "data_prep": {"data_prep"}, "pipeline": {"pipeline", "model"}}
-NEVER = {"data_prep": {"torch", "deepspeed"}, "pipeline": {"img2dataset"}}
+FIRST_PARTY = {"model", "formats", "data_prep", "pipeline"}
+MAY_IMPORT = {
+    "model": {"model"},
+    "formats": {"formats"},
+    "data_prep": {"data_prep", "formats"},
+    "pipeline": {"pipeline", "model", "formats"},
+}
+NEVER = {
+    "formats": {"torch", "deepspeed", "img2dataset", "aiohttp"},
+    "data_prep": {"torch", "deepspeed"},
+    "pipeline": {"img2dataset"},
+}
 
 
 def imported_packages(source: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from data_prep.commands.options import (
     not_negative,
     positive,
 )
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 MOST_BITS = 16  # of --max-distance
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.commands.options import Commands, add_command, add_output, add_processes, positive
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 
 def add_synthetic(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.commands.options import Commands, add_command, add_processes, array_slice, not_negative, positive
-from data_prep.errors import UserError
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE
+from formats.errors import UserError
 
 UNIQUE = ("url", "caption", "pair", "none")
 

@@ -14,7 +14,7 @@ from data_prep.commands.options import (
     byte_count,
     positive,
 )
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 
 def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:

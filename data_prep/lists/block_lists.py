@@ -12,8 +12,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.errors import UserError
 from data_prep.lists.cleaning import canonical_url
+from formats.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _HOST = re.compile(r"[^\s/:@]+")

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.errors import UserError
 from data_prep.lists.cleaning import canonical_urls, clean_captions
 from data_prep.lists.duplicates import Digests, digests
 from data_prep.lists.row_filters import Filters, conditions
 from data_prep.lists.url_lists import EXAMPLE_CHARS, Chunk
+from formats.errors import UserError
 
 UID_HEX_DIGITS = 32
 SCHEMA = pa.schema(

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from data_prep.console import nearest, print_table
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 GENERIC = ("tsv", "csv", "jsonl", "parquet")
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from data_prep.console import print_table, progress_bar
-from data_prep.errors import UserError
 from data_prep.lists.canonical import Rejects
 from data_prep.lists.catalogue import SOURCES
 from data_prep.lists.duplicates import DuplicateMask
@@ -33,6 +32,7 @@ from data_prep.lists.ingest_parts import (
 )
 from data_prep.lists.list_files import Piece, find_pieces
 from data_prep.parallel import map_in_processes
+from formats.errors import UserError
 
 COUNT_TOLERANCE = 0.001
 

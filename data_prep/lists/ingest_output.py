@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
 from data_prep.lists.canonical import SCHEMA, Rejects
 from data_prep.lists.duplicates import DuplicateMask, Mask
 from data_prep.lists.folders import Folder, parent_and_name
 from data_prep.lists.ingest_parts import Part, read_part
 from data_prep.parallel import map_in_processes
+from formats.errors import UserError
 
 ROWS_PER_GROUP = 100_000
 REPORT, REJECTS = "ingest.json", "rejects.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 
 def check_detector() -> None:

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE, SOURCES, withdrawn_source
 from data_prep.lists.lines import lines
 from data_prep.lists.url_lists import READERS, Chunk, ColumnChoice, Range, find_columns
+from formats.errors import UserError
 
 PIECE_BYTES = 128 << 20  # of text: about 600,000 rows
 PIECE_ROWS = 500_000  # of parquet, in whole row groups

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
 from data_prep.lists.block_lists import BlockList
 from data_prep.lists.languages import detect_languages
+from formats.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
 from data_prep.lists.lines import OVERLONG, blocks_of_lines, lines
+from formats.errors import UserError
 
 ROWS_PER_CHUNK = 50_000
 EXAMPLES_PER_CHUNK = 5

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.console import print_table
-from data_prep.errors import UserError
-from data_prep.files import replacing, write_json
 from data_prep.near.dedup_page import Pair, write_page
 from data_prep.near.near_duplicates import nearest_kept
 from data_prep.near.picture_hashes import PictureHashes, evaluation_files, shard_files
 from data_prep.shards.publish import changing, reading
 from data_prep.shards.rewrite import Removal, rewrite_shards
+from formats.errors import UserError
+from formats.files import replacing, write_json
 
 FORMAT_VERSION = 1
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from data_prep.images import image_extension
+from formats.pictures import image_extension
 
 HASH_VERSION = 1  # hashes of different versions cannot be compared
 SIDE = 32

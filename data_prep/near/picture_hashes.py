@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
-from data_prep.files import replacing, sha256_of
-from data_prep.images import ImageError, check_image
 from data_prep.near.perceptual_hash import HASH_VERSION, hash_pictures, shrink
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
-from data_prep.shards.tar_reader import IMAGE_TYPES, TarSamples
+from formats.errors import UserError
+from formats.files import replacing, sha256_of
+from formats.pictures import ImageError, check_image
+from formats.tar import IMAGE_TYPES, TarSamples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
-from data_prep.images import image_extension
+from formats.errors import UserError
+from formats.pictures import image_extension
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_NAMES = ("image", "filepath", "path", "image_path", "file_name", "filename", "jpg")

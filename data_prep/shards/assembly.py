@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.errors import UserError
-from data_prep.files import sha256_of, write_json, write_json_lines
 from data_prep.shards.manifest import MANIFEST, PROVENANCE, ShardLine, read_manifest, read_provenance, write_manifest
 from data_prep.shards.writer import Members
+from formats.errors import UserError
+from formats.files import sha256_of, write_json, write_json_lines
 
 SETTINGS = "settings.json"
 NOTES = "done.jsonl"

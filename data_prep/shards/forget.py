@@ -13,15 +13,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
-from data_prep.files import sha256_of
 from data_prep.lists.cleaning import canonical_url
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import ShardLine, read_manifest
 from data_prep.shards.publish import QUARANTINE, changing
 from data_prep.shards.rewrite import Removal, rewrite_shards
-from data_prep.shards.tar_reader import IMAGE_TYPES, Sample, TarSamples
 from data_prep.web.ledger import forget_rows
+from formats.errors import UserError
+from formats.files import sha256_of
+from formats.tar import IMAGE_TYPES, Sample, TarSamples
 
 RECORD = "forgotten.jsonl"
 _UNSEARCHABLE = "look at {}: what follows the damage cannot be searched; repair or delete it"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from data_prep.files import sha256_of
-from data_prep.images import ImageError, ImageTooLargeError, check_image
 from data_prep.shards.manifest import ShardLine
-from data_prep.shards.tar_reader import IMAGE_TYPES, Sample, TarSamples
+from formats.files import sha256_of
+from formats.pictures import ImageError, ImageTooLargeError, check_image
+from formats.tar import IMAGE_TYPES, Sample, TarSamples
 
 
 def inspect_shard(path: Path) -> ShardLine:

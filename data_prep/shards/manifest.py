@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines, write_json, write_json_lines
-from data_prep.shards.tar_reader import SAMPLE_TYPES, Sample, TarSamples
-from data_prep.versions import version_of
+from formats.errors import UserError
+from formats.files import read_json_lines, write_json, write_json_lines
+from formats.tar import SAMPLE_TYPES, Sample, TarSamples
+from formats.versions import version_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"

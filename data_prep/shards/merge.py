@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.console import progress_bar
-from data_prep.files import replacing, sha256_of
 from data_prep.parallel import map_in_processes
 from data_prep.shards.assembly import (
     Assembly,
@@ -22,6 +21,7 @@ from data_prep.shards.assembly import (
 from data_prep.shards.manifest import ShardLine, usable_samples
 from data_prep.shards.publish import reading
 from data_prep.shards.writer import TarWriter
+from formats.files import replacing, sha256_of
 
 
 @dataclasses.dataclass(frozen=True)

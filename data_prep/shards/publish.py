@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines, write_json_lines, write_text
 from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE, ShardLine, check_directory, write_manifest
+from formats.errors import UserError
+from formats.files import read_json_lines, write_atomically, write_json_lines
 
 STAGED = ".staged"
 JOURNAL = "journal.json"
@@ -91,7 +91,7 @@ def publish(
     for name in published:
         _sync(staged / name)
     journal = {"publish": published, "quarantine": {name: _free_name(directory, name) for name in quarantine}}
-    write_text(staged / JOURNAL, json.dumps(journal))
+    write_atomically(staged / JOURNAL, json.dumps(journal))
     _sync(staged / JOURNAL)
     _sync(staged)
     _carry_out(directory)

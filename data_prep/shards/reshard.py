@@ -10,8 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
-from data_prep.files import sha256_of
 from data_prep.shards.assembly import (
     Assembly,
     dense_key,
@@ -25,6 +23,8 @@ from data_prep.shards.publish import reading
 from data_prep.shards.shuffle import BucketShuffle
 from data_prep.shards.uid_list import UidList, read_uids
 from data_prep.shards.writer import Members, ShardWriter
+from formats.errors import UserError
+from formats.files import sha256_of
 
 Source = tuple[Path, ShardLine]
 

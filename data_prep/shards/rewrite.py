@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import progress_bar
-from data_prep.files import sha256_of
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import PROVENANCE, ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import publish
 from data_prep.shards.writer import TarWriter
+from formats.files import sha256_of
 
 BATCH_BYTES = 4 << 30  # disk that may be needed besides the shards: so much is staged before it is published
 

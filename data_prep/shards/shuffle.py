@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.files import write_json
 from data_prep.shards.writer import Members
+from formats.files import write_json
 
 STATE = "buckets.json"
 _BUCKETS_PER_MEMORY = 3  # a bucket, the samples cut out of it, and the room that chance needs

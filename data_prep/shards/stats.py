@@ -16,14 +16,14 @@ import sentencepiece
 from PIL import Image
 
 from data_prep.console import print_table, progress_bar
-from data_prep.errors import UserError
-from data_prep.files import make_folder, write_json
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import reading
 from data_prep.shards.stats_page import write_page
-from data_prep.shards.tar_reader import IMAGE_TYPES
 from data_prep.shards.words import WordCounts, words_of
+from formats.errors import UserError
+from formats.files import make_folder, write_json
+from formats.tar import IMAGE_TYPES
 
 FORMAT_VERSION = 1
 LARGEST = 20_000  # larger values are counted as this one, so that memory has a bound

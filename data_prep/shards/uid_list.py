@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 _HEX_UID = re.compile(r"[0-9a-fA-F]{32}")
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.console import print_table, progress_bar
-from data_prep.files import sha256_of
 from data_prep.parallel import map_in_processes
 from data_prep.shards.inspection import inspect_shard
 from data_prep.shards.manifest import MANIFEST, RULES, ShardLine, find_shards, read_manifest
 from data_prep.shards.publish import QUARANTINE, changing, publish, reading
 from data_prep.shards.rewrite import Removal, rewrite_shards
+from formats.files import sha256_of
 
 PROGRESS = ".verify"  # a folder of files of lines, one for each shard that an unfinished run has judged
 EXAMPLES_SHOWN = 3

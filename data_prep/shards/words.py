@@ -14,10 +14,10 @@ from operator import itemgetter
 from pathlib import Path
 
 from data_prep.console import progress_bar
-from data_prep.files import make_folder, write_json
 from data_prep.parallel import map_in_processes
 from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import reading
+from formats.files import make_folder, write_json
 
 FORMAT_VERSION = 1
 MOST_IN_MEMORY = 5_000_000  # distinct words; about half a GB

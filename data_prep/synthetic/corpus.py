@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from data_prep.errors import UserError
-from data_prep.files import building, write_json
 from data_prep.synthetic.drawing import draw_jpeg
 from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
 from data_prep.synthetic.grammar import ZERO_SHOT_TEMPLATES, caption
@@ -29,6 +27,8 @@ from data_prep.synthetic.scenes import (
     sample_single,
 )
 from data_prep.synthetic.studio import BLOCK, Studio
+from formats.errors import UserError
+from formats.files import building, write_json
 
 FORMAT_VERSION = 1
 IMAGES_PER_CLASS = 16

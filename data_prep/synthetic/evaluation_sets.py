@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.errors import UserError
-from data_prep.files import write_json, write_text
-from data_prep.images import image_extension
 from data_prep.shards.writer import Members, ShardWriter
+from formats.errors import UserError
+from formats.files import write_atomically, write_json
+from formats.pictures import image_extension
 
 
 def write_classification_set(
@@ -38,8 +38,8 @@ def write_classification_set(
                 raise UserError(f"sample {index} has class {label}, but there are {len(classnames)} class names")
             yield {_extension(image, index): image, "cls": str(label).encode("ascii")}
 
-    write_text(directory / "classnames.txt", _lines(classnames))
-    write_text(directory / "zeroshot_classification_templates.txt", _lines(templates))
+    write_atomically(directory / "classnames.txt", _lines(classnames))
+    write_atomically(directory / "zeroshot_classification_templates.txt", _lines(templates))
     facts = {"allow_empty_classes": True} if allow_empty_classes else {}
     return _write_samples(directory, members(), samples_per_shard, facts)
 
@@ -62,7 +62,9 @@ def write_retrieval_set(
                 raise UserError(f"sample {index} has no caption or an empty one: every image needs captions")
             yield {_extension(image, index): image, "txt": "\n".join(lines).encode("utf-8")}
 
-    write_text(directory / "dataset_type.txt", "retrieval\n")  # without it CLIP_benchmark takes captions for classes
+    write_atomically(
+        directory / "dataset_type.txt", "retrieval\n"
+    )  # without it CLIP_benchmark takes captions for classes
     return _write_samples(directory, members(), samples_per_shard, {})
 
 
@@ -74,7 +76,7 @@ def _write_samples(
             writer.write(f"s{index:07d}", members)
     write_json(directory / "dataset.json", {"samples": writer.samples, **facts})
     # the number of shards comes last: readers find a set only once all of it is there
-    write_text(directory / "test" / "nshards.txt", f"{writer.shards}\n")
+    write_atomically(directory / "test" / "nshards.txt", f"{writer.shards}\n")
     return writer.samples
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 48_894  # of the file's many, those that CLIP uses

@@ -12,12 +12,12 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
-from data_prep.files import replacing, write_json
 from data_prep.shards.manifest import find_shards
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.tokens.clip_merges import ClipBytePairs, installed_merges
 from data_prep.tokens.fertility import fertility, print_fertility
+from formats.errors import UserError
+from formats.files import replacing, write_json
+from formats.tar import TarSamples
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 # SentencePiece sums its statistics thread by thread: a fixed number gives the same model on every machine

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
 from data_prep.shards.publish import adding
 from data_prep.web.ledger import Pass, read_statistics
 from data_prep.web.outcomes import OK, advice_for
 from data_prep.web.settings import Settings
 from data_prep.web.shard_worker import PROGRESS_DIRECTORY, progress_path, shards_under_way
+from formats.errors import UserError
 
 POLL_S = 0.2
 LOG = "download.log"

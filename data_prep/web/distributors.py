@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.util import find_spec
 
-from data_prep.errors import UserError
 from data_prep.web.shard_worker import ShardWorker, Task
+from formats.errors import UserError
 
 MULTIPROCESSING = "multiprocessing"
 DISTRIBUTORS = {MULTIPROCESSING: None, "pyspark": "pyspark", "ray": "ray"}  # and the package it needs

@@ -15,8 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.console import nearest
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines, replacing, sha256_of, write_json_lines
 from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE
 from data_prep.web.child import fill_missing_shards, working_in
 from data_prep.web.distributors import check_distributor
@@ -32,6 +30,8 @@ from data_prep.web.ledger import (
 )
 from data_prep.web.outcomes import MEANING, OK, print_outcomes
 from data_prep.web.settings import FIXED, Settings
+from formats.errors import UserError
+from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
 
 __all__ = ["Settings", "download", "retry"]
 

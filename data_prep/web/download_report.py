@@ -17,12 +17,12 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from data_prep.console import progress_bar
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines
 from data_prep.pages import data_uri, write_html
 from data_prep.shards.manifest import PROVENANCE
 from data_prep.web.ledger import count_outcomes, last_outcomes, read_passes, read_statistics
 from data_prep.web.outcomes import MEANING, OK, advice_for
+from formats.errors import UserError
+from formats.files import read_json_lines
 
 HOSTS_SHOWN = 15
 HOSTS_COUNTED = 200_000  # the rarest are forgotten above this, so that memory is bounded

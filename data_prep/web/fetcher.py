@@ -18,7 +18,6 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from data_prep.versions import version_of
 from data_prep.web.addresses import AddressPolicy, RefusedAddressError
 from data_prep.web.host_limits import HostLimits
 from data_prep.web.names import Names
@@ -37,6 +36,7 @@ from data_prep.web.outcomes import (
 )
 from data_prep.web.robots import PRODUCT, RobotsFiles, check_header
 from data_prep.web.settings import Settings
+from formats.versions import version_of
 
 MAX_REDIRECTS = 5
 ROBOTS_MAX_BYTES = 512 * 1024  # RFC 9309 asks for 500 KiB at least; what is beyond is not read

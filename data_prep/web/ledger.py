@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines, replacing
 from data_prep.shards.manifest import PROVENANCE
 from data_prep.web.outcomes import DECODE, OK, TOO_LARGE
+from formats.errors import UserError
+from formats.files import read_json_lines, replacing
 
 # columns that a url list brings along and that mean something else here: the published size and hash
 LISTED_HASH = "listed_sha256"

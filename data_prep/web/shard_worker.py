@@ -23,7 +23,6 @@ from typing import Any, TypeAlias
 import cv2
 import pyarrow as pa
 
-from data_prep.files import replacing, write_json
 from data_prep.shards.writer import TarWriter
 from data_prep.web.fetcher import Fetcher
 from data_prep.web.ledger import (
@@ -40,6 +39,7 @@ from data_prep.web.ledger import (
 from data_prep.web.outcomes import HASH, OK, OTHER, FetchError
 from data_prep.web.settings import Settings
 from data_prep.web.web_image import WebImage, to_jpeg
+from formats.files import replacing, write_json
 
 Row: TypeAlias = dict[str, Any]
 Task: TypeAlias = tuple[int, tuple[int, int]]  # shard, its rows of the list

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from data_prep import images
 from data_prep.web.jpeg_segments import orientation, without_metadata
 from data_prep.web.outcomes import DECODE, TOO_LARGE, FetchError
+from formats import pictures
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Boxes: TypeAlias = Sequence[Sequence[float]]
@@ -58,7 +58,7 @@ def to_jpeg(data: bytes, image_size: int, resize_mode: str, boxes: Boxes = ()) -
     width, height, is_plain_jpeg = _header(data)
     _check(data, width, height)
     target = _target(width, height, image_size, resize_mode)
-    turn = orientation(data) if images.image_extension(data) == "jpg" else 1
+    turn = orientation(data) if pictures.image_extension(data) == "jpg" else 1
     if is_plain_jpeg and target == (width, height) and turn == 1 and not boxes:
         pixels_HWC = _decode_jpeg(data, 1, 1)
         kept = _kept(data)
@@ -118,7 +118,7 @@ def blur_boxes(pixels_HWC: Pixels, boxes: Boxes) -> Pixels:
 
 def _header(data: bytes) -> tuple[int, int, bool]:
     """Width, height, and whether libjpeg-turbo reads it: from the header alone."""
-    if images.image_extension(data) == "jpg":
+    if pictures.image_extension(data) == "jpg":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "Gray"):
@@ -139,10 +139,10 @@ def _check(data: bytes, width: int, height: int) -> None:
         raise FetchError(TOO_LARGE, f"{width} x {height} pixels")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise FetchError(DECODE, f"a strip of {width} x {height} pixels")
-    if images.image_extension(data) == "jpg":
+    if pictures.image_extension(data) == "jpg":
         try:
-            images.check_scans(data, width, height)
-        except images.ImageTooLargeError as error:
+            pictures.check_scans(data, width, height)
+        except pictures.ImageTooLargeError as error:
             raise FetchError(TOO_LARGE, str(error)) from error
 
 
@@ -150,7 +150,7 @@ def _target(width: int, height: int, image_size: int, resize_mode: str) -> tuple
     """Width and height after scaling, before a crop or a border."""
     if resize_mode == "no":
         side = min(width, height)
-        if width * height > images.MAX_PIXELS or max(width, height) > images.MAX_SIDE:
+        if width * height > pictures.MAX_PIXELS or max(width, height) > pictures.MAX_SIDE:
             raise FetchError(TOO_LARGE, f"{width} x {height} pixels, and --resize-mode no")
         image_size = side
     side = min(width, height) if resize_mode in ("keep_ratio", "center_crop", "no") else max(width, height)

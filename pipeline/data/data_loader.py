@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from formats.errors import UserError
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
 from pipeline.data.mixture import MixedOrder
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
-from pipeline.errors import UserError
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64

@@ -15,11 +15,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from formats.errors import UserError
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.data.manifest import MANIFEST, read_manifest
 from pipeline.data.shard_index import index_tar
 from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
-from pipeline.errors import UserError
 from pipeline.evaluation.composition_files import GroupSet
 from pipeline.evaluation.datasets import ClassificationSet, MultiLabelSet, RetrievalSet, open_evaluation_set
 from pipeline.evaluation.tar_samples import ImageFile

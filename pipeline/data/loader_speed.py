@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from formats.errors import UserError
 from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, Sample, TrainingSet, collate, make_loader
 from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
 from pipeline.data.sample_order import BatchPlan
@@ -22,7 +23,6 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import TrainingData
-from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 _Arguments = ParamSpec("_Arguments")

@@ -11,7 +11,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 
 MANIFEST = "manifest.jsonl"
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.locked_file import open_exclusive, open_shared, remove_unless_locked
+from formats.errors import UserError
+from formats.locks import open_exclusive, open_shared, remove_unless_locked
 from pipeline.data.manifest import Shard
 from pipeline.data.shard_download import download
-from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 
 _PART = ".part"

@@ -11,8 +11,8 @@ from typing import IO
 
 from fsspec.core import split_protocol, url_to_fs
 
+from formats.errors import UserError
 from pipeline.data.manifest import VERIFY_AGAIN, Shard
-from pipeline.errors import UserError
 
 _ATTEMPTS = 5
 _FIRST_DELAY_S = 0.5

@@ -16,12 +16,12 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.locked_file import open_shared
+from formats.errors import UserError
+from formats.files import sha256_of
+from formats.locks import open_shared
 from pipeline.data.manifest import VERIFY_AGAIN, Shard
 from pipeline.data.shard_cache import NoRoomError, ShardCache
 from pipeline.data.tar_index import SampleIndex, index_samples
-from pipeline.errors import UserError
-from pipeline.files import sha256_of_file
 
 _BYTES_PER_SAMPLE = 64  # 32 of offsets and sizes, about as much for a key
 
@@ -85,7 +85,7 @@ def _stamp(shard: Shard, tar: IO[bytes]) -> list[int]:
 
 
 def _check_content(shard: Shard, path: Path) -> None:
-    if shard.sha256 and sha256_of_file(path) != shard.sha256:
+    if shard.sha256 and sha256_of(path) != shard.sha256:
         raise UserError(f"{shard.url} has another SHA-256 than in the manifest: {VERIFY_AGAIN}")
 
 

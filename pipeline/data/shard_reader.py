@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import IO
 
+from formats.errors import UserError
 from pipeline.data.manifest import Shard
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shard_index import index_path, read_index
 from pipeline.data.tar_index import SampleIndex
-from pipeline.errors import UserError
 
 _RETRY_S = 0.5
 

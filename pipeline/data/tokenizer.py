@@ -18,7 +18,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 
 CLIP_BPE = "clip-bpe"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from formats.errors import UserError
 from pipeline.data.manifest import Manifest, Shard, read_manifest
 from pipeline.data.mixture import MixedOrder
 from pipeline.data.sample_order import SampleOrder
-from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 
 

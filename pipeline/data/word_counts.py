@@ -10,7 +10,7 @@ from typing import Literal
 import fsspec
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 
 # What `data-prep words` counts, in lower case.
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.expectations import DATASET_FILE
 from pipeline.evaluation.set_files import read_json_object
 from pipeline.evaluation.tar_samples import ImageFile

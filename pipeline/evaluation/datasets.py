@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from formats.errors import UserError
 from pipeline.data.word_counts import WordFrequencies
-from pipeline.errors import UserError
 from pipeline.evaluation.class_names import class_names_of
 from pipeline.evaluation.composition_files import CompositionSet, GroupSet, read_composition_set
 from pipeline.evaluation.expectations import Expectations

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.known_sets import KNOWN_SETS, KnownSet, set_key
 from pipeline.evaluation.set_files import read_json_object
 

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.errors import UserError
+from formats.errors import UserError
+from formats.files import write_atomically, write_json
 from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.files import write_atomically, write_json
 
 _PIECE = re.compile(r"(\d+)-(\d+)\.safetensors")
 

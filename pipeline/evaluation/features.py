@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from formats.errors import UserError
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
-from pipeline.errors import UserError
 from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.slices import Slice

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from formats.errors import UserError
+from formats.files import write_json
 from model.masking import MaskingConfig
 from pipeline.data.word_counts import read_word_frequencies
-from pipeline.errors import UserError
 from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, open_evaluation_set
 from pipeline.evaluation.feature_store import Collection, FeatureStore
 from pipeline.evaluation.features import FeatureEncoder
@@ -25,7 +26,6 @@ from pipeline.evaluation.registry import TASKS, tasks_of
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.slices import Slice
 from pipeline.evaluation.task import Task
-from pipeline.files import write_json
 from pipeline.inference import ModelIdentity
 from pipeline.training.run_record import versions
 

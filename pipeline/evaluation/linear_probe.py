@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.bootstrap import Outcomes
 from pipeline.evaluation.datasets import ClassificationSample, ClassificationSet, EvaluationSet
 from pipeline.evaluation.feature_store import Collection

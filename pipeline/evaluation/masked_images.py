@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.masking import Guidance, MaskingConfig, PatchedImages, PatchSelection, choose_patches
 from model.packing import lengths_to_cu_seqlens
 from model.vision import embed_patches
-from pipeline.errors import UserError
 
 # They depend on a second model, or on the other images of the batch.
 _NOT_ALONE = ("attentive", "cluster-reference")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation import composition, groups, linear_probe, retrieval, zero_shot
 from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.task import Task

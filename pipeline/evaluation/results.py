@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from formats.errors import UserError
+from formats.files import write_atomically, write_json
 from pipeline.evaluation.bootstrap import Outcomes, intervals, means
-from pipeline.files import write_atomically, write_json
 
 RESULTS_FILE = "results.jsonl"
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.tar_samples import TarSample, read_tar_samples
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import UserError, did_you_mean
+from formats.errors import UserError, did_you_mean
 
 
 class Sweep(BaseModel):

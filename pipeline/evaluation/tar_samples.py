@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from formats.errors import UserError
 from pipeline.data.tar_index import IMAGE_TYPES, Member, read_members, split_name
-from pipeline.errors import UserError
 
 TEXT_TYPES = frozenset({"txt", "cls"})
 LABELS_TYPE = "npy"

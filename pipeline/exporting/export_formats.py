@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from formats.errors import UserError
 from model.config import CLIPConfig, Pool
 from model.open_clip_weights import from_open_clip, to_open_clip
 from model.patches import PIXEL_MEAN, PIXEL_STD
 from model.transformers_weights import from_transformers, to_transformers
 from pipeline.data.tokenizer import ClipBytePairs
-from pipeline.errors import UserError
 from pipeline.inference import InferenceModel
 
 Weights = Mapping[str, Tensor]

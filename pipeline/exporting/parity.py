@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.patches import normalize_pixels
 from pipeline.data.image_sources import load_image, read_images
-from pipeline.errors import UserError
 from pipeline.inference import InferenceModel
 
 TOLERANCE = 1e-5

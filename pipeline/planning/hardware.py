@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from pipeline.errors import UserError, did_you_mean
+from formats.errors import UserError, did_you_mean
 
 _GIB = 1 << 30
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from formats.errors import UserError, did_you_mean
 from model.class_attention import class_attention
 from model.config import config_from_name
 from model.masking import STRATEGIES, Guidance, MaskingConfig
 from model.vision import VisionTransformer, embed_patches
-from pipeline.errors import UserError, did_you_mean
 from pipeline.inference import load_for_inference
 from pipeline.recipe import Recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 

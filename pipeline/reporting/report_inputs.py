@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import read_recipe_file

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation import retrieval, zero_shot
 from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet
 from pipeline.reporting.confusion import MAX_CONFUSIONS, Confusion, draw_confusion

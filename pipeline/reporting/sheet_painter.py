@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.reporting.preview_sheet import Sheet
 
 _PAPER, _INK, _SOFT_INK = "#ffffff", "#1c2129", "#5b6472"

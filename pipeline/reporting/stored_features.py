@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.jobs import Job, job_files, read_job
 from pipeline.evaluation.task import Features, Task

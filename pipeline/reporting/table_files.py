@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.files import write_atomically
+from formats.files import write_atomically
 from pipeline.reporting.table import Cell, Row, Table
 
 _LATEX = {

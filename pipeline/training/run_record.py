@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomically, write_json
+from formats.errors import UserError
+from formats.files import write_atomically, write_json
 from pipeline.recipe import EvaluationSection, FaultsSection, LogSection, Recipe
 from pipeline.recipe_files import read_recipe_file
 

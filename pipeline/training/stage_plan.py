@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from formats.errors import UserError
 from model.config import CLIPConfig
 from model.flops import step_flops
 from model.masking import MaskingConfig
 from pipeline.data.data_loader import BATCHES_AHEAD
 from pipeline.data.sample_order import BatchPlan
-from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.training.progress import Progress, StageStart
 

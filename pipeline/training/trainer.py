@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from formats.errors import UserError
 from model.clip import CLIP
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
@@ -20,7 +21,6 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.training_data import TrainingData
-from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import Carried, TrainingState, checkpoint_directory, newest_checkpoint
 from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter

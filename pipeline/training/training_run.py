@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from formats.errors import UserError
+from formats.files import write_json
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.shard_cache import check_room
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
-from pipeline.errors import UserError
-from pipeline.files import write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoints.checkpoint import checkpoint_directory, read_contents

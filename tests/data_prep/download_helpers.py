@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.web.ledger import last_outcomes
+from formats.tar import TarSamples
 
 
 def write_urls(path: Path, urls: list[str], **columns: list[object]) -> Path:

@@ -18,9 +18,9 @@ from make_images import write_tar
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.files import sha256_of
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.shards.verify import verify
+from formats.files import sha256_of
+from formats.tar import TarSamples
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree"}
 

@@ -16,7 +16,7 @@ from make_images import encoded
 
 from data_prep.__main__ import main
 from data_prep.build import Plan, build, read_plan
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

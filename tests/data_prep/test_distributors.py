@@ -11,8 +11,8 @@ from download_helpers import ledger, samples, write_urls
 from make_images import encoded
 from small_web import Page, SmallWeb
 
-from data_prep.errors import UserError
 from data_prep.web.download import Settings, download
+from formats.errors import UserError
 
 
 @pytest.fixture(scope="module")

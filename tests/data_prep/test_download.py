@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from make_images import encoded
 from small_web import Page, SmallWeb
 
-from data_prep.errors import UserError
 from data_prep.shards.forget import forget
 from data_prep.shards.publish import changing
 from data_prep.web.download import Settings, download, retry
 from data_prep.web.ledger import read_rows
+from formats.errors import UserError
 
 SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
 KILLS = int(os.environ.get("CLUSTER_CLIP_KILLS", "4"))

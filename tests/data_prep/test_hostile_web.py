@@ -20,12 +20,12 @@ from PIL import Image
 from small_dns import SERVER_FAILURE, SmallDns
 from small_web import Page, SmallWeb, self_signed
 
-from data_prep.errors import UserError
 from data_prep.shards.verify import verify
 from data_prep.web.download import Settings, download, retry
 from data_prep.web.ledger import Pass, count_outcomes
 from data_prep.web.shard_worker import ShardWorker
 from data_prep.web.web_image import WebImage, to_jpeg
+from formats.errors import UserError
 
 SETTINGS = Settings(
     image_size=32, samples_per_shard=100, processes=1, threads=64, timeout_s=1.5, deadline_s=3.0, max_bytes=2_000_000,

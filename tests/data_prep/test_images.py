@@ -12,7 +12,7 @@ import simplejpeg
 from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image
 
-from data_prep.images import ImageError, ImageTooLargeError, check_image, image_extension
+from formats.pictures import ImageError, ImageTooLargeError, check_image, image_extension
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
@@ -106,7 +106,7 @@ def test_damage_that_a_full_decode_finds_is_found() -> None:
 
 def quick_verdict(data: bytes) -> bool:
     """What the first, quick decode of `check_image` says."""
-    with mock.patch("data_prep.images._check_with_pillow", side_effect=ImageError):
+    with mock.patch("formats.pictures._check_with_pillow", side_effect=ImageError):
         try:
             check_image(data)
         except ImageError:

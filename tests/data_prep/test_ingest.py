@@ -17,7 +17,6 @@ import pytest
 from ingest_helpers import KEEP_ALL, done, of_format, read, rows_of
 
 from data_prep.__main__ import main
-from data_prep.errors import UserError
 from data_prep.lists.block_lists import BlockList
 from data_prep.lists.canonical import SCHEMA
 from data_prep.lists.catalogue import INGESTIBLE, SOURCES
@@ -25,6 +24,7 @@ from data_prep.lists.ingest import ingest
 from data_prep.lists.ingest_parts import Options
 from data_prep.lists.list_files import ListFormat
 from data_prep.lists.row_filters import Filters
+from formats.errors import UserError
 
 ROWS = [
     ("http://a.example/1.jpg", 'a "quoted" cat, sitting'),

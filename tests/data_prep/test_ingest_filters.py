@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_helpers import done, rows_of
 
-from data_prep.errors import UserError
 from data_prep.lists.block_lists import read_block_lists
 from data_prep.lists.ingest import ingest
 from data_prep.lists.ingest_parts import Options
 from data_prep.lists.row_filters import Filters
+from formats.errors import UserError
 
 
 def test_limits_on_published_columns(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipeline.data.manifest
-from data_prep.errors import UserError
-from data_prep.files import read_json_lines
 from data_prep.shards.manifest import ShardLine, read_manifest
-from pipeline.errors import UserError as PipelineError
+from formats.errors import UserError
+from formats.errors import UserError as PipelineError
+from formats.files import read_json_lines
 
 FILES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(

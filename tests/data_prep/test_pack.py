@@ -14,10 +14,10 @@ import webdataset
 from make_images import encoded
 
 from data_prep.__main__ import main
-from data_prep.errors import UserError
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.shards.verify import verify
 from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
+from formats.errors import UserError
+from formats.tar import TarSamples
 
 PICTURES = [encoded(0), encoded(1, kind="PNG"), encoded(2, kind="WEBP")]
 CAPTIONS = [["one", "uno"], ["two"], ["three", "drei\nzeilen"]]

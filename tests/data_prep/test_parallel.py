@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
 from data_prep.parallel import map_in_processes
+from formats.errors import UserError
 
 
 @pytest.mark.parametrize("processes", [1, 2])

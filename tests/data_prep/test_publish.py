@@ -15,15 +15,15 @@ from make_images import write_tar
 from make_shards import assert_consistent, contents, killed_at, make_shards, manifest, sample, snapshot
 from shard_reading import loader_index
 
-from data_prep.errors import UserError
 from data_prep.near.dedup import dedup
 from data_prep.shards.forget import forget
 from data_prep.shards.merge import merge
 from data_prep.shards.publish import changing, reading
 from data_prep.shards.reshard import Layout, reshard
 from data_prep.shards.verify import verify, verify_slice
+from formats.errors import UserError
+from formats.errors import UserError as PipelineError
 from pipeline.data.manifest import read_manifest
-from pipeline.errors import UserError as PipelineError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,13 +18,13 @@ from make_shards import assert_consistent, captions, contents, make_shards, mani
 from shard_reading import loader_index
 
 from data_prep.__main__ import main
-from data_prep.errors import UserError
 from data_prep.shards.merge import merge
 from data_prep.shards.reshard import Layout, reshard
 from data_prep.shards.shuffle import BucketShuffle
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.shards.uid_list import read_uids
 from data_prep.shards.verify import verify
+from formats.errors import UserError
+from formats.tar import TarSamples
 from pipeline.data.manifest import read_manifest
 
 

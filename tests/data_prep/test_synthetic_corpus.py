@@ -15,10 +15,10 @@ import pytest
 from caption_parser import parse
 from PIL import Image
 
-from data_prep.errors import UserError
 from data_prep.synthetic import corpus as synthetic
 from data_prep.synthetic.hard_negatives import KINDS
 from data_prep.synthetic.scenes import COLOURS, SHAPES
+from formats.errors import UserError
 
 TRAIN, VALIDATION, SIZE = 620, 60, 32
 BASE_URL = "http://127.0.0.1:8000/corpus/"

@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 from make_images import encoded, write_tar
 
-from data_prep.errors import UserError
 from data_prep.tokens.clip_merges import MERGES, ClipBytePairs
 from data_prep.tokens.fertility import fertility
 from data_prep.tokens.training import TokenizerSettings, train_tokenizer
+from formats.errors import UserError
 
 WORDS = ("red", "blue", "green", "small", "large", "circle", "square", "star", "left", "above")
 CAPTIONS = [f"A {a} {b} Ähre {c}." for a, b, c in itertools.permutations(WORDS, 3)]

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import UserError
 from data_prep.lists import lines as lines_module
 from data_prep.lists.canonical import Rejects, canonicalise
 from data_prep.lists.lines import OVERLONG, blocks_of_lines, lines
 from data_prep.lists.row_filters import Filters
 from data_prep.lists.url_lists import READERS, ColumnChoice, Range, find_columns
+from formats.errors import UserError
 
 COLUMNS = {"url": "url", "caption": "caption"}
 BYTES = st.lists(

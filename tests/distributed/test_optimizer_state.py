@@ -15,7 +15,7 @@ from forked_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
 from pipeline.training.engines.engine import release

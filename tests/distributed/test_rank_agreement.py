@@ -7,7 +7,7 @@ import torch
 from forked_ranks import run_ranks
 from torch import nn
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.faults.rank_check import RankCheck, bit_sums, check_same_start
 from pipeline.training.faults.step_vote import StepVote

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.files import sha256_of_file
+from formats.files import sha256_of
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, newest_checkpoint
 from pipeline.training.run_record import RECORD
 from pipeline.training.weights.start_weights import RECORD_KEY
@@ -36,7 +36,7 @@ def test_all_ranks_have_the_weights_that_one_of_them_read(
     assert checkpoint is not None
     done = launch(WORKER, str(first_run), str(tokenizer_file), str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    weights, sha256 = load_file(checkpoint / WEIGHTS), sha256_of_file(checkpoint / WEIGHTS)
+    weights, sha256 = load_file(checkpoint / WEIGHTS), sha256_of(checkpoint / WEIGHTS)
     for rank in range(2):
         found = load_file(tmp_path / f"{sha256}_{rank}.safetensors")
         assert found.keys() == weights.keys()
@@ -62,7 +62,7 @@ def test_a_run_starts_from_another_at_a_larger_image_size(
     assert before is not None
     assert after is not None
     assert f"starting from {before / WEIGHTS}" in done.stdout
-    assert json.loads((run / RECORD).read_text())[RECORD_KEY] == sha256_of_file(before / WEIGHTS)
+    assert json.loads((run / RECORD).read_text())[RECORD_KEY] == sha256_of(before / WEIGHTS)
     old, new = load_file(before / WEIGHTS), load_file(after / WEIGHTS)
     assert old.keys() == new.keys()
     for name in old.keys() - {"visual.positional_embedding"}:

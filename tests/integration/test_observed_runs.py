@@ -11,8 +11,8 @@ from conftest import jpeg_bytes, write_tar
 from forked_ranks import start_program
 from safetensors.torch import load_file
 
+from formats.errors import UserError
 from pipeline import evaluate, train
-from pipeline.errors import UserError
 from pipeline.evaluation.results import read_results
 
 pytestmark = pytest.mark.slow

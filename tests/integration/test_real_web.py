@@ -16,11 +16,11 @@ import pytest
 from small_web import Page, SmallWeb
 
 from data_prep.lists.ingest import ingest
-from data_prep.shards.tar_reader import TarSamples
 from data_prep.shards.verify import verify
 from data_prep.web.download import Settings, download, retry
 from data_prep.web.download_report import write_report
 from data_prep.web.ledger import last_outcomes
+from formats.tar import TarSamples
 
 DATA = Path(os.environ.get("CLUSTER_CLIP_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ORIGINALS = DATA / "flickr8k_originals_300.parquet"

@@ -11,8 +11,8 @@ import pytest
 from conftest import write_shards
 from forked_ranks import start_program
 
+from formats.errors import UserError
 from pipeline import train
-from pipeline.errors import UserError
 
 WORLD, RANK, SAMPLES = 1024, 777, 1_100
 Simulate = Callable[..., tuple[int, str]]

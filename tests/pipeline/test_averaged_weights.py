@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved_runs import save_run
 
+from formats.errors import UserError
+from formats.files import sha256_of
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.errors import UserError
 from pipeline.evaluation.results import Result
-from pipeline.files import sha256_of_file
 from pipeline.foreign_models import load_any_model
 from pipeline.inference import InferenceModel
 from pipeline.reporting.result_rows import row_label
@@ -37,7 +37,7 @@ def run(tmp_path: Path, tokenizer_file: Path) -> Path:
     average = checkpoint / AVERAGED_WEIGHTS
     save_file({name: value + 1 for name, value in load_file(checkpoint / WEIGHTS).items()}, average)
     contents = read_contents(checkpoint)
-    contents.files[average.name] = FileRecord(average.stat().st_size, sha256_of_file(average))
+    contents.files[average.name] = FileRecord(average.stat().st_size, sha256_of(average))
     publish(checkpoint, contents)
     return run
 
@@ -53,11 +53,11 @@ def test_a_run_or_a_checkpoint_with_the_file_behind_it_is_the_average(run: Path)
         load_any_model(str(path), CPU) for path in (run, run / AVERAGED_WEIGHTS, checkpoint / AVERAGED_WEIGHTS)
     )
     assert plain.checkpoint == str(checkpoint)
-    assert plain.weights_sha256 == sha256_of_file(checkpoint / WEIGHTS)
+    assert plain.weights_sha256 == sha256_of(checkpoint / WEIGHTS)
     for model in averaged:
         assert torch.equal(model.clip.visual.proj, plain.clip.visual.proj + 1)
         assert model.checkpoint == str(checkpoint / AVERAGED_WEIGHTS)
-        assert model.weights_sha256 == sha256_of_file(checkpoint / AVERAGED_WEIGHTS)
+        assert model.weights_sha256 == sha256_of(checkpoint / AVERAGED_WEIGHTS)
     assert [label(plain), label(averaged[0])] == ["first", "first, averaged weights"]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from formats.errors import UserError
 from pipeline import bench_data
 from pipeline.data import loader_speed
-from pipeline.errors import UserError
 
 PARTS = ["read", "decode", "augment", "tokenise", "collate"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import jpeg_bytes, write_shards, write_tar
 
+from formats.errors import UserError
 from pipeline.data.data_loader import MicroBatches, TrainingSet, collate, make_loader
 from pipeline.data.manifest import read_manifest
 from pipeline.data.sample_order import BatchPlan
@@ -20,7 +21,6 @@ from pipeline.data.tar_index import index_samples, read_members
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
-from pipeline.errors import UserError
 from pipeline.recipe import DataSection, TextMaskingSection
 
 

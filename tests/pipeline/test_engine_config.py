@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from formats.errors import UserError
 from pipeline.data.sample_order import BatchPlan
-from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine_config import (

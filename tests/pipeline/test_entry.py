@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from formats.errors import UserError
 from pipeline.entry import run
-from pipeline.errors import UserError
 
 
 class Left(BaseException):

@@ -15,9 +15,9 @@ import yaml
 from evaluation_material import CPU, encode, encoder_of, letter_model, retrieval_set, run_program, write_noise
 from PIL import Image
 
+from formats.errors import UserError
 from pipeline import evaluate as program
 from pipeline import report
-from pipeline.errors import UserError
 from pipeline.evaluation.composition_files import CompositionSample, CompositionSet
 from pipeline.evaluation.datasets import (
     ClassificationSample,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.class_names import all_class_names
 from pipeline.evaluation.composition_files import CompositionSet, GroupSet
 from pipeline.evaluation.datasets import (

@@ -10,16 +10,16 @@ import pytest
 import torch
 from evaluation_material import CPU, encode, encoder_of, letter_model, write_noise
 
+from formats.errors import UserError
+from formats.files import write_atomically
 from model.clip import CLIP
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.errors import UserError
 from pipeline.evaluation.feature_store import Collection, FeatureStore
 from pipeline.evaluation.features import distinct
 from pipeline.evaluation.slices import Slice
 from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.files import write_atomically
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.results import Result, format_table, read_results, write_results
 
 

@@ -12,8 +12,8 @@ from evaluation_material import CPU, encoder_of, letter_model, retrieval_set, ru
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formats.errors import UserError
 from pipeline import report
-from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
     open_evaluation_set,
 )

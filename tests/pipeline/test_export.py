@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from saved_runs import save_run, synthetic_merges
 
+from formats.errors import UserError
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.errors import UserError
 from pipeline.export import main
 from pipeline.exporting.export_formats import FORMATS
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from saved_runs import save_run, synthetic_merges
 
+from formats.errors import UserError
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.errors import UserError
 from pipeline.export import main as export
 from pipeline.foreign_models import load_any_model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from report_material import HOSTILE, result_of, write_run
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.evaluation.results import Result
 from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
 from pipeline.reporting.group_tables import group_tables

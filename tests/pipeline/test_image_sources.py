@@ -10,8 +10,8 @@ import pytest
 from conftest import jpeg_bytes, write_shards, write_tar
 from PIL import Image
 
+from formats.errors import UserError
 from pipeline.data.image_sources import load_image, read_images
-from pipeline.errors import UserError
 
 
 def write_folder(directory: Path, count: int) -> Path:

@@ -8,7 +8,7 @@ import signal
 import pytest
 from torch.utils.data import DataLoader
 
-from pipeline.errors import PeerLostError
+from formats.errors import PeerLostError
 from pipeline.ranks import explain_lost_peers
 
 

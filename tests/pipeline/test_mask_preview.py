@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 from preview_material import PATCH, SIZE, stand_in_checkpoint, write_pictures
 
+from formats.errors import UserError
 from pipeline import mask_preview
-from pipeline.errors import UserError
 
 TINY = ["--image-size", str(SIZE), "--patch-size", str(PATCH)]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import jpeg_bytes, write_shards
 
+from formats.errors import UserError
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
@@ -19,7 +20,6 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
-from pipeline.errors import UserError
 from pipeline.recipe import DataSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe, read_recipe_file
 

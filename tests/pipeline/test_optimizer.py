@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from formats.errors import UserError
 from model.clip import CLIP
-from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
 from pipeline.training.engines.engine_config import TEMPLATES_DIRECTORY
 from pipeline.training.engines.muon import MuonAdamW, orthogonalized

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.config import config_from_name
 from pipeline import plan
-from pipeline.errors import UserError
 from pipeline.planning.activations import text_memory, vision_memory
 from pipeline.planning.communication import Traffic, step_traffic
 from pipeline.planning.hardware import find_accelerator, find_interconnect

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from preview_material import sheet_of, write_pictures
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.reporting.mask_pictures import heat_map, outline, tint_clusters
 from pipeline.reporting.sheet_painter import paint
 

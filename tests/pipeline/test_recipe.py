@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe, read_recipe_file
 

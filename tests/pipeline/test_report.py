@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from formats.errors import UserError
 from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
-from pipeline.errors import UserError
 from pipeline.evaluation.results import Result, write_results
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import parse_recipe

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_checkpoints import save_small_checkpoint
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import checkpoint_directory
 from pipeline.training.checkpoints.checkpoint_writer import outdated

@@ -21,6 +21,7 @@ import pytest
 from conftest import write_shards
 from small_web import Page, SmallWeb
 
+from formats.errors import UserError
 from pipeline.data import shard_cache, shard_download
 from pipeline.data.data_loader import BATCHES_AHEAD, Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.manifest import Shard, read_manifest
@@ -30,7 +31,6 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
-from pipeline.errors import UserError
 from pipeline.recipe import DataSection, TextMaskingSection
 
 FORK = multiprocessing.get_context("fork")

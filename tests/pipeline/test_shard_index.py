@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
+from formats.errors import UserError
 from pipeline.data import shard_index
 from pipeline.data.manifest import Shard, read_manifest
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shard_index import index_path, read_index
 from pipeline.data.tar_index import SampleIndex, index_samples
-from pipeline.errors import UserError
 
 
 @pytest.fixture

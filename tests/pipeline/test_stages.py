@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from formats.errors import UserError
 from model.clip import CLIP
-from pipeline.errors import UserError
 from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record

@@ -21,8 +21,8 @@ from slurm_cluster import Cluster, wait_for
 from small_web import Page, SmallWeb
 
 from data_prep.__main__ import main as data_prep
+from formats.files import sha256_of
 from pipeline import evaluate, report, train
-from pipeline.files import sha256_of_file
 from pipeline.inference import find_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def outcome(run: Path) -> dict[str, object]:
     results = [json.loads(line) for line in (run / "evaluation" / "results.jsonl").read_text().splitlines()]
     page = (run / "report" / "report.md").read_text()
     return {
-        "weights": sha256_of_file(find_checkpoint(run) / "model.safetensors"),
+        "weights": sha256_of(find_checkpoint(run) / "model.safetensors"),
         "losses": [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()],
         "metrics": {result["dataset"]: result["metrics"] for result in results},
         # the tables before and after it say how long training took, too

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from formats.errors import UserError
+from formats.files import sha256_of
 from model.masking import MaskingConfig
-from pipeline.errors import UserError
-from pipeline.files import sha256_of_file
 from pipeline.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def find_damage(checkpoint: Path, files: Mapping[str, FileRecord], hashed: Colle
             size_bytes = path.stat().st_size
             if size_bytes != record.size_bytes:
                 return f"{name} has {size_bytes:,} bytes, not {record.size_bytes:,}"
-            if name in hashed and sha256_of_file(path) != record.sha256:
+            if name in hashed and sha256_of(path) != record.sha256:
                 return f"{name} has another sha256 than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"

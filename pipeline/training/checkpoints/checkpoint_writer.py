@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.errors import UserError
+from formats.files import flush_to_disk, sha256_of, write_atomically, write_json
 from model.clip import CLIP
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.errors import UserError
-from pipeline.files import flush_to_disk, sha256_of_file, write_atomically, write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoints.checkpoint import (
@@ -217,4 +217,4 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
 
 def _record(path: Path) -> FileRecord:
     flush_to_disk(path)
-    return FileRecord(path.stat().st_size, sha256_of_file(path))
+    return FileRecord(path.stat().st_size, sha256_of(path))

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.engines.fragments import Fragment, find_fragments
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from formats.errors import UserError
 from pipeline.data.sample_order import BatchPlan
-from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import Precision, Recipe
 

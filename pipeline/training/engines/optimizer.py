@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from formats.errors import UserError
 from model.clip import CLIP
-from pipeline.errors import UserError
 from pipeline.recipe import OptimizerSection
 from pipeline.training.engines.engine_config import offload_device, zero_stage
 from pipeline.training.engines.muon import MatrixShape, MuonAdamW

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.training.side_files import LineFile
 

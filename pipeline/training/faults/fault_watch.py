@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from formats.errors import UserError
 from pipeline.data.data_loader import Batch
-from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import FaultsSection
 from pipeline.training.faults.fault_log import FaultLog

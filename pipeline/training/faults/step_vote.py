@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.errors import UserError
+from formats.errors import UserError
 from pipeline.ranks import PendingMaximum, Ranks
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from formats.errors import UserError
 from model.clip import CLIPOutput
 from model.loss import Exchange, Objective, OwnColumns
 from model.loss_tiles import make_tiles
-from pipeline.errors import UserError
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.training.objectives.feature_exchange import GatheredColumns, RingColumns

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.errors import UserError
 from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.features import load_ahead

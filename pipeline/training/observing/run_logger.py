@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_atomically
+from formats.files import write_atomically
 from pipeline.recipe import LogSection
 from pipeline.training.observing.curves import Curves
 from pipeline.training.observing.wandb_run import WandbRun

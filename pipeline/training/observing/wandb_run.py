@@ -7,8 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from formats.errors import UserError
+from formats.files import write_atomically
 from pipeline.recipe import LogSection
 from pipeline.training.side_files import Unwritable
 

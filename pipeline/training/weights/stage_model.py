@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from formats.errors import UserError
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
-from pipeline.errors import UserError
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.checkpoints.rng_state import seed_generators
 from pipeline.training.engines.engine_config import precision_of, zero_stage

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from formats.errors import UserError
+from formats.files import sha256_of
 from model.clip import CLIP
 from model.positions import fit_positions
 from pipeline.data.tokenizer import ClipBytePairs, Tokenizer
-from pipeline.errors import UserError
-from pipeline.files import sha256_of_file
 from pipeline.inference import first_mismatch, read_card
 from pipeline.ranks import Ranks
 from pipeline.training.run_record import read_record
@@ -42,7 +42,7 @@ def check_start_weights(resumed_run: Path | None, source: str, ranks: Ranks) -> 
 
 
 def _sha256(source: str) -> str:
-    return sha256_of_file(find_weights(Path(source)).path) if source else ""
+    return sha256_of(find_weights(Path(source)).path) if source else ""
 
 
 def _check_unchanged(run_directory: Path, source: str) -> str:
@@ -89,7 +89,7 @@ def _load(clip: CLIP, source: Path, tokenizer: Tokenizer) -> str:
     if mismatch:
         raise UserError(f"{file.path} does not fit a {config.name}: {mismatch}; choose the model.name they are of")
     clip.load_state_dict(weights)
-    sha256 = sha256_of_file(file.path)
+    sha256 = sha256_of(file.path)
     print(f"starting from {file.path} (sha256 {sha256[:12]}…)", flush=True)
     return sha256
 

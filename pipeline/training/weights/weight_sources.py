@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from formats.errors import UserError
 from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip
 from model.transformers_weights import from_transformers
-from pipeline.errors import UserError
 from pipeline.inference import find_model, read_card
 from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS, MODEL_CARD
 

@@ -1,28 +1,34 @@
-"""Making files and folders so that a crash never leaves a half-made one under its final name."""
+"""Files and folders that a crash never leaves half-made under their final names, and JSON that is JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from formats.errors import UserError
 
 HASH_BLOCK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name next to `path`; rename it to `path` if the block ends well, else remove it."""
+    """Give a temporary name next to `path`; if the block ends well, what is there is flushed and takes its place.
+
+    Otherwise it is removed. Of several writers at once the last one counts; readers see the old content or the new.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
+        flush_to_disk(temporary)  # or a power loss could leave the name without the content
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -60,20 +66,28 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically: readers see the old content or the new, never a part."""
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole file so that readers see the old content or the new, never a part; text as UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as RFC 8259 has it: a float that is not finite, which it cannot say, is null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, readable, atomically."""
+    write_atomically(path, to_json(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    write_atomically(path, "".join(to_json(value) + "\n" for value in values))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -100,3 +114,22 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync an existing file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
