@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -58,6 +59,23 @@ def building(directory: Path, overwrite: bool) -> Iterator[Path]:
     if directory.exists():
         shutil.rmtree(directory)
     partial.replace(directory)
+
+
+def expand(location: str) -> str:
+    """A path with `~` and `~user` at its beginning as the home it means; a URL (`s3://…`) as it is."""
+    return location if "://" in location else os.path.expanduser(location)  # noqa: PTH111 (pathlib's is no pure text)
+
+
+def path_argument(text: str) -> Path:
+    """A path on a command line, argparse's `type=`; an empty one, as of a variable that is not set, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path is empty: is a variable not set?")
+    return Path(expand(text))
+
+
+def location_argument(text: str) -> str:
+    """A path or a URL on a command line, argparse's `type=`."""
+    return expand(text)
 
 
 def make_folder(folder: Path) -> Path:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 
 from formats.errors import UserError
+from formats.files import location_argument, path_argument
 from pipeline.data.word_counts import read_word_frequencies
 from pipeline.entry import add_launcher_argument, run
 from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
@@ -110,12 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         nargs="+",
+        type=location_argument,
         metavar="MODEL",
         help="runs, checkpoints, models of open_clip or transformers",
     )
-    parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="evaluation sets (docs/evaluation.md)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where results.jsonl grows")
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="YAML file that gives these options instead")
+    parser.add_argument(
+        "--data", nargs="+", type=path_argument, metavar="DIR", help="evaluation sets (docs/evaluation.md)"
+    )
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="where results.jsonl grows")
+    parser.add_argument(
+        "--sweep", type=path_argument, metavar="FILE", help="YAML file that gives these options instead"
+    )
     parser.add_argument(
         "--tasks",
         default="auto",
@@ -139,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer",
+        type=location_argument,
         metavar="FILE",
         help="of open_clip's models (default: clip-bpe); a checkpoint brings its own, and is checked to be of this one",
     )
@@ -150,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--word-counts",
+        type=location_argument,
         metavar="FILE",
         help="`data-prep words` of the training captions: accuracy also by the frequency of class names",
     )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from formats.errors import UserError
-from formats.files import flush_to_disk
+from formats.files import flush_to_disk, location_argument, path_argument
 from pipeline.entry import run
 from pipeline.exporting.export_formats import FORMATS, ExportFormat
 from pipeline.exporting.parity import (
@@ -101,18 +101,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Export a checkpoint to a folder that open_clip or transformers loads, offline.",
         epilog="example: python pipeline/export.py runs/first --format open_clip --output exports/first",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="run or checkpoint directory")
+    parser.add_argument("checkpoint", type=location_argument, metavar="RUN", help="run or checkpoint directory")
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="the library that is to load it")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="new folder")
     parser.add_argument(
         "--images",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="evaluation set, shards, tar or folder of images to compare features on (default: random ones)",
     )
     parser.add_argument(
         "--captions",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="captions to compare features on, one per line (default: those of --images)",
     )

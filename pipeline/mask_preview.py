@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from formats.errors import UserError
-from formats.files import write_atomically
+from formats.files import location_argument, path_argument, write_atomically
 from model.masking import STRATEGIES
 from pipeline.data.image_sources import CaptionedImage, load_image, read_images
 from pipeline.entry import run
@@ -114,16 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         "behind it: patches in the colour of the anchor they resemble most, anchors framed.",
         epilog="example: mask-preview photos --strategies random,cluster,pgs --output masks.jpg",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder, tar, shard directory or evaluation set")
+    parser.add_argument(
+        "source", type=path_argument, metavar="SOURCE", help="folder, tar, shard directory or evaluation set"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=", ".join(_ENCODERS))
+    parser.add_argument("--output", required=True, type=path_argument, metavar="FILE", help=", ".join(_ENCODERS))
     parser.add_argument(
         "--strategies",
         metavar="LIST",
         help=f"of {','.join(STRATEGIES)} (default: the recipe's, without one {_DEFAULT_STRATEGIES})",
     )
     parser.add_argument("--recipe", help="what a run would do: a recipe's name, or a YAML file such as RUN/recipe.yaml")
-    parser.add_argument("--checkpoint", metavar="RUN", help="model for attentive and masking.embedding_mix")
+    parser.add_argument(
+        "--checkpoint", type=location_argument, metavar="RUN", help="model for attentive and masking.embedding_mix"
+    )
     count, side, seed = _whole(1, _MAX_IMAGES), _whole(1, _MAX_SIDE), _whole(0, _MAX_SEED)
     parser.add_argument("--images", type=count, default=8, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--image-size", type=side, metavar="PX", help="side (default: the recipe's model's)")

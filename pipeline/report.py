@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from formats.errors import UserError
-from formats.files import write_atomically
+from formats.files import path_argument, write_atomically
 from pipeline.entry import run
 from pipeline.evaluation.jobs import read_jobs, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
@@ -84,7 +84,9 @@ def _collect(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="report.py collect", description="Put the slices of evaluation jobs together: features -> results.jsonl."
     )
-    parser.add_argument("output", nargs="+", type=Path, metavar="OUTPUT", help="the --output of pipeline/evaluate.py")
+    parser.add_argument(
+        "output", nargs="+", type=path_argument, metavar="OUTPUT", help="the --output of pipeline/evaluate.py"
+    )
     failures: list[UserError] = []
     for output in parser.parse_args(argv).output:
         for job in read_jobs(output):
@@ -135,21 +137,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "results",
         nargs="+",
-        type=Path,
+        type=path_argument,
         metavar="RESULTS",
         help="run directories (with evaluation/results.jsonl, if evaluated), directories with results.jsonl, or files",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where report.html and report.md go")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="DIR", help="where report.html and report.md go"
+    )
     parser.add_argument(
         "--published",
-        type=Path,
+        type=path_argument,
         default=PUBLISHED_FILE,
         metavar="FILE",
         help="figures of papers to show below ours, instead of pipeline/reporting/published.yaml",
     )
     parser.add_argument(
         "--images",
-        type=Path,
+        type=path_argument,
         metavar="SOURCE",
         help="folder, tar or shard directory of images, or evaluation set: show what masking hides on some of them",
     )

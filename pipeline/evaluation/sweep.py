@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from formats.errors import UserError, did_you_mean
+from formats.files import expand
+
+_Location = Annotated[str, AfterValidator(expand)]
+_Path = Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
 
 
 class Sweep(BaseModel):
@@ -16,16 +20,16 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: list[str] = Field(default=[], min_length=1)
-    data: list[Path] = Field(default=[], min_length=1)
-    output: Path | None = None
+    checkpoint: list[_Location] = Field(default=[], min_length=1)
+    data: list[_Path] = Field(default=[], min_length=1)
+    output: _Path | None = None
     tasks: str | None = None
     batch_size: int | None = Field(default=None, gt=0)
     workers: int | None = Field(default=None, gt=0)
-    tokenizer: str | None = None
+    tokenizer: _Location | None = None
     model: str | None = None
     mask_images: bool = False
-    word_counts: str | None = None
+    word_counts: _Location | None = None
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
