@@ -11,7 +11,7 @@ from data_prep.commands.corpora import add_pack, add_synthetic
 from data_prep.commands.metadata import add_build, add_ingest, add_sources
 from data_prep.commands.shards import add_merge, add_reshard, add_tokenizer, add_verify
 from data_prep.commands.web import add_download, add_report, add_retry
-from formats.errors import UserError
+from formats.programs import exit_code_of
 
 # What a command imports, it imports when it runs: `--help` answers at once.
 
@@ -46,17 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one `data-prep` command; returns the exit code (0 done, 1 problems found, 2 cannot work)."""
     options = make_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run
-    try:
-        return run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    except OSError as error:  # a full disk, a missing permission, an unreachable bucket
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.console import nearest
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 from formats.files import write_json
 
 STATE = "build.json"
@@ -110,7 +109,7 @@ def build(plan: Plan, run: Run, check: Check, only: str | None = None, share: st
     """
     names = [stage.name for stage in plan.stages]
     if only is not None and only not in names:
-        raise UserError(f"no stage {only!r}{nearest(only, names)}")
+        raise UserError(f"no stage {only!r}{nearest_of(only, names)}")
     show(plan, check)
     state = _State(plan)
     for stage in plan.stages:

@@ -1,10 +1,9 @@
-"""What the commands print: progress bars, small tables, and hints for mistyped names."""
+"""What the commands print: progress bars and small tables."""
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -40,14 +39,6 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             for cell, width in zip(line, widths, strict=True)
         ]
         print("  " + "  ".join(cells).rstrip())
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """` (did you mean 'x'? there are: x, y)`: the tail of an error message about an unknown name."""
-    lower = {candidate.lower(): candidate for candidate in known}
-    matches = difflib.get_close_matches(name.lower(), lower, n=1)
-    hint = f"did you mean {lower[matches[0]]!r}? " if matches else ""
-    return f" ({hint}there are: {', '.join(known) or 'none'})"
 
 
 def _is_number(cell: str) -> bool:

@@ -108,6 +108,27 @@ def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(to_json(value) + "\n" for value in values))
 
 
+def read_text(path: Path) -> str:
+    """A text in UTF-8, with or without byte order mark. Raises UserError that names the line where it is not."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line} is not UTF-8 text: save it as UTF-8") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError for anything else in the file, OSError if it cannot be read."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): mend it, or restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: mend it, or restore it")
+    return value
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read what `write_json_lines` wrote; an absent file is an empty list. Raises UserError for a damaged one."""
     if not path.exists():

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from formats.programs import run
 from pipeline.data.loader_speed import LoaderSpeed, measure_loader
 from pipeline.data.training_data import read_training_data
-from pipeline.entry import run
 from pipeline.recipe_files import load_recipe
 
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from formats.errors import UserError
 from formats.files import location_argument, path_argument
+from formats.programs import add_launcher_argument, run
 from pipeline.data.word_counts import read_word_frequencies
-from pipeline.entry import add_launcher_argument, run
 from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job

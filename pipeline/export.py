@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.errors import UserError
 from formats.files import flush_to_disk, location_argument, path_argument
-from pipeline.entry import run
+from formats.programs import run
 from pipeline.exporting.export_formats import FORMATS, ExportFormat
 from pipeline.exporting.parity import (
     Difference,

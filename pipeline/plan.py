@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from formats.errors import UserError
-from pipeline.entry import run
+from formats.programs import run
 from pipeline.planning.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from formats.errors import PeerLostError, UserError
+from formats.errors import UserError, describe_os_error
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class PendingMaximum:
 
 T = TypeVar("T")
 LOADER_DEATH_NOTICE_S = 1.0
+
+
+class PeerLostError(UserError):
+    """Another rank, or a loader process, ended while this rank needed it; EX_UNAVAILABLE of sysexits.h."""
+
+    exit_code = 69
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,15 @@ class Ranks:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main rank makes, on all ranks; if it raises UserError there, all do, so that none waits for ever."""
+        """What the main rank makes, on all ranks. Its UserError or OSError is raised on all, so that none waits."""
         made: tuple[Any, str] = (None, "")
         if self.is_main:
             try:
                 made = (make(), "")
             except UserError as error:
                 made = (None, str(error))
+            except OSError as error:
+                made = (None, describe_os_error(error) or str(error))
         result, error_text = self.gather_objects(made)[0]
         if error_text:
             raise UserError(error_text)

@@ -14,7 +14,7 @@ import fsspec
 import yaml
 from pydantic import ValidationError
 
-from formats.errors import UserError, did_you_mean
+from formats.errors import UserError, did_you_mean, nearest_of
 from pipeline.recipe import Recipe, Section
 from pipeline.recipe_stages import find_stage, merge_stages
 
@@ -88,7 +88,7 @@ def _find(name_or_path: str) -> Path:
         return path.resolve()
     known = sorted(path.stem for path in RECIPES_DIRECTORY.glob("*.yaml"))
     if name_or_path not in known:
-        raise UserError(f"no recipe {name_or_path!r}{did_you_mean(name_or_path, known)}; known: {', '.join(known)}")
+        raise UserError(f"no recipe {name_or_path!r}{nearest_of(name_or_path, known)}")
     return RECIPES_DIRECTORY / f"{name_or_path}.yaml"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import path_argument, write_atomically
-from pipeline.entry import run
+from formats.programs import run
 from pipeline.evaluation.jobs import read_jobs, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.recipe import Recipe

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     # a script's own directory comes first on sys.path; the project's packages lie one level up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.entry import add_launcher_argument, run
+from formats.programs import add_launcher_argument, run
 from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe
 
 

@@ -191,7 +191,7 @@ def _run_program(
     output: str,
     environment: dict[str, str],
 ) -> None:
-    from pipeline.entry import run
+    from formats.programs import run
 
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (sys.stdout, sys.stderr):

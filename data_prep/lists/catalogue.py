@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from data_prep.console import nearest, print_table
-from formats.errors import UserError
+from data_prep.console import print_table
+from formats.errors import UserError, nearest_of
 
 GENERIC = ("tsv", "csv", "jsonl", "parquet")
 
@@ -241,7 +241,7 @@ def print_catalogue() -> None:
 def describe(name: str) -> str:
     """All about one data set, as text; raises UserError for an unknown name."""
     if name not in SOURCES:
-        raise UserError(f"no source {name!r}{nearest(name, SOURCES)}")
+        raise UserError(f"no source {name!r}{nearest_of(name, SOURCES)}")
     source = SOURCES[name]
     fields = {
         "pairs": source.rows_text,

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
-from data_prep.console import nearest
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE, SOURCES, withdrawn_source
 from data_prep.lists.lines import lines
 from data_prep.lists.url_lists import READERS, Chunk, ColumnChoice, Range, find_columns
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 
 PIECE_BYTES = 128 << 20  # of text: about 600,000 rows
 PIECE_ROWS = 500_000  # of parquet, in whole row groups
@@ -115,7 +114,7 @@ def _kind(path: str, name: str) -> str:
     extension = file_name.rsplit(".", 1)[-1]
     if extension not in KIND_BY_EXTENSION:
         formats = (*GENERIC, *INGESTIBLE)
-        raise UserError(f"cannot tell the format by the name: pass --format{nearest(extension, formats)}")
+        raise UserError(f"cannot tell the format by the name: pass --format{nearest_of(extension, formats)}")
     return KIND_BY_EXTENSION[extension]
 
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.console import nearest
 from data_prep.lists.block_lists import BlockList
 from data_prep.lists.languages import detect_languages
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Filters:
         for flag, columns in self._needs():
             for column in columns:
                 if column not in present:
-                    raise UserError(f"{flag} needs a column {column}{nearest(column, present)}")
+                    raise UserError(f"{flag} needs a column {column}{nearest_of(column, present)}")
 
     def _needs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         size = ("width", "height")

@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from data_prep.console import nearest
 from data_prep.lists.lines import OVERLONG, blocks_of_lines, lines
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 
 ROWS_PER_CHUNK = 50_000
 EXAMPLES_PER_CHUNK = 5
@@ -226,11 +225,11 @@ def _required(
 ) -> str:
     if chosen is not None:
         if chosen not in names:
-            raise UserError(f"no column {chosen!r}{nearest(chosen, names)}")
+            raise UserError(f"no column {chosen!r}{nearest_of(chosen, names)}")
         return chosen
     found = next((lower[name] for name in usual if name in lower), None)
     if found is None:
-        raise UserError(f"no column named {' or '.join(usual)}: name it with {flag}{nearest(usual[0], names)}")
+        raise UserError(f"no column named {' or '.join(usual)}: name it with {flag}{nearest_of(usual[0], names)}")
     return found
 
 

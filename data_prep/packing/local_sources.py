@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.console import nearest
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 from formats.pictures import image_extension
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -156,11 +155,11 @@ def _text_columns(path: Path, names: Sequence[str], columns: Columns, taken: str
 def _find(path: Path, names: Sequence[str], chosen: str | None, usual: Sequence[str], flag: str) -> str:
     if chosen is not None:
         if chosen not in names:
-            raise UserError(f"{path} has no column {chosen!r}{nearest(chosen, names)}")
+            raise UserError(f"{path} has no column {chosen!r}{nearest_of(chosen, names)}")
         return chosen
     found = next((name for name in usual if name in names), None)
     if found is None:
-        raise UserError(f"{path} has no column {' or '.join(usual)}: name it with {flag}{nearest(usual[0], names)}")
+        raise UserError(f"{path} has no column {' or '.join(usual)}: name it with {flag}{nearest_of(usual[0], names)}")
     return found
 
 

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.console import nearest, print_table, progress_bar
+from data_prep.console import print_table, progress_bar
 from data_prep.packing.local_sources import Columns, Picture, open_source
 from data_prep.shards.manifest import PROVENANCE
 from data_prep.shards.writer import Members, ShardWriter
 from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 from formats.files import building, write_json_lines
 
 
@@ -98,7 +98,7 @@ def class_index(picture: Picture, classnames: Sequence[str]) -> int:
     if label.isdecimal() and int(label) < len(classnames):
         return int(label)
     shown = classnames[:20]
-    raise UserError(f"{picture.name} has label {label!r}, which is not in --classnames{nearest(label, shown)}")
+    raise UserError(f"{picture.name} has label {label!r}, which is not in --classnames{nearest_of(label, shown)}")
 
 
 def read_lines(path: Path) -> list[str]:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.console import nearest
 from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE
 from data_prep.web.child import fill_missing_shards, working_in
 from data_prep.web.distributors import check_distributor
@@ -30,7 +29,7 @@ from data_prep.web.ledger import (
 )
 from data_prep.web.outcomes import MEANING, OK, print_outcomes
 from data_prep.web.settings import FIXED, Settings
-from formats.errors import UserError
+from formats.errors import UserError, nearest_of
 from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
 
 __all__ = ["Settings", "download", "retry"]
@@ -73,7 +72,7 @@ def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counte
     check_distributor(settings.distributor)
     for name in classes:
         if name not in MEANING or name == OK:
-            raise UserError(f"--class {name}: no such class{nearest(name, [n for n in MEANING if n != OK])}")
+            raise UserError(f"--class {name}: no such class{nearest_of(name, [n for n in MEANING if n != OK])}")
     if not read_passes(directory):
         raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
     settings = _as_before(directory, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from formats.errors import UserError, did_you_mean
+from formats.errors import UserError, nearest_of
 
 _GIB = 1 << 30
 
@@ -71,8 +71,7 @@ INTERCONNECTS = {
 def find_accelerator(name: str) -> Accelerator:
     """The named one; UserError with the nearest."""
     if name not in ACCELERATORS:
-        known = [*ACCELERATORS]
-        raise UserError(f"no data of a GPU {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise UserError(f"no data of a GPU {name!r}{nearest_of(name, ACCELERATORS)}")
     return ACCELERATORS[name]
 
 
@@ -92,9 +91,7 @@ def find_interconnect(name: str) -> Interconnect:
     except ValueError:
         pass
     if name not in INTERCONNECTS:
-        known = [*INTERCONNECTS]
         raise UserError(
-            f"no data of an interconnect {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}, "
-            "or give GB/s for each GPU, each way"
+            f"no data of an interconnect {name!r}{nearest_of(name, INTERCONNECTS)}, or give GB/s for each GPU, each way"
         )
     return INTERCONNECTS[name]

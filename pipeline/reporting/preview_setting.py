@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from formats.errors import UserError, did_you_mean
+from formats.errors import UserError, nearest_of
 from model.class_attention import class_attention
 from model.config import config_from_name
 from model.masking import STRATEGIES, Guidance, MaskingConfig
@@ -47,9 +47,7 @@ def parse_strategies(listed: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in listed.split(",")))
     for name in names:
         if name not in STRATEGIES:
-            raise UserError(
-                f"unknown strategy {name!r}{did_you_mean(name, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
-            )
+            raise UserError(f"unknown strategy {name!r}{nearest_of(name, STRATEGIES)}")
     return names
 
 

@@ -15,9 +15,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 from safetensors.torch import save_file
 
+from formats.programs import run
 from model.clip import CLIP
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.entry import run
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.weights.start_weights import load_start_weights

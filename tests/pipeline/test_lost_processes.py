@@ -8,8 +8,7 @@ import signal
 import pytest
 from torch.utils.data import DataLoader
 
-from formats.errors import PeerLostError
-from pipeline.ranks import explain_lost_peers
+from pipeline.ranks import PeerLostError, explain_lost_peers
 
 
 def kill_and_go_on(loader: DataLoader) -> None:
