@@ -30,10 +30,10 @@ from peers.client import Peer, peers_python
 from record import record
 from safetensors.torch import load_file, save_file
 
-from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, open_evaluation_set
-from pipeline.evaluation.feature_store import FeatureStore
-from pipeline.evaluation.logistic import fit
-from pipeline.evaluation.zero_shot import TASK
+from pipeline.evaluation.features import FeatureStore
+from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, open_evaluation_set
+from pipeline.evaluation.tasks.logistic import fit
+from pipeline.evaluation.tasks.zero_shot import TASK
 
 _TASKS = {True: "zeroshot_classification", False: "zeroshot_retrieval"}
 _DECAYS = (1e-6, 1e-5, 1e-4)

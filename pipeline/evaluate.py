@@ -20,14 +20,13 @@ from formats.errors import UserError
 from formats.files import location_argument, path_argument
 from formats.programs import add_launcher_argument, run
 from pipeline.data.word_counts import read_word_frequencies
-from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
-from pipeline.evaluation.features import FeatureEncoder
+from pipeline.evaluation.features import FeatureEncoder, Slice
 from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job
 from pipeline.evaluation.masked_images import check_maskable
-from pipeline.evaluation.registry import TASKS, tasks_of
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
-from pipeline.evaluation.slices import Slice
+from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.sweep import read_sweep
+from pipeline.evaluation.tasks.registry import TASKS, tasks_of
 from pipeline.foreign_models import load_any_model
 from pipeline.ranks import Ranks, init_ranks
 

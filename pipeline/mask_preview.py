@@ -23,7 +23,7 @@ from formats.errors import UserError
 from formats.files import location_argument, path_argument, write_atomically
 from formats.programs import run
 from model.masking import STRATEGIES
-from pipeline.data.image_sources import CaptionedImage, load_image, read_images
+from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.recipe_files import load_recipe
 from pipeline.reporting.preview_setting import make_setting, parse_strategies
 from pipeline.reporting.preview_sheet import SHOWS, Sheet, make_sheet

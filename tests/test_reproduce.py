@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from data_prep.__main__ import make_parser
-from pipeline.evaluation.known_sets import set_key
+from pipeline.evaluation.sets.known import set_key
 from pipeline.recipe_files import RECIPES_DIRECTORY, load_recipe
 from pipeline.reporting.published import read_published
 from pipeline.reporting.table_groups import RETRIEVAL, ROBUSTNESS, ZERO_SHOT

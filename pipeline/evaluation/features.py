@@ -1,40 +1,179 @@
-"""Encoding a collection: decoded ahead in threads, in batches whose extent is fixed, shared over slices and ranks.
+"""Features on disk: computed once per model and collection, in pieces by any number of jobs, read back whole or not.
 
-n images or texts of a piece, D embed_dim, S size of the square image
+A collection is cut into batches of fixed extent, and whoever encodes a batch gets the same bits: figures depend neither
+on slices nor on ranks. A piece is a file of consecutive batches, named by its first row and the one after its last.
+
+N rows of a collection, n rows of a piece, D embed_dim, S size of the square image
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
+import re
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from formats.errors import UserError
+from formats.files import write_atomically, write_json
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
-from pipeline.evaluation.feature_store import FeatureStore
 from pipeline.evaluation.masked_images import encode_masked
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 
+_PIECE = re.compile(r"(\d+)-(\d+)\.safetensors")
 _BATCHES_AHEAD = 2
 # Of a job that is killed, so many batches are encoded again.
 _BATCHES_OF_A_PIECE = 32
 
 Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
 Loaded = TypeVar("Loaded")
+
+
+class Piece(NamedTuple):
+    """A file with the features of rows `first` to `end` (exclusive)."""
+
+    first: int
+    end: int
+    path: Path
+
+
+class FeatureStore:
+    """The features of one collection by one model, under OUTPUT/features/."""
+
+    def __init__(self, output: Path, collection: Collection, model: Mapping[str, Any], batch_size: int) -> None:
+        """`model` names what computes the features: weights, tokenizer, image size, masking."""
+        self.collection = collection
+        self.batch_size = batch_size
+        self._identity = {
+            "collection": collection.name,
+            "kind": collection.kind,
+            "items": len(collection),
+            "items_sha256": collection.sha256,
+            "model": dict(model),
+            "batch_size": batch_size,
+        }
+        digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", collection.name)
+        self.directory = output / "features" / f"{slug}-{digest[:16]}"
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the collection; the last may be smaller."""
+        return -(-len(self.collection) // self.batch_size)
+
+    def rows(self, batch: int) -> range:
+        """The rows of a batch."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.collection)))
+
+    def missing(self, batches: Iterable[int]) -> list[int]:
+        """Those of the batches that no piece holds yet."""
+        held: set[int] = set()
+        for piece in self.pieces():
+            held.update(range(piece.first // self.batch_size, -(-piece.end // self.batch_size)))
+        return [batch for batch in batches if batch not in held]
+
+    def pieces(self) -> list[Piece]:
+        """All pieces, in order."""
+        found = []
+        for path in self.directory.glob("*.safetensors") if self.directory.is_dir() else ():
+            match = _PIECE.fullmatch(path.name)
+            if match:
+                found.append(Piece(int(match[1]), int(match[2]), path))
+        return sorted(found)
+
+    def write(self, first_batch: int, features_nD: Tensor, item_sha256: Sequence[bytes]) -> None:
+        """Store the features of consecutive batches, and a hash of each item's content; atomic."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / "collection.json").exists():
+            write_json(self.directory / "collection.json", self._identity)
+        first = first_batch * self.batch_size
+        digests_n32 = torch.frombuffer(bytearray(b"".join(item_sha256)), dtype=torch.uint8).view(-1, 32)
+        tensors = {"features": features_nD.float().cpu().contiguous(), "sha256": digests_n32}
+        name = f"{first:09d}-{first + len(features_nD):09d}.safetensors"
+        write_atomically(self.directory / name, save(tensors))
+
+    def gaps(self) -> list[range]:
+        """Rows that no piece holds. Raises UserError if pieces overlap or reach beyond the collection."""
+        found, end = [], 0
+        for piece in self.pieces():
+            if piece.first < end or piece.end > len(self.collection):
+                raise UserError(
+                    f"{piece.path} holds rows that are there twice, or that {self.collection.name} does not have: two "
+                    "jobs with other slices ran at once; delete the file and evaluate again"
+                )
+            if piece.first > end:
+                found.append(range(end, piece.first))
+            end = piece.end
+        if end < len(self.collection):
+            found.append(range(end, len(self.collection)))
+        return found
+
+    def load(self) -> tuple[Tensor, str]:
+        """All features, fp32 [N, D] on the CPU, and the hash of all items' content.
+
+        Raises UserError if rows are missing, there twice, not readable or not finite.
+        """
+        gaps = self.gaps()
+        if gaps:
+            shown = ", ".join(f"{gap.start:,} to {gap.stop - 1:,}" for gap in gaps[:3])
+            raise UserError(
+                f"{sum(map(len, gaps)):,} of {len(self.collection):,} {self.collection.kind} of {self.collection.name} "
+                f"have no features yet (rows {shown}{', …' if len(gaps) > 3 else ''})"
+            )
+        parts, digest = [], hashlib.sha256()
+        for piece in self.pieces():
+            try:
+                with safe_open(piece.path, framework="pt") as file:  # maps the file: a page is read when it is used
+                    parts.append(file.get_tensor("features"))
+                    digest.update(file.get_tensor("sha256").numpy().tobytes())
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{piece.path} cannot be read ({error}): delete it and evaluate again") from error
+            if len(parts[-1]) != piece.end - piece.first:
+                raise UserError(f"{piece.path} does not hold the rows of its name: delete it and evaluate again")
+            if not parts[-1].isfinite().all():
+                raise UserError(f"{piece.path} holds features that are not finite: delete it and evaluate again")
+        return torch.cat(parts), digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part `index` of `count`, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Slice:
+        """Read "i/n"; raises argparse.ArgumentTypeError for anything else."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no slice: give i/n with 0 <= i < n, e.g. 0/4")
+        return Slice(int(index), int(count))
+
+    def share(self, total: int, ranks: Ranks) -> range:
+        """This slice's and rank's share of `total` things: contiguous, sizes differ by one at most within a slice."""
+        first, end = total * self.index // self.count, total * (self.index + 1) // self.count
+        size = end - first
+        return range(first + size * ranks.rank // ranks.world_size, first + size * (ranks.rank + 1) // ranks.world_size)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)
@@ -131,12 +270,6 @@ def consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
         if ends:
             yield range(numbers[start], numbers[index - 1] + 1)
             start = index
-
-
-def distinct(items: Sequence[Key]) -> tuple[list[Key], Tensor]:
-    """The U distinct items in order of appearance, and int64 [N]: where each of `items` is among them."""
-    index_of = {item: index for index, item in enumerate(dict.fromkeys(items))}
-    return list(index_of), torch.tensor([index_of[item] for item in items], dtype=torch.int64)
 
 
 def load_ahead(

@@ -19,13 +19,12 @@ from formats.errors import UserError
 from formats.files import write_json
 from model.masking import MaskingConfig
 from pipeline.data.word_counts import read_word_frequencies
-from pipeline.evaluation.datasets import ClassificationSet, EvaluationSet, open_evaluation_set
-from pipeline.evaluation.feature_store import Collection, FeatureStore
-from pipeline.evaluation.features import FeatureEncoder
-from pipeline.evaluation.registry import TASKS, tasks_of
+from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
 from pipeline.evaluation.results import Result
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.task import Task
+from pipeline.evaluation.sets.files import Collection
+from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, open_evaluation_set
+from pipeline.evaluation.tasks.registry import TASKS, tasks_of
+from pipeline.evaluation.tasks.task import Task
 from pipeline.inference import ModelIdentity
 from pipeline.training.run_record import versions
 

@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,36 +14,8 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import write_atomically, write_json
-from pipeline.evaluation.bootstrap import Outcomes, intervals, means
 
 RESULTS_FILE = "results.jsonl"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a task measures: shares in [0, 1], each with the share that a model gets that knows nothing.
-
-    intervals: lower and upper end of the 95 % interval of each metric, by the bootstrap
-    details: how the figures came about, e.g. the weight decay of a probe
-    """
-
-    metrics: dict[str, float]
-    chance: dict[str, float]
-    samples: int
-    template_sha256: str | None = None
-    intervals: dict[str, list[float]] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def of(
-        outcomes: Mapping[str, Outcomes],
-        chance: dict[str, float],
-        samples: int,
-        template_sha256: str | None = None,
-        details: dict[str, Any] | None = None,
-    ) -> Scores:
-        """Metrics and their intervals from the outcomes of samples."""
-        return Scores(means(outcomes), chance, samples, template_sha256, intervals(outcomes), details or {})
 
 
 @dataclass(frozen=True)

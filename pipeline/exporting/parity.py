@@ -16,7 +16,7 @@ from torch import Tensor
 from formats.errors import UserError
 from model.clip import CLIP
 from model.patches import normalize_pixels
-from pipeline.data.image_sources import load_image, read_images
+from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 
 TOLERANCE = 1e-5

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from pipeline.evaluation import zero_shot
-from pipeline.evaluation.datasets import ClassificationSet
+from pipeline.evaluation.sets.layouts import ClassificationSet
+from pipeline.evaluation.tasks import zero_shot
 from pipeline.reporting.charts import Chart, Theme, draw_chart, plain
 from pipeline.reporting.stored_features import StoredJob
 from pipeline.reporting.table import Cell, Column, Row, Table

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from pipeline.evaluation.known_sets import set_key
 from pipeline.evaluation.results import Result
+from pipeline.evaluation.sets.known import set_key
 from pipeline.reporting.charts import Chart, Theme, add_legend, draw_chart, plain, style_axes
 from pipeline.reporting.group_tables import entry_figures
 from pipeline.reporting.published import Published

@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.data.image_sources import load_image
-from pipeline.evaluation import retrieval
-from pipeline.evaluation.datasets import RetrievalSample, RetrievalSet
-from pipeline.evaluation.features import distinct
+from pipeline.evaluation.sets.layouts import RetrievalSample, RetrievalSet
+from pipeline.evaluation.tasks import retrieval
+from pipeline.evaluation.tasks.task import distinct
+from pipeline.image_sources import load_image
 from pipeline.reporting.mask_pictures import jpeg_bytes, to_pillow
 from pipeline.reporting.stored_features import StoredJob
 

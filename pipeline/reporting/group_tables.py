@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.evaluation.known_sets import KNOWN_SETS, set_key
 from pipeline.evaluation.results import Result
+from pipeline.evaluation.sets.known import KNOWN_SETS, set_key
 from pipeline.reporting.published import Published
 from pipeline.reporting.result_rows import Entry
 from pipeline.reporting.table import Cell, Column, Row, Table, distinct, mark_places, percent

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from model.masking import PatchedImages
-from pipeline.data.image_sources import CaptionedImage
+from pipeline.image_sources import CaptionedImage
 from pipeline.reporting.mask_anatomy import Anatomy, Clusters, dissect
 from pipeline.reporting.mask_pictures import (
     enlarge,

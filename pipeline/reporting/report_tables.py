@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.evaluation import composition, linear_probe, retrieval, zero_shot
-from pipeline.evaluation.known_sets import set_key
 from pipeline.evaluation.results import Result
+from pipeline.evaluation.sets.known import set_key
+from pipeline.evaluation.tasks import composition, linear_probe, retrieval, zero_shot
 from pipeline.reporting.group_tables import format_interval, group_table
 from pipeline.reporting.published import Published
 from pipeline.reporting.report_inputs import Run

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.errors import UserError
-from pipeline.evaluation import retrieval, zero_shot
-from pipeline.evaluation.datasets import ClassificationSet, RetrievalSet
+from pipeline.evaluation.sets.layouts import ClassificationSet, RetrievalSet
+from pipeline.evaluation.tasks import retrieval, zero_shot
 from pipeline.reporting.confusion import MAX_CONFUSIONS, Confusion, draw_confusion
 from pipeline.reporting.gallery import MAX_GALLERIES, Gallery, draw_gallery
 from pipeline.reporting.stored_features import find_jobs, newest_of_each_set

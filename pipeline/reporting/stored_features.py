@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.errors import UserError
-from pipeline.evaluation.datasets import EvaluationSet
 from pipeline.evaluation.jobs import Job, job_files, read_job
-from pipeline.evaluation.task import Features, Task
+from pipeline.evaluation.sets.layouts import EvaluationSet
+from pipeline.evaluation.tasks.task import Features, Task
 from pipeline.reporting.result_rows import checkpoint_label
 
 

@@ -18,10 +18,8 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
 from pipeline import evaluate as program
-from pipeline.evaluation.feature_store import Collection, FeatureStore
-from pipeline.evaluation.features import FeatureEncoder
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
+from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

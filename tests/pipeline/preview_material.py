@@ -13,7 +13,7 @@ from PIL import Image
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
-from pipeline.data.image_sources import load_image, read_images
+from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 from pipeline.recipe_files import load_recipe
 from pipeline.reporting import preview_setting

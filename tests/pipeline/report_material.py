@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from formats.files import write_json
-from pipeline.evaluation.datasets import open_evaluation_set
 from pipeline.evaluation.jobs import JOB_FILE, Job, make_job
 from pipeline.evaluation.results import Result, write_results
+from pipeline.evaluation.sets.layouts import open_evaluation_set
 from pipeline.inference import ModelIdentity
 from pipeline.recipe_files import parse_recipe
 

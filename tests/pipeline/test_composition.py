@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import means
-from pipeline.evaluation.composition import composition_outcomes
-from pipeline.evaluation.groups import group_outcomes
+from pipeline.evaluation.tasks.composition import composition_outcomes, group_outcomes
+from pipeline.evaluation.tasks.intervals import means
 
 
 def composition_metrics(

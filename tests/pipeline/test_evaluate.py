@@ -18,18 +18,19 @@ from PIL import Image
 from formats.errors import UserError
 from pipeline import evaluate as program
 from pipeline import report
-from pipeline.evaluation.composition_files import CompositionSample, CompositionSet
-from pipeline.evaluation.datasets import (
+from pipeline.evaluation.features import Slice
+from pipeline.evaluation.jobs import encode_slice, make_job, score_job
+from pipeline.evaluation.results import read_results
+from pipeline.evaluation.sets.composition import CompositionSample, CompositionSet
+from pipeline.evaluation.sets.files import ImageFile
+from pipeline.evaluation.sets.layouts import (
     ClassificationSample,
     ClassificationSet,
     EvaluationSet,
     RetrievalSample,
     RetrievalSet,
 )
-from pipeline.evaluation.jobs import encode_slice, make_job, score_job
-from pipeline.evaluation.results import Scores, read_results
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.tasks.task import Scores
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

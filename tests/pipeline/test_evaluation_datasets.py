@@ -13,15 +13,14 @@ import pytest
 from PIL import Image
 
 from formats.errors import UserError
-from pipeline.evaluation.class_names import all_class_names
-from pipeline.evaluation.composition_files import CompositionSet, GroupSet
-from pipeline.evaluation.datasets import (
+from pipeline.evaluation.sets.composition import CompositionSet, GroupSet
+from pipeline.evaluation.sets.known import KNOWN_SETS, all_class_names, set_key
+from pipeline.evaluation.sets.layouts import (
     ClassificationSet,
     MultiLabelSet,
     RetrievalSet,
     open_evaluation_set,
 )
-from pipeline.evaluation.known_sets import KNOWN_SETS, set_key
 
 Members = Sequence[tuple[str, bytes]]
 Damage = Callable[[Path], object]

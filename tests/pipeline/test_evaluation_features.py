@@ -16,10 +16,9 @@ from model.clip import CLIP
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.evaluation.feature_store import Collection, FeatureStore
-from pipeline.evaluation.features import distinct
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.features import FeatureStore, Slice
+from pipeline.evaluation.sets.files import Collection, ImageFile
+from pipeline.evaluation.tasks.task import distinct
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from formats.errors import UserError
 from pipeline import report
-from pipeline.evaluation.datasets import (
+from pipeline.evaluation.features import Slice, consecutive
+from pipeline.evaluation.jobs import encode_slice, make_job, read_jobs
+from pipeline.evaluation.sets.files import ImageFile
+from pipeline.evaluation.sets.layouts import (
     open_evaluation_set,
 )
-from pipeline.evaluation.features import consecutive
-from pipeline.evaluation.jobs import encode_slice, make_job, read_jobs
-from pipeline.evaluation.slices import Slice
-from pipeline.evaluation.tar_samples import ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 

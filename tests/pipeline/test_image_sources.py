@@ -11,7 +11,7 @@ from conftest import jpeg_bytes, write_shards, write_tar
 from PIL import Image
 
 from formats.errors import UserError
-from pipeline.data.image_sources import load_image, read_images
+from pipeline.image_sources import load_image, read_images
 
 
 def write_folder(directory: Path, count: int) -> Path:

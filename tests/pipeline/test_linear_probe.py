@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import means
-from pipeline.evaluation.linear_probe import Split, few_shot_rows, probe
-from pipeline.evaluation.logistic import fit, minimise
+from pipeline.evaluation.tasks.intervals import means
+from pipeline.evaluation.tasks.linear_probe import Split, few_shot_rows, probe
+from pipeline.evaluation.tasks.logistic import fit, minimise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +50,7 @@ def test_chunks_of_samples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     split = clouds(50, 6, 3, noise=1.0)
     decays_S = torch.tensor([1e-3, 1e-1])
     whole = fit(split.features_ND.double(), split.labels_N, 3, decays_S.double())
-    monkeypatch.setattr("pipeline.evaluation.logistic._CHUNK_VALUES", 7 * 2 * 3)
+    monkeypatch.setattr("pipeline.evaluation.tasks.logistic._CHUNK_VALUES", 7 * 2 * 3)
     parts = fit(split.features_ND.double(), split.labels_N, 3, decays_S.double())
     torch.testing.assert_close(parts.weights_SDC, whole.weights_SDC, rtol=0, atol=1e-6)
 

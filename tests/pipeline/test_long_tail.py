@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.word_counts import WordFrequencies, read_word_frequencies
-from pipeline.evaluation.bootstrap import means
-from pipeline.evaluation.long_tail import class_frequencies, long_tail_details, long_tail_outcomes, thirds
+from pipeline.evaluation.tasks.intervals import means
+from pipeline.evaluation.tasks.zero_shot import class_frequencies, long_tail_details, long_tail_outcomes, thirds
 
 
 def test_a_class_is_as_frequent_as_its_rarest_word() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.multi_label import (
+from pipeline.evaluation.tasks.multi_label import (
     average_precision,
     interval_of_mean_average_precision,
     mean_average_precision,

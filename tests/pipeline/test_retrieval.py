@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.evaluation import retrieval
-from pipeline.evaluation.bootstrap import means
-from pipeline.evaluation.retrieval import RECALL_AT, retrieval_chance, retrieval_outcomes
+from pipeline.evaluation.tasks import retrieval
+from pipeline.evaluation.tasks.intervals import means
+from pipeline.evaluation.tasks.retrieval import RECALL_AT, retrieval_chance, retrieval_outcomes
 
 
 def retrieval_metrics(images_ID: Tensor, texts_UD: Tensor, text_C: Tensor, image_C: Tensor) -> dict[str, float]:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import means
-from pipeline.evaluation.ranking import hit_probability
-from pipeline.evaluation.zero_shot import build_classifier, classification_chance, classification_outcomes
+from pipeline.evaluation.tasks.intervals import means
+from pipeline.evaluation.tasks.ranking import hit_probability
+from pipeline.evaluation.tasks.zero_shot import build_classifier, classification_chance, classification_outcomes
 
 
 def classification_metrics(images_ND: Tensor, classifier_CD: Tensor, labels_N: Tensor) -> dict[str, float]:

@@ -18,12 +18,11 @@ from model.clip import CLIP
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.evaluation.datasets import EvaluationSet, open_evaluation_set
-from pipeline.evaluation.feature_store import Collection
 from pipeline.evaluation.features import load_ahead
-from pipeline.evaluation.registry import tasks_of
-from pipeline.evaluation.tar_samples import ImageFile
-from pipeline.evaluation.task import Task
+from pipeline.evaluation.sets.files import Collection, ImageFile
+from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.tasks.registry import tasks_of
+from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from pipeline.evaluation.expectations import DATASET_FILE
-from pipeline.evaluation.set_files import read_json_object
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.sets.files import ImageFile, read_json_object
+from pipeline.evaluation.sets.known import DATASET_FILE
 
 _SUGAR_CREPE = ("filename", "caption", "negative_caption")
 _GROUP = ("image_0", "image_1", "caption_0", "caption_1")

@@ -11,13 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import Outcomes
-from pipeline.evaluation.datasets import EvaluationSet, RetrievalSet
-from pipeline.evaluation.feature_store import Collection
-from pipeline.evaluation.features import distinct
-from pipeline.evaluation.ranking import chance_of_hit, hit_probability
-from pipeline.evaluation.results import Scores
-from pipeline.evaluation.task import Features, Task
+from pipeline.evaluation.sets.files import Collection
+from pipeline.evaluation.sets.layouts import EvaluationSet, RetrievalSet
+from pipeline.evaluation.tasks.intervals import Outcomes
+from pipeline.evaluation.tasks.ranking import chance_of_hit, hit_probability
+from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
 
 RECALL_AT = (1, 5, 10)
 

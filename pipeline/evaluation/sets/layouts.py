@@ -11,11 +11,9 @@ from pathlib import Path
 
 from formats.errors import UserError
 from pipeline.data.word_counts import WordFrequencies
-from pipeline.evaluation.class_names import class_names_of
-from pipeline.evaluation.composition_files import CompositionSet, GroupSet, read_composition_set
-from pipeline.evaluation.expectations import Expectations
-from pipeline.evaluation.set_files import read_lines, split_samples
-from pipeline.evaluation.tar_samples import ImageFile, TarSample
+from pipeline.evaluation.sets.composition import CompositionSet, GroupSet, read_composition_set
+from pipeline.evaluation.sets.files import ImageFile, TarSample, read_lines, split_samples
+from pipeline.evaluation.sets.known import Expectations, class_names_of
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"

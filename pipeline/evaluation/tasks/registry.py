@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from formats.errors import UserError
-from pipeline.evaluation import composition, groups, linear_probe, retrieval, zero_shot
-from pipeline.evaluation.datasets import EvaluationSet
-from pipeline.evaluation.task import Task
+from pipeline.evaluation.sets.layouts import EvaluationSet
+from pipeline.evaluation.tasks import composition, linear_probe, retrieval, zero_shot
+from pipeline.evaluation.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     task.option: task
@@ -15,7 +15,7 @@ TASKS: dict[str, Task] = {
         zero_shot.TASK,
         retrieval.TASK,
         composition.TASK,
-        groups.TASK,
+        composition.GROUP_TASK,
         linear_probe.TASK,
         linear_probe.FEW_SHOT_TASK,
     )

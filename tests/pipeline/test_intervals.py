@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation import bootstrap
-from pipeline.evaluation.bootstrap import Outcomes, intervals, means
+from pipeline.evaluation.tasks import intervals as bootstrap
+from pipeline.evaluation.tasks.intervals import Outcomes, intervals, means
 
 
 def test_interval_of_a_share_is_the_normal_one() -> None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from formats.errors import UserError
-from pipeline.evaluation.bootstrap import Outcomes
-from pipeline.evaluation.datasets import ClassificationSample, ClassificationSet, EvaluationSet
-from pipeline.evaluation.feature_store import Collection
-from pipeline.evaluation.logistic import Solution, fit
-from pipeline.evaluation.results import Scores
-from pipeline.evaluation.task import Features, Task
-from pipeline.evaluation.zero_shot import classification_chance, outcomes_of_scores
+from pipeline.evaluation.sets.files import Collection
+from pipeline.evaluation.sets.layouts import ClassificationSample, ClassificationSet, EvaluationSet
+from pipeline.evaluation.tasks.intervals import Outcomes
+from pipeline.evaluation.tasks.logistic import Solution, fit
+from pipeline.evaluation.tasks.task import Features, Scores, Task
+from pipeline.evaluation.tasks.zero_shot import classification_chance, outcomes_of_scores
 
 SHOTS = (1, 2, 4, 8, 16)
 # Of few-shot training sets; their mean is the figure.

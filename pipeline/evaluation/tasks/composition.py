@@ -1,6 +1,6 @@
-"""Composition: is an image nearer to its caption than to a hard negative of that caption? After SugarCrepe.
+"""Composition: is an image nearer to its caption than to a hard negative (SugarCrepe), to that of another (Winoground)?
 
-N samples, D embed_dim
+N samples or groups of two images and two captions, D embed_dim
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import Outcomes
-from pipeline.evaluation.composition_files import CompositionSet
-from pipeline.evaluation.datasets import EvaluationSet
-from pipeline.evaluation.feature_store import Collection
-from pipeline.evaluation.features import distinct
-from pipeline.evaluation.results import Scores
-from pipeline.evaluation.task import Features, Task
+from pipeline.evaluation.sets.composition import CompositionSet, GroupSet
+from pipeline.evaluation.sets.files import Collection, ImageFile
+from pipeline.evaluation.sets.layouts import EvaluationSet
+from pipeline.evaluation.tasks.intervals import Outcomes
+from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
 
 # What is changed in the negative, by the end of a category's name: papers print the mean of each.
 _CHANGED = {"obj": "object", "att": "attribute", "rel": "relation"}
@@ -86,4 +84,56 @@ TASK = Task(
     fits=lambda dataset: isinstance(dataset, CompositionSet),
     collections=_collections,
     score=_score,
+)
+
+
+# Of a model that scores at random: of the 24 orders of the four scores, six are right for the captions, six for the
+# images, and four for both.
+_GROUP_CHANCE = {"image_acc": 1 / 4, "text_acc": 1 / 4, "acc": 1 / 6}
+
+
+def _group_collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    assert isinstance(dataset, GroupSet)
+    return {
+        "images": Collection(dataset.name, "images", distinct(_group_images(dataset))[0]),
+        "captions": Collection(dataset.name, "texts", distinct(_group_captions(dataset))[0]),
+    }
+
+
+def _group_images(dataset: GroupSet) -> list[ImageFile]:
+    return [image for sample in dataset.samples for image in sample.images]
+
+
+def _group_captions(dataset: GroupSet) -> list[str]:
+    return [caption for sample in dataset.samples for caption in sample.captions]
+
+
+def _score_groups(dataset: EvaluationSet, features: Features) -> Scores:
+    assert isinstance(dataset, GroupSet)
+    image_2N, text_2N = distinct(_group_images(dataset))[1], distinct(_group_captions(dataset))[1]
+    outcomes = group_outcomes(
+        features["images"][image_2N].unflatten(0, (-1, 2)), features["captions"][text_2N].unflatten(0, (-1, 2))
+    )
+    return Scores.of(outcomes, _GROUP_CHANCE, samples=len(dataset.samples))
+
+
+def group_outcomes(images_N2D: Tensor, captions_N2D: Tensor) -> dict[str, Outcomes]:
+    """Winoground's image, text and group score under CLIP_benchmark's names; scores that tie are wrong.
+
+    image_acc: each caption is nearer to its own image; text_acc: each image to its own caption; acc: both.
+    """
+    scores_N22 = images_N2D @ captions_N2D.mT  # image, caption
+    own_N2 = scores_N22.diagonal(dim1=1, dim2=2)
+    right_image_N = (own_N2 > torch.stack((scores_N22[:, 1, 0], scores_N22[:, 0, 1]), 1)).all(1)
+    right_text_N = (own_N2 > torch.stack((scores_N22[:, 0, 1], scores_N22[:, 1, 0]), 1)).all(1)
+    right = {"image_acc": right_image_N, "text_acc": right_text_N, "acc": right_image_N & right_text_N}
+    return {name: Outcomes(right_N.double()) for name, right_N in right.items()}
+
+
+GROUP_TASK = Task(
+    name="image_caption_selection",
+    option="groups",
+    fits=lambda dataset: isinstance(dataset, GroupSet),
+    collections=_group_collections,
+    score=_score_groups,
 )

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import percentile_intervals
-from pipeline.evaluation.datasets import MultiLabelSet
-from pipeline.evaluation.results import Scores
+from pipeline.evaluation.sets.layouts import MultiLabelSet
+from pipeline.evaluation.tasks.intervals import percentile_intervals
+from pipeline.evaluation.tasks.task import Scores
 
 
 def multi_label_scores(dataset: MultiLabelSet, scores_NC: Tensor, template_sha256: str) -> Scores:

@@ -20,9 +20,9 @@ from pipeline.data.image_transform import ImageError, decode_image, resize_cente
 from pipeline.data.manifest import MANIFEST, read_manifest
 from pipeline.data.shard_index import index_tar
 from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
-from pipeline.evaluation.composition_files import GroupSet
-from pipeline.evaluation.datasets import ClassificationSet, MultiLabelSet, RetrievalSet, open_evaluation_set
-from pipeline.evaluation.tar_samples import ImageFile
+from pipeline.evaluation.sets.composition import GroupSet
+from pipeline.evaluation.sets.files import ImageFile
+from pipeline.evaluation.sets.layouts import ClassificationSet, MultiLabelSet, RetrievalSet, open_evaluation_set
 
 _MAX_CAPTION_BYTES = 2**16
 

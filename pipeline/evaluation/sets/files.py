@@ -5,11 +5,14 @@ Nothing is extracted or unpickled, and only the closed list of member types is e
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -53,6 +56,28 @@ class ImageFile:
 
     def __str__(self) -> str:
         return str(self.path) if self.name == self.path.name else f"{self.name} in {self.path}"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Distinct images or texts of a data set whose features a task needs; a row of features is an item's place."""
+
+    name: str
+    kind: Literal["images", "texts"]
+    items: Sequence[ImageFile] | Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def sha256(self) -> str:
+        """Names the list of items: texts themselves, of images their place in files."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(f"{item}\0".encode())
+            if isinstance(item, ImageFile):
+                digest.update(f"{item.path.name}\0{item.offset_bytes}\0{item.size_bytes}\0".encode())
+        return digest.hexdigest()
 
 
 @dataclass
@@ -154,3 +179,50 @@ def _add_text(sample: TarSample, member: Member, kind: str, tar: BinaryIO) -> No
         sample.texts[kind] = tar.read(member.size_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{member.name} in {sample.path} is not UTF-8 text") from error
+
+
+def split_samples(split: Path) -> list[TarSample]:
+    """Samples of every shard that the split's nshards.txt promises, no more and no fewer; else UserError."""
+    count_file = split / "nshards.txt"
+    text = read_text(count_file, "the number of shards 0.tar, 1.tar, … beside it").strip()
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise UserError(f"{count_file} must hold a positive integer, the number of shards; it holds {text!r}")
+    found = len(list(split.glob("*.tar")))
+    if found > int(text):
+        raise UserError(f"{split} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
+    samples = [sample for shard in range(int(text)) for sample in read_tar_samples(split / f"{shard}.tar")]
+    if not samples:
+        raise UserError(f"the shards in {split} hold no samples")
+    return samples
+
+
+def read_lines(file: Path) -> tuple[str, ...]:
+    """The lines of a list, none of them blank, at least one; else UserError."""
+    lines = [line.strip() for line in read_text(file, "one entry per line").rstrip().splitlines()]
+    if not lines:
+        raise UserError(f"{file} is empty: expected one entry per line")
+    if "" in lines:
+        number = lines.index("") + 1
+        raise UserError(f"{file}, line {number} is blank: fill or remove it (a class is the number of its line)")
+    return tuple(lines)
+
+
+def read_text(file: Path, expectation: str) -> str:
+    """A file of UTF-8; UserError if it is missing, saying what was expected of it, or is something else."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"missing {file}: expected {expectation}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text") from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON object; UserError for anything else."""
+    try:
+        content = json.loads(read_text(file, "a JSON object"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return content

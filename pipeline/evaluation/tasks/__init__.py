@@ -1,0 +1,1 @@
+"""The tasks: from features and labels to metrics, each with its chance and its interval."""
