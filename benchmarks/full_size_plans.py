@@ -26,7 +26,7 @@ from doc_tables import markdown, replace
 from record import RESULTS_DIRECTORY, record
 
 from pipeline import plan
-from pipeline.planning.hardware import find_accelerator
+from pipeline.hardware import find_accelerator
 from pipeline.planning.run_plan import IMAGES_PER_CORE_S
 from pipeline.reporting.published import Published, read_published
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from formats.errors import UserError
 from formats.programs import run
-from pipeline.planning.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
+from pipeline.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
 

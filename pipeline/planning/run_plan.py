@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.hardware import Accelerator, Interconnect
 from pipeline.planning.communication import Traffic, step_traffic
-from pipeline.planning.hardware import Accelerator, Interconnect
 from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.step_time import StepTime, step_time
 from pipeline.planning.workload import Workload, workload_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.flops import step_flops
+from pipeline.hardware import Accelerator, Interconnect
 from pipeline.planning.activations import text_memory, vision_memory
 from pipeline.planning.communication import Traffic, step_traffic
-from pipeline.planning.hardware import Accelerator, Interconnect
 from pipeline.planning.workload import Workload
 
 # Four constants fitted to the 14 steps of benchmarks/results/gpu_throughput.json: the share of the data sheet's

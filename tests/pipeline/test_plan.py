@@ -15,9 +15,9 @@ from formats.errors import UserError
 from model.clip import CLIP
 from model.config import config_from_name
 from pipeline import plan
+from pipeline.hardware import find_accelerator, find_interconnect
 from pipeline.planning.activations import text_memory, vision_memory
 from pipeline.planning.communication import Traffic, step_traffic
-from pipeline.planning.hardware import find_accelerator, find_interconnect
 from pipeline.planning.memory import estimate_memory
 from pipeline.planning.run_plan import Hardware, plan_run
 from pipeline.planning.step_time import micro_batch_flops, step_time

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from model.flops import step_flops
-from pipeline.planning.hardware import accelerator_of
+from pipeline.hardware import accelerator_of
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
 from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES
