@@ -20,7 +20,7 @@ from data_prep.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from data_prep.web.settings import Settings
+    from data_prep.web.passes import Settings
 
 
 def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -86,7 +86,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def _network(options: argparse.Namespace) -> Settings:
-    from data_prep.web.settings import Settings
+    from data_prep.web.passes import Settings
 
     return Settings(
         distributor=options.distributor,

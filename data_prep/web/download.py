@@ -15,20 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE
-from data_prep.web.child import fill_missing_shards, working_in
-from data_prep.web.distributors import check_distributor
-from data_prep.web.ledger import (
-    COLUMNS,
-    LISTED_HASH,
-    Pass,
-    count_outcomes,
-    last_outcomes,
-    list_files,
-    read_passes,
-    statistics_path,
-)
-from data_prep.web.outcomes import MEANING, OK, print_outcomes
-from data_prep.web.settings import FIXED, Settings
+from data_prep.web.ledger import COLUMNS, LISTED_HASH, MEANING, OK, count_outcomes, last_outcomes, print_outcomes
+from data_prep.web.passes import FIXED, Pass, Settings, list_files, read_passes, statistics_path
+from data_prep.web.processes import check_distributor, fill_missing_shards, working_in
 from formats.errors import UserError, nearest_of
 from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
 

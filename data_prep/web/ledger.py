@@ -1,10 +1,8 @@
-"""The ledger: what became of every url, one parquet beside each shard, and the passes in which urls were tried."""
+"""What became of every url: the classes of outcomes, and the ledger that holds them, one parquet beside each shard."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,10 +12,77 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.shards.manifest import PROVENANCE
-from data_prep.web.outcomes import DECODE, OK, TOO_LARGE
+from data_prep.console import print_table
+from data_prep.web.passes import Pass, read_passes, read_statistics, shard_name
 from formats.errors import UserError
-from formats.files import read_json_lines, replacing
+from formats.files import replacing
+
+OK = "ok"
+DNS = "dns"
+CONNECT = "connect"
+TLS = "tls"
+TIMEOUT = "timeout"
+THROTTLED = "429"
+CLIENT_ERROR = "4xx"
+SERVER_ERROR = "5xx"
+TOO_LARGE = "too-large"
+DECODE = "decode"
+OPT_OUT = "opt-out"
+HASH = "hash"
+REFUSED = "refused"
+OTHER = "other"
+
+MEANING = {
+    OK: "image and caption in a shard",
+    DNS: "host name not found",
+    CONNECT: "refused, reset or cut off",
+    TLS: "certificate or handshake",
+    TIMEOUT: "no answer in time, or too slow",
+    THROTTLED: "the host asks for fewer requests",
+    CLIENT_ERROR: "gone or forbidden",
+    SERVER_ERROR: "server error",
+    TOO_LARGE: "more bytes or pixels than the limits",
+    DECODE: "not an image, a damaged one, or a thin strip",
+    OPT_OUT: "the site asks not to be used (robots.txt, X-Robots-Tag)",
+    HASH: "not the image that the list was made from",
+    REFUSED: "an address that no public image has",
+    OTHER: "see error_message in the shard's .parquet",
+}
+# what may be different next time; the rest of an answer is final
+TRANSIENT = (DNS, CONNECT, TIMEOUT, THROTTLED, SERVER_ERROR)
+
+ADVICE = {
+    DNS: (
+        0.10,
+        "more names are not found than dead links explain: your resolver is overloaded; "
+        "use others (--nameservers 1.1.1.1,9.9.9.9) or fewer --threads",
+    ),
+    CONNECT: (0.15, "connections fail: check the network, or use fewer --threads"),
+    TLS: (0.10, "certificates are refused: check the clock and the system's root certificates (ca-certificates)"),
+    TIMEOUT: (0.10, "the line may be full: use fewer --threads or --processes, or a longer --deadline-s"),
+    THROTTLED: (0.02, "hosts feel pressed: lower --host-requests-per-s and --host-connections"),
+    HASH: (0.10, "many images changed since the list was made; --accept-changed keeps them"),
+    REFUSED: (0.01, "the list points at private addresses or unusual ports: is it the list you meant?"),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class FetchError(Exception):
+    """Why a url gave no sample: a class of outcome and a line for the ledger.
+
+    `retryable` says whether the same request may succeed soon; `retry_after_s` is when the server said so itself.
+    """
+
+    outcome: str
+    message: str
+    http_status: int | None = None
+    retryable: bool = False
+    retry_after_s: float | None = None
+    elapsed_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.message}"
+
 
 # columns that a url list brings along and that mean something else here: the published size and hash
 LISTED_HASH = "listed_sha256"
@@ -44,69 +109,6 @@ COLUMNS = pa.schema(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One round of trying: the whole list first, then what a `retry` chose. Shards are numbered through all passes."""
-
-    attempt: int
-    urls: Path
-    rows: int
-    classes: tuple[str, ...]  # what it chose from the passes before
-    first_shard: int
-    samples_per_shard: int
-    share: tuple[int, int] = (0, 1)  # index and count: this process does every count-th shard, from the index on
-
-    @property
-    def shards(self) -> int:
-        """How many shards this pass fills."""
-        return math.ceil(self.rows / self.samples_per_shard)
-
-    @property
-    def numbers(self) -> range:
-        """The shards that this process has to see to."""
-        index, count = self.share
-        return range(self.first_shard + index, self.first_shard + self.shards, count)
-
-    def missing(self, directory: Path) -> list[int]:
-        """Those that are not there yet."""
-        return [number for number in self.numbers if not read_statistics(directory, number)]
-
-    def rows_of(self, shard: int) -> tuple[int, int]:
-        """The rows of the list that go into a shard: from, and up to but without."""
-        start = (shard - self.first_shard) * self.samples_per_shard
-        return start, min(self.rows, start + self.samples_per_shard)
-
-
-def shard_name(number: int) -> str:
-    """What the files of a shard are called, without their extension."""
-    return f"{number:05d}"
-
-
-def sample_key(shard: int, index: int, samples_per_shard: int) -> str:
-    """The key of a sample, as img2dataset makes it."""
-    digits = math.ceil(math.log10(samples_per_shard))
-    return f"{shard * 10**digits + index:0{5 + digits}d}"
-
-
-def list_files(urls: Path) -> list[Path]:
-    """The files of a url list: itself, or in a folder its parts by name."""
-    return sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls]
-
-
-def read_rows(urls: Path, start: int, stop: int) -> pa.Table:
-    """Rows `start` to `stop` of a url list, reading the row groups that hold them and no more."""
-    tables, first = [], 0
-    for path in list_files(urls):
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if first < stop and first + count > start:
-                skipped = max(0, start - first)
-                tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
-            first += count
-    return pa.concat_tables(tables)
-
-
 def carried_columns(schema: pa.Schema) -> list[str]:
     """The columns of a url list that go into the ledger and into the samples' json."""
     return [name for name in schema.names if name not in _NOT_CARRIED and name not in COLUMNS.names]
@@ -117,44 +119,6 @@ def write_ledger(path: Path, listed: pa.Schema, rows: Sequence[dict[str, Any]]) 
     fields = [listed.field(name) for name in carried_columns(listed)] + list(COLUMNS)
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows), pa.schema(fields)), temporary, compression="zstd")
-
-
-def statistics_path(directory: Path, shard: int) -> Path:
-    """A shard's statistics are written last: they say that it is whole."""
-    return directory / f"{shard_name(shard)}_stats.json"
-
-
-def read_statistics(directory: Path, shard: int) -> dict[str, Any]:
-    """What `shard_worker` counted; empty when the shard is not there or was cut off in the writing."""
-    try:
-        statistics: dict[str, Any] = json.loads(statistics_path(directory, shard).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return statistics
-
-
-def read_passes(directory: Path) -> list[Pass]:
-    """All passes over a directory, from its provenance; empty when no download made it.
-
-    Raises UserError when the provenance is not what a download writes.
-    """
-    passes: list[Pass] = []
-    for line in read_json_lines(directory / PROVENANCE):
-        if line.get("step") in ("download", "retry"):
-            absent = [name for name in ("urls", "rows", "samples_per_shard") if name not in line]
-            if absent:
-                raise UserError(f"{directory / PROVENANCE} has a download without {', '.join(absent)}: mend that line")
-            passes.append(
-                Pass(
-                    attempt=len(passes) + 1,
-                    urls=directory / line["urls"],
-                    rows=line["rows"],
-                    classes=tuple(line.get("classes", ())),
-                    first_shard=sum(before.shards for before in passes),
-                    samples_per_shard=line["samples_per_shard"],
-                )
-            )
-    return passes
 
 
 def count_outcomes(directory: Path) -> Counter[str]:
@@ -236,3 +200,27 @@ def _blank(table: pa.Table, named: pa.Array, hash_columns: Sequence[str]) -> pa.
             column = pc.if_else(named, pa.scalar(blank, table.schema.field(name).type), table[name])
             table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
     return table
+
+
+def advice_for(counts: Counter[str]) -> list[str]:
+    """One line for each class whose share of the urls is above its limit."""
+    total = max(counts.total(), 1)
+    return [
+        f"{outcome} is {counts[outcome] / total:.0%} of the urls: {advice}"
+        + (f"; then data-prep retry --class {outcome}" if outcome in TRANSIENT else "")
+        for outcome, (limit, advice) in ADVICE.items()
+        if counts[outcome] > limit * total
+    ]
+
+
+def print_outcomes(counts: Counter[str]) -> None:
+    """Print the table of classes, and advice where a class is too frequent."""
+    total = max(counts.total(), 1)
+    rows = [
+        (outcome, f"{counts[outcome]:,}", f"{counts[outcome] / total:.1%}", meaning)
+        for outcome, meaning in MEANING.items()
+        if counts[outcome] or outcome == OK
+    ]
+    print_table(("outcome", "urls", "share", ""), rows)
+    for line in advice_for(counts):
+        print(f"advice: {line}")

@@ -24,20 +24,18 @@ import cv2
 import pyarrow as pa
 
 from data_prep.shards.writer import TarWriter
-from data_prep.web.fetcher import Fetcher
+from data_prep.web.http_client import HttpClient
 from data_prep.web.ledger import (
+    HASH,
     LISTED_HASH,
-    Pass,
+    OK,
+    OTHER,
+    FetchError,
     carried_columns,
     img2dataset_status,
-    read_rows,
-    sample_key,
-    shard_name,
-    statistics_path,
     write_ledger,
 )
-from data_prep.web.outcomes import HASH, OK, OTHER, FetchError
-from data_prep.web.settings import Settings
+from data_prep.web.passes import Pass, Settings, read_rows, sample_key, shard_name, statistics_path
 from data_prep.web.web_image import WebImage, to_jpeg
 from formats.files import replacing, write_json
 
@@ -156,9 +154,9 @@ def shards_under_way(directory: Path) -> list[int]:
 async def _fill(output: _Shard, rows: list[Row], settings: Settings) -> None:
     # one decoder: the network is waited for meanwhile, and one large picture at a time is in memory
     with ThreadPoolExecutor(1) as decoder:
-        async with Fetcher(settings) as fetcher:
+        async with HttpClient(settings) as client:
             tasks = [
-                asyncio.ensure_future(_one_url(output, index, row, fetcher, decoder, settings))
+                asyncio.ensure_future(_one_url(output, index, row, client, decoder, settings))
                 for index, row in enumerate(rows)
             ]
             reporter = asyncio.ensure_future(_report_progress(output))
@@ -176,10 +174,10 @@ async def _report_progress(output: _Shard) -> None:
 
 
 async def _one_url(
-    output: _Shard, index: int, row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
+    output: _Shard, index: int, row: Row, client: HttpClient, decoder: ThreadPoolExecutor, settings: Settings
 ) -> None:
     for tries in range(1, settings.retries + 2):
-        outcome, image, error = await _try_once(row, fetcher, decoder, settings)
+        outcome, image, error = await _try_once(row, client, decoder, settings)
         wait_s = _back_off_s(error, tries) if error else 0.0
         if error is None or not error.retryable or tries > settings.retries or wait_s > MAX_BACK_OFF_S:
             output.add(index, row, {**outcome, "tries": tries}, image)
@@ -188,12 +186,12 @@ async def _one_url(
 
 
 async def _try_once(
-    row: Row, fetcher: Fetcher, decoder: ThreadPoolExecutor, settings: Settings
+    row: Row, client: HttpClient, decoder: ThreadPoolExecutor, settings: Settings
 ) -> tuple[Row, WebImage | None, FetchError | None]:
     """The ledger's columns, and the image or why there is none."""
     outcome: Row = {}
     try:
-        async with fetcher.image(row["url"]) as body:
+        async with client.image(row["url"]) as body:
             outcome = {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
             loop = asyncio.get_running_loop()
             outcome["sha256"], image = await loop.run_in_executor(decoder, _finish, body.data, row, settings)

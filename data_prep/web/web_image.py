@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from data_prep.web.jpeg_segments import orientation, without_metadata
-from data_prep.web.outcomes import DECODE, TOO_LARGE, FetchError
+from data_prep.web.ledger import DECODE, TOO_LARGE, FetchError
 from formats import pictures
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]

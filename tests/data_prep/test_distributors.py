@@ -44,7 +44,7 @@ def test_a_cluster_gives_the_shards_of_one_machine(tmp_path: Path, web: SmallWeb
 
 @pytest.mark.parametrize("distributor", ["pyspark", "ray"])
 def test_an_absent_cluster_is_named(tmp_path: Path, distributor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.web.distributors.find_spec", lambda _: None)
+    monkeypatch.setattr("data_prep.web.processes.find_spec", lambda _: None)
     urls = write_urls(tmp_path / "urls.parquet", ["http://127.0.0.1/1.jpg"])
     with pytest.raises(UserError, match=rf"pip install 'cluster-clip\[{distributor}\]'"):
         download(urls, tmp_path / "shards", Settings(distributor=distributor))

@@ -27,7 +27,7 @@ from small_web import Page, SmallWeb
 from data_prep.shards.forget import forget
 from data_prep.shards.publish import changing
 from data_prep.web.download import Settings, download, retry
-from data_prep.web.ledger import read_rows
+from data_prep.web.passes import read_rows
 from formats.errors import UserError
 
 SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
@@ -178,7 +178,7 @@ def test_killed_at_random_points_it_ends_with_the_same_set(tmp_path: Path, web: 
 def test_two_downloads_keep_out_of_each_others_way(
     tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.web.child.PREDECESSOR_S", 0.1)
+    monkeypatch.setattr("data_prep.web.processes.PREDECESSOR_S", 0.1)
     web.pages = {"/slow.jpg": Page(encoded(0), delay_s=5)}
     urls = write_urls(tmp_path / "urls.parquet", [web.url("/slow.jpg")])
     settings = dataclasses.replace(SETTINGS, samples_per_shard=4, image_size=256)

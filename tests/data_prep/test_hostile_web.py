@@ -22,7 +22,8 @@ from small_web import Page, SmallWeb, self_signed
 
 from data_prep.shards.verify import verify
 from data_prep.web.download import Settings, download, retry
-from data_prep.web.ledger import Pass, count_outcomes
+from data_prep.web.ledger import count_outcomes
+from data_prep.web.passes import Pass
 from data_prep.web.shard_worker import ShardWorker
 from data_prep.web.web_image import WebImage, to_jpeg
 from formats.errors import UserError

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep.web.outcomes import ADVICE, MEANING, TRANSIENT, advice_for, print_outcomes
+from data_prep.web.ledger import ADVICE, MEANING, TRANSIENT, advice_for, print_outcomes
 
 
 def test_the_table_has_shares_and_advice(capsys: pytest.CaptureFixture[str]) -> None:

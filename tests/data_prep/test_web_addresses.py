@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.web.addresses import AddressPolicy
-from data_prep.web.outcomes import FetchError
+from data_prep.web.ledger import FetchError
 
 STRICT, LOCAL = AddressPolicy(), AddressPolicy(allow_local=True)
 

@@ -13,7 +13,7 @@ from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image, ImageOps
 
 from data_prep.web.jpeg_segments import orientation, without_metadata
-from data_prep.web.outcomes import FetchError
+from data_prep.web.ledger import FetchError
 from data_prep.web.web_image import RESIZE_MODES, blur_boxes, shrink, to_jpeg
 
 

@@ -16,14 +16,12 @@ from make_images import encoded
 from small_dns import SERVER_FAILURE, SmallDns
 from small_web import Page, SmallWeb
 
-from data_prep.web import fetcher, host_limits, names
-from data_prep.web.addresses import AddressPolicy
-from data_prep.web.fetcher import Fetcher, user_agent
-from data_prep.web.host_limits import HostLimits
-from data_prep.web.names import Names
-from data_prep.web.outcomes import FetchError
-from data_prep.web.robots import check_header
-from data_prep.web.settings import Settings
+from data_prep.web import addresses, http_client, manners
+from data_prep.web.addresses import AddressPolicy, Names
+from data_prep.web.http_client import HttpClient, user_agent
+from data_prep.web.ledger import FetchError
+from data_prep.web.manners import HostLimits, check_header
+from data_prep.web.passes import Settings
 
 SETTINGS = Settings(timeout_s=1.0, deadline_s=2.0, allow_local=True)
 
@@ -44,7 +42,7 @@ def outcome_of(url: str, settings: Settings = SETTINGS) -> str:
     """The class and message of a failure, or `ok`."""
 
     async def ask() -> str:
-        async with Fetcher(settings) as client:
+        async with HttpClient(settings) as client:
             try:
                 async with client.image(url):
                     return "ok"
@@ -139,7 +137,7 @@ def test_a_redirect_may_not_lead_around_robots(web: SmallWeb) -> None:
 
 def test_the_socket_has_the_last_word(web: SmallWeb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even an address that no other check has seen is not connected to."""
-    monkeypatch.setattr(AddressPolicy, "check", lambda _, text: fetcher.URL(text))
+    monkeypatch.setattr(AddressPolicy, "check", lambda _, text: http_client.URL(text))
     assert outcome_of(web.url("/1.jpg"), dataclasses.replace(SETTINGS, allow_local=False)) == (
         "refused: robots.txt: address 127.0.0.1"
     )
@@ -184,7 +182,7 @@ def test_a_slow_body_ends_before_its_deadline(web: SmallWeb, monkeypatch: pytest
             yield bytes(10)
             time.sleep(0.05)
 
-    monkeypatch.setattr(fetcher, "SLOW_START_S", 0.3)
+    monkeypatch.setattr(http_client, "SLOW_START_S", 0.3)
     web.pages = {"/1.jpg": Page(stream=trickle)}
     start_s = time.monotonic()
     assert outcome_of(web.url("/1.jpg")).endswith("bytes/s")
@@ -228,7 +226,7 @@ def test_names_are_asked_once_and_checked(dns: SmallDns) -> None:
 
 
 def test_a_name_that_failed_for_a_moment_is_asked_again_later(dns: SmallDns, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "TEMPORARY_FAILURE_S", 0.0)
+    monkeypatch.setattr(addresses, "TEMPORARY_FAILURE_S", 0.0)
     dns.names = {"ill.example": SERVER_FAILURE}
     assert lookups(dns, ["ill.example"]) == ["dns?"]
     once = dns.questions["ill.example"]
@@ -282,7 +280,7 @@ def test_a_host_is_asked_no_faster_than_said() -> None:
 
 def test_a_dead_host_is_given_up_and_a_missing_file_is_no_reason_to() -> None:
     dead = FetchError("timeout", "no answer", retryable=True)
-    assert run_turns(HostLimits(1, 1e6), 100, dead)[1] == host_limits.GIVE_UP_AFTER
+    assert run_turns(HostLimits(1, 1e6), 100, dead)[1] == manners.GIVE_UP_AFTER
     assert run_turns(HostLimits(1, 1e6), 100, FetchError("4xx", "gone"))[1] == 100
 
 

@@ -18,10 +18,8 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from data_prep.web.addresses import AddressPolicy, RefusedAddressError
-from data_prep.web.host_limits import HostLimits
-from data_prep.web.names import Names
-from data_prep.web.outcomes import (
+from data_prep.web.addresses import AddressPolicy, Names, RefusedAddressError
+from data_prep.web.ledger import (
     CLIENT_ERROR,
     CONNECT,
     DECODE,
@@ -34,8 +32,8 @@ from data_prep.web.outcomes import (
     TOO_LARGE,
     FetchError,
 )
-from data_prep.web.robots import PRODUCT, RobotsFiles, check_header
-from data_prep.web.settings import Settings
+from data_prep.web.manners import PRODUCT, HostLimits, RobotsFiles, check_header
+from data_prep.web.passes import Settings
 from formats.versions import version_of
 
 MAX_REDIRECTS = 5
@@ -54,7 +52,7 @@ class Body:
     elapsed_s: float  # of the whole request, without waiting for its turn
 
 
-class Fetcher:
+class HttpClient:
     """An HTTP client for urls that nobody vouches for. A context manager, to be used inside one event loop.
 
     Per process: `threads` requests at once, and the settings' limits per host divided among the processes.
@@ -83,7 +81,7 @@ class Fetcher:
             trust_env=False,  # a proxy would resolve names on its own
         )
 
-    async def __aenter__(self) -> Fetcher:
+    async def __aenter__(self) -> HttpClient:
         return self
 
     async def __aexit__(

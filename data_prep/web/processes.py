@@ -1,4 +1,10 @@
-"""Run the process that downloads, show how far it is, and let no process survive it."""
+"""The processes in which a download runs: started, watched, and none survives the command.
+
+The command starts one child (`python -m data_prep.web.processes OPTIONS_AS_JSON`), in a process group of its own, and
+shows how far its workers are. The child hands the shards to its workers: processes of this machine, or img2dataset's
+Spark and Ray distributors. The group ends with the command, whatever ends that: it holds the other end of the child's
+standard input, so the end of that file is the end of the command.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +12,27 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_prep.console import progress_bar
 from data_prep.shards.publish import adding
-from data_prep.web.ledger import Pass, read_statistics
-from data_prep.web.outcomes import OK, advice_for
-from data_prep.web.settings import Settings
-from data_prep.web.shard_worker import PROGRESS_DIRECTORY, progress_path, shards_under_way
+from data_prep.web.ledger import OK, advice_for
+from data_prep.web.passes import Pass, Settings, read_statistics
+from data_prep.web.shard_worker import PROGRESS_DIRECTORY, ShardWorker, Task, progress_path, shards_under_way
 from formats.errors import UserError
 
 POLL_S = 0.2
@@ -32,6 +41,18 @@ RERUN = "run the same command again: it goes on with the shards that are missing
 CLASSES_SHOWN = 4
 ADVISE_AFTER = 1000  # urls
 PREDECESSOR_S = 5.0  # the workers of a download that was killed end within this
+MULTIPROCESSING = "multiprocessing"
+DISTRIBUTORS = {MULTIPROCESSING: None, "pyspark": "pyspark", "ray": "ray"}  # and the package it needs
+SHARDS_PER_SPARK_JOB = 1000
+# albumentations, which img2dataset brings along, would ask the network for updates; wandb would log in
+QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
+
+
+def check_distributor(name: str) -> None:
+    """Raise UserError when the package of a distributor is not installed."""
+    package = DISTRIBUTORS[name]
+    if package and find_spec(package) is None:
+        raise UserError(f"--distributor {name} needs the package {package}: pip install 'cluster-clip[{name}]'")
 
 
 @contextlib.contextmanager
@@ -103,12 +124,12 @@ def _child(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> Ite
         options_file = Path(scratch) / "options.json"
         options_file.write_text(json.dumps(options), encoding="utf-8")
         child = subprocess.Popen(
-            [sys.executable, "-m", "data_prep.web.fetch", str(options_file)],
+            [sys.executable, "-m", "data_prep.web.processes", str(options_file)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYSPARK_PYTHON": sys.executable},
+            env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths), "PYSPARK_PYTHON": sys.executable},
         )
         try:
             yield child
@@ -176,3 +197,45 @@ def _last_error(log: Path, start: int) -> str:
 
 def _describe(returncode: int) -> str:
     return f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"code {returncode}"
+
+
+def _run_child(options: dict[str, Any]) -> None:
+    """Fill the missing shards of one pass; `options` are what `_child` writes."""
+    one, settings = Pass.from_json(options["pass"]), Settings.from_json(options["settings"])
+    directory = Path(options["directory"])
+    tasks = [(shard, one.rows_of(shard)) for shard in one.missing(directory)]
+    worker = ShardWorker(directory, one, settings)
+    if settings.distributor == MULTIPROCESSING:
+        _on_this_machine(worker, tasks, settings.processes)
+        return
+    from img2dataset.distributor import pyspark_distributor, ray_distributor
+
+    run = {"pyspark": pyspark_distributor, "ray": ray_distributor}[settings.distributor]
+    run(settings.processes, worker, tasks, SHARDS_PER_SPARK_JOB, 1)
+
+
+def _on_this_machine(worker: ShardWorker, tasks: Sequence[Task], processes: int) -> None:
+    # unlike a multiprocessing.Pool, this one notices when a worker is killed, and ends instead of waiting for it
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        pending: set[Future[tuple[bool, Task]]] = set()
+        for task in tasks:
+            if len(pending) == 2 * processes:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+            pending.add(pool.submit(worker, task))
+        for future in pending:
+            future.result()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, then kill the process group, pool workers included."""
+    # the descriptor itself: a thread inside sys.stdin's lock would abort the interpreter's shutdown
+    while os.read(0, 1):
+        pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _run_child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

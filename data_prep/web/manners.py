@@ -1,20 +1,25 @@
-"""What sites ask of robots: robots.txt (RFC 9309) and the X-Robots-Tag header."""
+"""What each host asks of us: robots.txt (RFC 9309), X-Robots-Tag, how many requests at once, and when to stop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from protego import Protego
 from yarl import URL
 
-from data_prep.web.outcomes import OPT_OUT, FetchError
+from data_prep.web.ledger import CONNECT, OPT_OUT, THROTTLED, TIMEOUT, FetchError
 
 PRODUCT = "cluster-clip-data-prep"
 AGENTS = (PRODUCT, "img2dataset")  # sites that name that program mean this kind of robot
 OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "noml", "none"})
 # directives with a value: their colon does not make them the name of a robot
 _VALUED = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
+GIVE_UP_AFTER = 10  # failures in a row
+MAX_PAUSE_S = 60.0  # a host that asks for more is given up at once
 
 
 class RobotsFiles:
@@ -65,3 +70,58 @@ def check_header(values: Iterable[str]) -> None:
                 agent, part = name.strip(), rest
             if part.strip() in OPT_OUTS and agent in ("", "*", *AGENTS):
                 raise FetchError(OPT_OUT, f"X-Robots-Tag: {part.strip()}")
+
+
+@dataclasses.dataclass
+class _Host:
+    slots: asyncio.Semaphore
+    next_start_s: float = 0.0
+    failures: int = 0  # in a row
+    given_up_for: str = ""  # the class of the last of them
+
+
+class HostLimits:
+    """At most `connections` requests at once to a host and `requests_per_s` a second; 429 pauses the whole host.
+
+    A host that fails ten times in a row (no connection, no answer, 429), or that asks for a pause of more than a
+    minute, is asked no more: a dead host with thousands of urls must not hold up a shard.
+    """
+
+    def __init__(self, connections: int, requests_per_s: float) -> None:
+        self._connections = connections
+        self._interval_s = 1 / requests_per_s
+        self._hosts: dict[str, _Host] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[None]:
+        """Wait for this host's turn; a FetchError that the block raises tells how the host is doing.
+
+        Raises FetchError, not retryable, when the host was given up.
+        """
+        host = self._hosts.setdefault(name, _Host(asyncio.Semaphore(self._connections)))
+        async with host.slots:
+            while (wait_s := host.next_start_s - time.monotonic()) > 0:  # it may be put off while we wait
+                await asyncio.sleep(wait_s)
+            if host.failures >= GIVE_UP_AFTER:
+                raise FetchError(host.given_up_for, "host given up: too many failures in a row")
+            host.next_start_s = time.monotonic() + self._interval_s
+            try:
+                yield
+            except FetchError as error:
+                _note(host, error)
+                raise
+            host.failures = 0
+
+
+def _note(host: _Host, error: FetchError) -> None:
+    if error.outcome not in (CONNECT, TIMEOUT, THROTTLED):
+        host.failures = 0
+        return
+    host.failures += 1
+    host.given_up_for = error.outcome
+    if error.outcome == THROTTLED:
+        pause_s = error.retry_after_s or 0.0
+        if pause_s > MAX_PAUSE_S:
+            host.failures = GIVE_UP_AFTER
+        else:
+            host.next_start_s = max(host.next_start_s, time.monotonic() + pause_s)
