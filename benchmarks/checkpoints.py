@@ -73,7 +73,7 @@ def size_bytes(directory: Path) -> int:
 def measure(engine: Any, recipe: Any, tokenizer: Any, rounds: int, ranks: Ranks) -> dict[str, float]:
     """Seconds, and the sizes."""
     place = Path(ranks.from_main(lambda: tempfile.mkdtemp()))
-    state = TrainingState(engine, precision_of(engine.config), recipe.masking.to_config(), carried=[])
+    state = TrainingState(engine, precision_of(engine.config), recipe.masking, carried=[])
     writer = CheckpointWriter(place / "ours", recipe, tokenizer, ranks)
     times: dict[str, list[float]] = {}
 

@@ -1,6 +1,7 @@
 """Recipes: every option of a training run, typed, documented and checked before anything starts.
 
-pipeline/recipe_files.py reads them; pipeline/recipe_stages.py says what a stage may change.
+A field says all about its option: type, limits, default, meaning; `PerStage`: a stage may change it; `OnResume`: a run
+may be continued with another value. pipeline/recipe_files.py reads recipes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from formats.errors import UserError
 from model.attention_backends import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
 from model.loss import LossKind
 from model.loss_tiles import Kernel
-from model.masking.config import SCHEDULES, STRATEGIES, MaskingConfig
-from pipeline.recipe_stages import merge_stages
+from model.masking.config import MaskingConfig
+from pipeline.recipe_options import Location, OnResume, PerStage, Section, merge_stages, options_of
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]
 
@@ -25,21 +26,17 @@ Precision = Literal["bf16", "fp16", "autocast", "fp32"]
 _SIGMOID_LOGIT_SCALE, _SIGMOID_LOGIT_BIAS = math.log(10), -10.0
 
 
-class Section(BaseModel):
-    """A group of options; unknown ones are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelSection(Section):
     """The two towers."""
 
     name: str = Field("ViT-B-16", description="ViT-{S,B,L,H}-{14,16,32}, as in open_clip, or ViT-tiny-16, ViT-tiny-8")
-    image_size: int | None = Field(None, description="pixels a side; none: the model's own", gt=0)
+    image_size: PerStage[int | None] = Field(None, description="pixels a side; none: the model's own", gt=0)
     context_length: int | None = Field(None, description="longest caption in tokens; none: the model's own", gt=2)
     pool: Pool | None = Field(None, description="image feature: class | average | attention; none: the model's own")
     activation: Activation | None = Field(None, description="gelu | quick_gelu; none: the model's own")
-    start_from: str = Field("", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)")
+    start_from: OnResume[Location] = Field(
+        "", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)"
+    )
     attention: Backend = Field("auto", description=" | ".join(BACKENDS) + " (model/attention_backends.py)")
 
     @model_validator(mode="after")
@@ -53,8 +50,8 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One of several sets to train on."""
 
-    path: str = Field(min_length=1)
-    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    path: Location = Field(min_length=1)
+    weight: float | None = Field(None, gt=0)
 
 
 def _kind_of_source(value: object) -> str:
@@ -62,24 +59,33 @@ def _kind_of_source(value: object) -> str:
 
 
 _Sources = Annotated[
-    Annotated[str, Tag("path")] | Annotated[tuple[SourceSection, ...], Tag("list")], Discriminator(_kind_of_source)
+    Annotated[Location, Tag("path")] | Annotated[tuple[SourceSection, ...], Tag("list")], Discriminator(_kind_of_source)
 ]
 
 
 class DataSection(Section):
     """What to train on."""
 
-    train: _Sources = Field("", description="directory of tar shards, any fsspec URL; or [{path, weight}, …] to mix")
+    # the manifest's hash is compared instead, as those of the tokenizer, the word counts and the weights started from
+    train: OnResume[_Sources] = Field(
+        "", description="directory of tar shards, any fsspec URL; or [{path, weight}, …] to mix"
+    )
     sampling: Literal["without_replacement", "with_replacement"] = Field(
         "without_replacement", description="without_replacement: each sample once per epoch | with_replacement"
     )
-    tokenizer: str = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
-    workers: int = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
-    cache_directory: str = Field("", description="for copies of remote shards, and indexes; none: in $TMPDIR")
-    cache_gib: float = Field(64.0, description="of a node's disk that cache_directory may take", gt=0)
+    tokenizer: OnResume[Location] = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
+    workers: OnResume[int] = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
+    cache_directory: OnResume[Location] = Field(
+        "", description="for copies of remote shards, and indexes; none: in $TMPDIR"
+    )
+    cache_gib: OnResume[float] = Field(64.0, description="of a node's disk that cache_directory may take", gt=0)
     window_shards: int = Field(8, description="samples are shuffled within windows of this many shards", ge=1)
-    crop_min_area: float = Field(0.9, description="random crops keep at least this share of the image", gt=0, le=1)
-    max_bad_ratio: float = Field(0.01, description="stop if more than this share of samples is unusable", ge=0, le=1)
+    crop_min_area: PerStage[float] = Field(
+        0.9, description="random crops keep at least this share of the image", gt=0, le=1
+    )
+    max_bad_ratio: OnResume[float] = Field(
+        0.01, description="stop if more than this share of samples is unusable", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _sets_to_mix(self) -> DataSection:
@@ -94,40 +100,21 @@ class DataSection(Section):
         return self
 
 
-class MaskingSection(Section):
-    """Which patches each step drops (docs/masking.md)."""
-
-    strategy: str = Field("cluster", description=" | ".join(STRATEGIES))
-    target_mask_ratio: float = Field(0.5, description="share of the batch's patches that is dropped, exactly")
-    min_mask_ratio: float = Field(0.3, description="each image loses at least this share (cluster, pgs)")
-    max_mask_ratio: float = Field(0.9, description="each image loses at most this share (cluster, pgs)")
-    anchor_ratio: float = Field(0.03, description="share of an image's patches that seed clusters (cluster, pgs)")
-    embedding_mix: float = Field(0.0, description="weight of patch-embedding similarity at the end (cluster)")
-    ratio_schedule: str = Field("constant", description="target over training: " + " | ".join(SCHEDULES))
-    final_mask_ratio: float | None = Field(None, description="target at the last step, for another schedule")
-    ema_decay: float = Field(0.996, description="per step, of the copy that scores patches (attentive)")
-
-    @model_validator(mode="after")
-    def _valid_masking(self) -> MaskingSection:
-        self.to_config()
-        return self
-
-    def to_config(self) -> MaskingConfig:
-        """The same as the model package knows it."""
-        return MaskingConfig(**self.model_dump())
-
-
 class TextMaskingSection(Section):
     """What is left of long captions (docs/text_masking.md)."""
 
-    strategy: Literal["none", "truncate", "random", "block", "frequency"] = Field(
+    strategy: PerStage[Literal["none", "truncate", "random", "block", "frequency"]] = Field(
         "none", description="none | truncate | random | block | frequency"
     )
-    max_tokens: int | None = Field(
+    max_tokens: PerStage[int | None] = Field(
         None, description="longer captions are cut to this, start and end included; none: context length", gt=2
     )
-    frequency_threshold: float = Field(1e-6, description="share of all words up to which a word is rare", gt=0)
-    word_counts: str = Field("", description="words.json of `data-prep words`, any fsspec URL (frequency)")
+    frequency_threshold: PerStage[float] = Field(
+        1e-6, description="share of all words up to which a word is rare", gt=0
+    )
+    word_counts: OnResume[Location] = Field(
+        "", description="words.json of `data-prep words`, any fsspec URL (frequency)"
+    )
 
     @model_validator(mode="after")
     def _counts_for_frequency(self) -> TextMaskingSection:
@@ -140,12 +127,16 @@ class LossSection(Section):
     """What image and text features are trained for, and how ranks share it (docs/loss.md)."""
 
     kind: LossKind = Field("info_nce", description="info_nce: CLIP's softmax | sigmoid: SigLIP's, with a bias")
-    exchange: Literal["gather", "ring"] = Field(
+    exchange: PerStage[OnResume[Literal["gather", "ring"]]] = Field(
         "gather", description="gather: each rank holds all image features | ring: one rank's at a time"
     )
-    kernel: Kernel = Field("auto", description="auto: triton's fused one on CUDA, else torch's | torch | triton")
-    tile_size: int = Field(1024, description="torch's kernel computes so many rows and columns at a time", ge=16)
-    cache_gradients: bool = Field(
+    kernel: PerStage[OnResume[Kernel]] = Field(
+        "auto", description="auto: triton's fused one on CUDA, else torch's | torch | triton"
+    )
+    tile_size: PerStage[OnResume[int]] = Field(
+        1024, description="torch's kernel computes so many rows and columns at a time", ge=16
+    )
+    cache_gradients: PerStage[bool] = Field(
         False,
         description="negatives from all micro-batches of a step, for a second forward pass (GradCache)",
     )
@@ -177,24 +168,37 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """How long, how much at once, where to."""
 
-    output: str = Field("", description="run directory: recipe, metrics, checkpoints")
-    epochs: float = Field(32.0, description="passes over the data", gt=0)
-    max_steps: int | None = Field(None, description="stop after this many steps; none: as epochs say", gt=0)
-    global_batch_size: int = Field(2048, description="pairs per optimiser step, all ranks together", gt=0)
-    micro_batch_size: int = Field(256, description="pairs per forward pass of one rank", gt=0)
+    output: OnResume[Location] = Field("", description="run directory: recipe, metrics, checkpoints")
+    epochs: PerStage[float] = Field(32.0, description="passes over the data", gt=0)
+    max_steps: PerStage[int | None] = Field(None, description="stop after this many steps; none: as epochs say", gt=0)
+    # ranks may be others on a resume: the steps go on from the number of samples
+    global_batch_size: PerStage[OnResume[int]] = Field(
+        2048, description="pairs per optimiser step, all ranks together", gt=0
+    )
+    micro_batch_size: PerStage[OnResume[int]] = Field(256, description="pairs per forward pass of one rank", gt=0)
     seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
-    deepspeed_config: str = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
-    precision: Precision | None = Field(
+    deepspeed_config: OnResume[Location] = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
+    precision: OnResume[Precision | None] = Field(
         None, description="bf16 | fp16 | autocast | fp32, over the template's own (ds_configs/README.md)"
     )
-    activation_checkpointing: bool = Field(False, description="recompute blocks backward: less memory, more time")
-    compile: bool = Field(False, description="torch.compile the transformer blocks around attention")
-    log_every_steps: int = Field(10, description="steps between lines of metrics.jsonl", gt=0)
-    save_every_steps: int = Field(1000, description="steps between checkpoints; the last step always saves", gt=0)
-    save_every_minutes: float | None = Field(None, description="save also when this long nothing was saved", gt=0)
-    keep_checkpoints: int = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
-    keep_every_steps: int | None = Field(None, description="keep a checkpoint of each so many steps for good", gt=0)
-    resume: str = Field("auto", description="auto | never | a run or checkpoint to go on from (docs/reliability.md)")
+    activation_checkpointing: PerStage[OnResume[bool]] = Field(
+        False, description="recompute blocks backward: less memory, more time"
+    )
+    compile: PerStage[bool] = Field(False, description="torch.compile the transformer blocks around attention")
+    log_every_steps: PerStage[OnResume[int]] = Field(10, description="steps between lines of metrics.jsonl", gt=0)
+    save_every_steps: PerStage[OnResume[int]] = Field(
+        1000, description="steps between checkpoints; the last step always saves", gt=0
+    )
+    save_every_minutes: PerStage[OnResume[float | None]] = Field(
+        None, description="save also when this long nothing was saved", gt=0
+    )
+    keep_checkpoints: OnResume[int] = Field(2, description="older checkpoints are deleted; at least 1", ge=1)
+    keep_every_steps: OnResume[int | None] = Field(
+        None, description="keep a checkpoint of each so many steps for good", gt=0
+    )
+    resume: OnResume[Location] = Field(
+        "auto", description="auto | never | a run or checkpoint to go on from (docs/reliability.md)"
+    )
 
 
 class FaultsSection(Section):
@@ -237,7 +241,7 @@ class LogSection(Section):
 class EvaluationSection(Section):
     """Evaluation of the weights during training (docs/observability.md)."""
 
-    data: tuple[str, ...] = Field((), description="evaluation sets; none: no evaluation")
+    data: tuple[Location, ...] = Field((), description="evaluation sets; none: no evaluation")
     every_steps: int = Field(1000, description="steps between evaluations", gt=0)
     batch_size: int = Field(64, description="images or texts at once on a rank", gt=0)
     workers: int = Field(2, description="threads per rank that decode", gt=0)
@@ -248,19 +252,19 @@ class Recipe(Section):
 
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
-    masking: MaskingSection = MaskingSection()
+    masking: PerStage[MaskingConfig] = MaskingConfig()
     text_masking: TextMaskingSection = TextMaskingSection()
     loss: LossSection = LossSection()
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: PerStage[OptimizerSection] = OptimizerSection()
     train: TrainSection = TrainSection()
-    faults: FaultsSection = FaultsSection()
-    log: LogSection = LogSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    faults: OnResume[FaultsSection] = FaultsSection()
+    log: OnResume[LogSection] = LogSection()
+    evaluation: OnResume[EvaluationSection] = EvaluationSection()
     stages: tuple[dict[str, Any], ...] = ()
 
     def by_stage(self) -> list[tuple[str | None, Recipe]]:
         """(name, recipe) of each stage in order (docs/training.md); without stages the recipe itself, nameless."""
-        merged = merge_stages(self.model_dump(), self.stages)
+        merged = merge_stages(self.model_dump(), self.stages, options_of(Recipe))
         return [(name, Recipe.model_validate(fields)) for name, fields in merged] or [(None, self)]
 
     @model_validator(mode="after")

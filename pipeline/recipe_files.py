@@ -6,7 +6,7 @@ line has the last word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import yaml
 from pydantic import ValidationError
 
 from formats.errors import UserError, did_you_mean, nearest_of
-from pipeline.recipe import Recipe, Section
-from pipeline.recipe_stages import find_stage, merge_stages
+from formats.files import expand
+from pipeline.recipe import Recipe
+from pipeline.recipe_options import TextLoader, find_stage, merge_stages, options_of, read_values
 
 RECIPES_DIRECTORY = Path(__file__).parent / "recipes"
+OPTIONS = options_of(Recipe)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,18 +35,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(fields: dict[str, Any], source: str) -> Recipe:
-    """Check nested plain values, and what its stages make of them.
+    """Check nested plain values, and what its stages make of them; a text is read as its option's type says.
 
     Raises UserError that names the source, the stage, the key and the expectation.
     """
-    recipe = _validate(fields, source)
     try:
-        stages = merge_stages(recipe.model_dump(), recipe.stages)
+        recipe = _validate(read_values(fields, OPTIONS), source)
+        merged = merge_stages(recipe.model_dump(), recipe.stages, OPTIONS)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    for name, merged in stages:
-        _validate(merged, f"{source}: stage {name}")
-    return recipe
+    stages = []
+    for changes, (name, whole) in zip(recipe.stages, merged, strict=True):
+        checked = _validate(whole, f"{source}: stage {name}").model_dump()
+        values = {
+            section: {key: checked[section][key] for key in changes[section]}
+            for section in changes
+            if section != "name"
+        }
+        stages.append({"name": name, **values})
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _validate(fields: dict[str, Any], source: str) -> Recipe:
@@ -53,7 +62,7 @@ def _validate(fields: dict[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise UserError(f"{source}: {_unknown_key(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
@@ -65,12 +74,7 @@ def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any
     path = _find(name_or_path)
     if path in seen:
         raise UserError(f"recipe {path}: its bases lead back to itself")
-    try:
-        fields = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"recipe {path}: expected sections such as `model:` with `key: value` lines under them")
+    fields = _read_sections(str(path))
     base = fields.pop("base", None)
     if base is None:
         return fields
@@ -80,9 +84,26 @@ def _read_with_bases(name_or_path: str, seen: tuple[Path, ...]) -> dict[str, Any
     return merged
 
 
+def _read_sections(location: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(location, "r", encoding="utf-8-sig") as file:
+            fields = yaml.load(file.read(), TextLoader)
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: no UTF-8, no such protocol
+        raise UserError(f"recipe {location} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields or {}, dict):
+        raise UserError(f"recipe {location}: expected sections such as `model:` with `key: value` lines under them")
+    return fields or {}
+
+
 def _find(name_or_path: str) -> Path:
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
-        path = Path(name_or_path)
+        path = Path(expand(name_or_path))
         if not path.exists():
             raise UserError(f"no recipe at {path}")
         return path.resolve()
@@ -110,43 +131,21 @@ def _apply_override(fields: dict[str, Any], override: str) -> None:
             "or stages.NAME.section.key=value"
         )
     try:
-        value = yaml.safe_load(text) if text else ""
         target = find_stage(fields.get("stages"), stage[1]) if stage else fields
     except ValueError as error:
         raise UserError(f"{override}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}") from error
-    _merge(target, {section: {key: value}})
+    _merge(target, {section: {key: text}})
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
     *sections, key = (str(part) for part in location)
-    known = [name for name, _ in _fields() if not sections or name.startswith(f"{sections[0]}.")]
+    known = [name for name in OPTIONS if not sections or name.startswith(f"{sections[0]}.")]
     if not sections:
         known = list(Recipe.model_fields)
     full = ".".join([*sections, key])
     return f"unknown option {full!r}{did_you_mean(full, known)}"
 
 
-def _fields() -> Iterator[tuple[str, Any]]:
-    for section_name, section in Recipe.model_fields.items():
-        section_type = section.annotation
-        if not (isinstance(section_type, type) and issubclass(section_type, Section)):
-            continue  # stages, which have the options of all other sections
-        for name, field in section_type.model_fields.items():
-            yield f"{section_name}.{name}", field
-
-
-def describe_options() -> str:
-    """Every option with its default and meaning, one line each, for `--help`."""
-    lines = ["  stages: a list of diffs over these, trained in turn (docs/training.md)"]
-    for name, field in _fields():
-        default = "none" if field.default is None else repr(field.default) if field.default == "" else field.default
-        lines.append(f"  {name}={default}".ljust(42) + f" {field.description}")
-    return "\n".join(lines)
-
-
 def read_recipe_file(path: str) -> Recipe:
-    """A run directory's recipe.yaml, resolved already; any fsspec URL."""
-    with fsspec.open(path, "r") as file:
-        return parse_recipe(yaml.safe_load(file.read()), path)
+    """A run directory's recipe.yaml, resolved already; any fsspec URL. Raises UserError for what is none."""
+    return parse_recipe(_read_sections(path), path)

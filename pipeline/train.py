@@ -12,7 +12,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from formats.programs import add_launcher_argument, run
-from pipeline.recipe_files import RECIPES_DIRECTORY, describe_options, load_recipe
+from pipeline.recipe_files import OPTIONS, RECIPES_DIRECTORY, load_recipe
+from pipeline.recipe_options import describe_options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,7 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a cluster-masked CLIP model. A run directory with a checkpoint is continued.",
-        epilog=f"recipes: {known}\n\noptions of a recipe, with defaults:\n{describe_options()}",
+        epilog=f"recipes: {known}\n\noptions of a recipe, with defaults; S: a stage may change "
+        f"it, R: so may a run that is continued:\n{describe_options(OPTIONS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe in pipeline/recipes/, or a YAML file")

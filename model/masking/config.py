@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 STRATEGIES = ("none", "random", "cluster", "block", "grid", "pgs", "attentive", "cluster-reference")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+def _option(default: Any, description: str) -> Any:
+    """An option of a recipe's section `masking`: its default, and its meaning for help and docs."""
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True)
 class MaskingConfig:
-    """The strategy, the share of the batch's patches to drop, bounds on each image's share, and what seeds clusters.
+    """Which patches each step drops (docs/masking.md); raises ValueError for what cannot be."""
 
-    anchor_ratio: share of an image's patches that are anchors (cluster) or candidates (pgs)
-    embedding_mix: weight of patch-embedding similarity at the end of training (cluster); 0 is pixels alone
-    ratio_schedule: how the target moves from `target_mask_ratio` to `final_mask_ratio` during training
-    ema_decay: of the copy whose attention chooses the patches, per step (attentive)
-    """
-
-    strategy: str = "cluster"
-    target_mask_ratio: float = 0.5
-    min_mask_ratio: float = 0.3
-    max_mask_ratio: float = 0.9
-    anchor_ratio: float = 0.03
-    embedding_mix: float = 0.0
-    ratio_schedule: str = "constant"
-    final_mask_ratio: float | None = None
-    ema_decay: float = 0.996
+    strategy: str = _option("cluster", " | ".join(STRATEGIES))
+    target_mask_ratio: float = _option(0.5, "share of the batch's patches that is dropped, exactly")
+    min_mask_ratio: float = _option(0.3, "each image loses at least this share (cluster, pgs)")
+    max_mask_ratio: float = _option(0.9, "each image loses at most this share (cluster, pgs)")
+    anchor_ratio: float = _option(0.03, "share of an image's patches that seed clusters (cluster, pgs)")
+    embedding_mix: float = _option(0.0, "weight of patch-embedding similarity at the end (cluster); 0: pixels alone")
+    ratio_schedule: str = _option("constant", "target over training: " + " | ".join(SCHEDULES))
+    final_mask_ratio: float | None = _option(None, "target at the last step, for another schedule")
+    ema_decay: float = _option(0.996, "per step, of the copy whose attention scores patches (attentive)")
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

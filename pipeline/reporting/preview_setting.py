@@ -71,7 +71,7 @@ def make_setting(
     patch_size = patch_size or vision.patch_size
     image_size = image_size or recipe.model.image_size or vision.image_size
     _check_sizes(patch_size, image_size)
-    masking = recipe.masking.to_config()
+    masking = recipe.masking
     return PreviewSetting(
         maskings={strategy: _under(strategy, masking, visual) for strategy in strategies},
         patch_size=patch_size,

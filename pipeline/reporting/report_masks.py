@@ -59,7 +59,7 @@ def draw_masks(source: Path, recipe: Recipe) -> PictureGrid:
     samples = read_images(source)
     vision = config_from_name(recipe.model.name).vision
     image_size = recipe.model.image_size or vision.image_size
-    masking = recipe.masking.to_config()
+    masking = recipe.masking
     images_BCSS = torch.stack([load_image(sample.image, image_size) for sample in samples])
     images = PatchedImages(images_BCSS, vision.patch_size)
     dropped_by_strategy = [

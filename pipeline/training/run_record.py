@@ -10,41 +10,12 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import write_atomically, write_json
-from pipeline.recipe import EvaluationSection, FaultsSection, LogSection, Recipe
-from pipeline.recipe_files import read_recipe_file
+from pipeline.recipe import Recipe
+from pipeline.recipe_files import OPTIONS, read_recipe_file
+from pipeline.recipe_options import Change
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
 
-# Options that change neither what is learnt nor from which samples in which order (unless something goes wrong), though
-# batch and precision change the bits; all others are fixed for a run's life.
-_MAY_CHANGE = {
-    "data.train",  # the manifest's hash is compared instead
-    "data.tokenizer",  # likewise
-    "model.start_from",  # likewise (start_weights.py)
-    "text_masking.word_counts",  # likewise
-    "data.workers",
-    "data.cache_directory",
-    "data.cache_gib",
-    "data.max_bad_ratio",
-    "loss.exchange",
-    "loss.kernel",
-    "loss.tile_size",
-    "train.output",
-    "train.global_batch_size",  # ranks may be others, and the steps go on from the number of samples
-    "train.micro_batch_size",
-    "train.deepspeed_config",
-    "train.precision",
-    "train.activation_checkpointing",
-    "train.log_every_steps",
-    "train.save_every_steps",
-    "train.save_every_minutes",
-    "train.keep_checkpoints",
-    "train.keep_every_steps",
-    "train.resume",
-    *(f"faults.{name}" for name in FaultsSection.model_fields),
-    *(f"log.{name}" for name in LogSection.model_fields),
-    *(f"evaluation.{name}" for name in EvaluationSection.model_fields),
-}
 _PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")
 
 
@@ -86,8 +57,11 @@ def check_unchanged(
     """Raise UserError if a run that is to be continued would become another one half way."""
     before = _flat(read_recipe_file(str(run_directory / RECIPE)))
     now = _flat(recipe)
+    # these change neither what is learnt nor from which samples in which order (unless something goes wrong), though
+    # batch and precision change the bits; all others are fixed for a run's life
+    may_change = {name for name, option in OPTIONS.items() if Change.RESUME in option.changes}
     for key in sorted(before.keys() | now.keys()):
-        if ".".join(key.split(".")[-2:]) not in _MAY_CHANGE and before.get(key) != now.get(key):
+        if ".".join(key.split(".")[-2:]) not in may_change and before.get(key) != now.get(key):
             raise UserError(
                 f"{run_directory} was started with {key}={before.get(key)}, now it is {now.get(key)}: change it back "
                 "to continue that run, or choose another train.output"

@@ -76,7 +76,7 @@ class Stage:
     @property
     def masking(self) -> MaskingConfig:
         """Which patches this stage drops."""
-        return self.recipe.masking.to_config()
+        return self.recipe.masking
 
     @property
     def patches_kept(self) -> float:
@@ -173,7 +173,7 @@ def plan_stages(
         try:
             batches = plan_batches(stage_recipe, num_samples, world_size)
             model = stage_recipe.clip_config(vocab_size, eot_token_id)
-            _check_masking(stage_recipe.masking.to_config(), model.vision.num_patches)
+            _check_masking(stage_recipe.masking, model.vision.num_patches)
         except UserError as error:
             raise UserError(f"stage {name}: {error}" if name else str(error)) from None
         begun = progress.stage_starts[number:]

@@ -151,7 +151,7 @@ def test_a_recipe_names_one_set_or_several(tmp_path: Path) -> None:
     for value, message in {
         "[{path: a, wieght: 2}]": "data.train.list.0.wieght",
         "[{path: a, weight: 0}]": "greater than 0",
-        "[{path: a, weight: .inf}]": "finite",
+        "[{path: a, weight: inf}]": "finite",
         "[{weight: 1}]": "data.train.list.0.path: Field required",
         "[{path: a, weight: 1}, {path: b}]": "give a weight to every set",
         "[{path: a}, {path: a/}]": "each once",
