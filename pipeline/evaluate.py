@@ -24,7 +24,7 @@ from pipeline.evaluation.features import FeatureEncoder, Slice
 from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job
 from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
-from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
 from pipeline.evaluation.sweep import read_sweep
 from pipeline.evaluation.tasks.registry import TASKS, tasks_of
 from pipeline.foreign_models import load_any_model
@@ -76,14 +76,12 @@ def _print(ranks: Ranks, text: str) -> None:
 
 def _open(directories: Sequence[Path], options: Sequence[str] | None) -> dict[Path, EvaluationSet]:
     """The data sets of the wanted tasks. Raises UserError for an unknown task and for one without a data set."""
+    check_names(directories)
     opened = {directory: open_evaluation_set(directory) for directory in directories}
-    names = [dataset.name for dataset in opened.values()]
-    if len(set(names)) < len(directories):
-        raise UserError(f"two --data directories have the same name ({', '.join(names)}): results would mix")
     fitting = {directory: tasks_of(dataset, options) for directory, dataset in opened.items()}
     for option in options or ():
         if not any(TASKS[option] in tasks for tasks in fitting.values()):
-            raise UserError(f"no dataset for task {option}: none of the --data directories ({', '.join(names)}) fits")
+            raise UserError(f"no dataset for task {option}: none of {', '.join(map(str, directories))} fits")
     return {directory: opened[directory] for directory, tasks in fitting.items() if tasks}
 
 

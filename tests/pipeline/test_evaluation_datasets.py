@@ -19,6 +19,7 @@ from pipeline.evaluation.sets.layouts import (
     ClassificationSet,
     MultiLabelSet,
     RetrievalSet,
+    check_names,
     open_evaluation_set,
 )
 
@@ -364,3 +365,17 @@ def test_an_image_over_the_byte_limit_is_not_read(tmp_path: Path) -> None:
     dataset = open_evaluation_set(tmp_path)
     with pytest.raises(UserError, match="over the limit"):
         dataset.samples[0].image.read()
+
+
+def test_two_sets_of_one_name_are_told_apart_by_nobody(tmp_path: Path) -> None:
+    paths = [tmp_path / "old" / "animals", tmp_path / "new" / "animals", tmp_path / "plants"]
+    for path in paths:
+        path.mkdir(parents=True)
+    check_names(paths[1:])
+    with pytest.raises(UserError, match=r"two evaluation sets are called animals: .*old/animals and .*new/animals"):
+        check_names(paths)
+    with pytest.raises(UserError, match="called plants"):
+        check_names([paths[2], tmp_path / "old" / ".." / "plants"])
+    (tmp_path / "link").symlink_to(paths[0])
+    with pytest.raises(UserError, match="called animals"):
+        check_names([paths[1], tmp_path / "link"])

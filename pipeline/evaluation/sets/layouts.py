@@ -5,6 +5,7 @@ Classification and retrieval are CLIP_benchmark's webdatasets; composition is JS
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +99,18 @@ class MultiLabelSet:
 
 
 EvaluationSet = ClassificationSet | MultiLabelSet | RetrievalSet | CompositionSet | GroupSet
+
+
+def check_names(directories: Iterable[Path]) -> None:
+    """Raise UserError if two sets have one name, which is that of the directory: their figures would mix."""
+    seen: dict[str, Path] = {}
+    for directory in directories:
+        name = directory.resolve().name
+        if (other := seen.setdefault(name, directory)) is not directory:
+            raise UserError(
+                f"two evaluation sets are called {name}: {other} and {directory}; figures stand under a set's name, so "
+                "leave one out or rename its directory"
+            )
 
 
 def open_evaluation_set(directory: Path) -> EvaluationSet:
