@@ -110,12 +110,16 @@ def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 def read_text(path: Path) -> str:
     """A text in UTF-8, with or without byte order mark. Raises UserError that names the line where it is not."""
-    content = path.read_bytes()
+    return utf8(path.read_bytes(), str(path))
+
+
+def utf8(content: bytes, name: str) -> str:
+    """The same of what a file called `name` holds."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} line {line} is not UTF-8 text: save it as UTF-8") from error
+        raise UserError(f"{name} line {line} is not UTF-8 text: save it as UTF-8") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def load_tokenizer(path: str, context_length: int) -> Tokenizer:
     try:
         with fsspec.open(path, "rb") as file:
             source: bytes = file.read()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UserError(
             f"no tokenizer at {path}: make one with `data-prep tokenizer SHARDS --output {path}`"
         ) from error
