@@ -105,7 +105,7 @@ def _ingest(folder: Path, rows: int) -> dict[str, float]:
 
 
 def _duplicates(folder: Path, rows: int) -> dict[str, float]:
-    from data_prep.lists.duplicates import DuplicateMask, sorted_records
+    from data_prep.lists.exact_duplicates import DuplicateMask, sorted_records
 
     rows_per_part = 600_000
     sizes = [min(rows_per_part, rows - start) for start in range(0, rows, rows_per_part)]

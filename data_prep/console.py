@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -13,9 +13,9 @@ LOG_FILE_REFRESH_S = 10.0  # a batch job's log gets a line now and then, not a f
 
 
 def progress_bar(
-    name: str, total: float, unit: str, initial: float = 0, bar_format: str | None = None
+    name: str, total: float | None, unit: str, initial: float = 0, bar_format: str | None = None
 ) -> tqdm[NoReturn]:
-    """A progress bar with the time left, to standard error."""
+    """A progress bar, with the time left where the total is known, to standard error."""
     return tqdm(
         desc=name,
         total=total,
@@ -39,6 +39,13 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             for cell, width in zip(line, widths, strict=True)
         ]
         print("  " + "  ".join(cells).rstrip())
+
+
+def print_counts(title: str, unit: str, counts: Mapping[str, int]) -> None:
+    """Print how many `unit` there are for each reason, the most frequent first; nothing where there are none."""
+    rows = sorted(((why, count) for why, count in counts.items() if count), key=lambda row: -row[1])
+    if rows:
+        print_table((title, unit), [(why, f"{count:,}") for why, count in rows])
 
 
 def _is_number(cell: str) -> bool:

@@ -81,12 +81,10 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    from data_prep.lists.block_lists import read_block_lists
+    from data_prep.lists.filters import Filters, read_block_lists
     from data_prep.lists.ingest import ingest
-    from data_prep.lists.ingest_parts import Options, Slice
-    from data_prep.lists.list_files import ListFormat
-    from data_prep.lists.row_filters import Filters
-    from data_prep.lists.url_lists import ColumnChoice
+    from data_prep.lists.list_files import ColumnChoice, ListFormat
+    from data_prep.lists.rows import Options, Slice
 
     if "none" in options.unique and len(options.unique) > 1:
         raise UserError("--unique none goes with no other key")

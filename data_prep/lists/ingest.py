@@ -10,31 +10,41 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from data_prep.console import print_table, progress_bar
-from data_prep.lists.canonical import Rejects
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.console import print_counts, progress_bar
+from data_prep.folders import Folder, parent_and_name
 from data_prep.lists.catalogue import SOURCES
-from data_prep.lists.duplicates import DuplicateMask
-from data_prep.lists.folders import Folder
-from data_prep.lists.ingest_output import Target
-from data_prep.lists.ingest_parts import (
+from data_prep.lists.exact_duplicates import DuplicateMask, Mask
+from data_prep.lists.list_files import Piece, find_pieces
+from data_prep.lists.rows import (
+    SCHEMA,
     Options,
     Part,
+    Rejects,
     Slice,
+    check_columns,
     ingest_piece,
     piece_name,
+    read_part,
     read_result,
     result_file,
 )
-from data_prep.lists.list_files import Piece, find_pieces
 from data_prep.parallel import map_in_processes
 from formats.errors import UserError
+from formats.files import to_json
 
 COUNT_TOLERANCE = 0.001
+ROWS_PER_GROUP = 100_000
+REPORT, REJECTS = "ingest.json", "rejects.jsonl"
+_OWN_FILE = re.compile(r"part-\d+\.parquet|ingest\.json|rejects\.jsonl")
 
 
 @dataclasses.dataclass
@@ -44,6 +54,7 @@ class Tally:
     read: int = 0
     written: int = 0
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    emptied: Counter[str] = dataclasses.field(default_factory=Counter)  # values of other rows that could not be used
 
 
 def ingest(
@@ -74,6 +85,8 @@ def ingest(
         work.remove()  # left when a run was killed at its very end
         print(f"{output}: already done, {done['written']:,} of {done['read']:,} rows")
         return _tally_of(done)
+    for piece in [piece for index, piece in enumerate(pieces) if not index or piece.path != pieces[index - 1].path]:
+        check_columns(piece, options.filters)  # of each list
     if share:
         _read_pieces(pieces[share.index :: share.count], options, work, processes)
         missing = sum(not work.exists(result_file(piece, options)) for piece in pieces)
@@ -108,6 +121,7 @@ def _sum_up(
     rejects = Rejects()
     for result in results:
         rejects.counts.update(result.rejected)
+        rejects.emptied.update(result.emptied)
         rejects.examples += result.examples
     mask = _find_duplicates(parts, options.unique, work, rejects)
     rows_read = sum(result.read for result in results)
@@ -117,12 +131,13 @@ def _sum_up(
         "read": rows_read,
         "written": rows_read - rejects.counts.total(),
         "dropped": dict(+rejects.counts),
+        "emptied": dict(+rejects.emptied),
     }
     return report, rejects, parts, mask
 
 
 def _tally_of(report: Mapping[str, Any]) -> Tally:
-    return Tally(report["read"], report["written"], Counter(report["dropped"]))
+    return Tally(report["read"], report["written"], Counter(report["dropped"]), Counter(report.get("emptied", {})))
 
 
 def _fingerprint(pieces: Sequence[Piece], options: Options) -> str:
@@ -155,8 +170,109 @@ def _open_records(work: Folder, parts: Sequence[Part], key: str, number: int) ->
 def _print_tally(tally: Tally, output: str, elapsed_s: float, list_format: str) -> None:
     rate = tally.read / elapsed_s
     print(f"{output}: {tally.written:,} of {tally.read:,} rows, {elapsed_s:.1f} s, {rate:,.0f} rows/s")
-    if +tally.dropped:
-        print_table(("dropped", "rows"), [(why, f"{n:,}") for why, n in (+tally.dropped).most_common()])
+    print_counts("dropped", "rows", tally.dropped)
+    print_counts("left empty", "rows", tally.emptied)
     source = SOURCES.get(list_format)
     if source and source.rows_exact and abs(tally.read - source.rows) > COUNT_TOLERANCE * source.rows:
         print(f"note: {source.title} has {source.rows:,} rows: a part, or a download that was cut off?")
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A parquet file to write: the rows of `parts` that their masks do not mark."""
+
+    name: str
+    parts: Sequence[Part]
+    masks: Sequence[Mask]
+
+
+class Target:
+    """The finished list: one parquet file, or a folder of them, with a report and a sample of refused rows."""
+
+    def __init__(self, output: str) -> None:
+        """Raises UserError for a folder that holds anything else: what is in it will be replaced."""
+        self._is_file = output.endswith(".parquet")
+        if self._is_file:
+            self._folder, self._name = parent_and_name(output)
+            self._prefix = self._name.removesuffix("parquet")  # urls.parquet -> urls.ingest.json
+        else:
+            self._folder, self._prefix = Folder(output), ""
+            if self._folder.is_file():
+                raise UserError(f"{output} is a file: choose a name that ends in .parquet, or a folder")
+            others = [name for name in self._folder.names() if not _OWN_FILE.fullmatch(name)]
+            if others:
+                raise UserError(f"{output} holds other things ({others[0]}): choose another --output")
+
+    def report_of(self, fingerprint: str) -> dict[str, Any] | None:
+        """The report of the output, if it was made of the same lists with the same options."""
+        there = self._folder.exists(self._name) if self._is_file else True
+        if not there or not self._folder.exists(self._prefix + REPORT):
+            return None
+        try:
+            report = self._folder.read_json(self._prefix + REPORT)
+        except ValueError:  # damaged: made again
+            return None
+        return report if report.get("fingerprint") == fingerprint else None
+
+    def write(
+        self, parts: Sequence[Part], mask: DuplicateMask, work: Folder, report: Mapping[str, Any], rejects: Rejects,
+        processes: int,
+    ) -> None:  # fmt: skip
+        """Write the rows of all parts that the mask does not mark."""
+        if self._is_file:
+            folder = self._folder
+            folder.delete(self._prefix + REPORT)  # no longer true once the file is replaced
+            file = _File(self._name, parts, [mask.part(number) for number in range(len(parts))])
+            with progress_bar("write", len(parts), "part") as progress:
+                _write_parquet(folder.url, work.url, file, overwrite=True, on_part=progress.update)
+        else:
+            folder = Folder(f"{work.url}/output-{report['fingerprint'][:16]}")
+            kept = [number for number in range(len(parts)) if not mask.part(number).all()]
+            tasks = (_File(f"part-{index:05d}.parquet", [parts[i]], [mask.part(i)]) for index, i in enumerate(kept))
+            write = functools.partial(_write_parquet, folder.url, work.url, overwrite=False)
+            with progress_bar("write", len(kept), "part") as progress:
+                for _ in map_in_processes(write, tasks, processes, limit=len(kept)):
+                    progress.update()
+        with folder.writing(self._prefix + REJECTS) as stream:
+            stream.writelines((to_json(row) + "\n").encode() for row in rejects.examples)
+        folder.write_json(self._prefix + REPORT, report)
+        if not self._is_file:
+            folder.move_to(self._folder)
+
+
+def _write_parquet(
+    folder_url: str, work_url: str, file: _File, overwrite: bool, on_part: Callable[[], object] | None = None
+) -> None:
+    """Write a file, unless it is there; `on_part` is called after each of its parts."""
+    folder, work = Folder(folder_url), Folder(work_url)
+    if folder.exists(file.name) and not overwrite:
+        return
+
+    def tables() -> Iterator[pa.Table]:
+        for part, duplicate in zip(file.parts, file.masks, strict=True):
+            start = 0
+            for table in read_part(work, part):
+                yield table.filter(pa.array(~duplicate[start : start + table.num_rows]))
+                start += table.num_rows
+            if on_part:
+                on_part()
+
+    # dictionaries cost time and save nothing: nearly every text is different
+    with (
+        folder.writing(file.name) as stream,
+        pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=["language"]) as writer,
+    ):
+        for row_group in _regroup(tables()):
+            writer.write_table(row_group)
+
+
+def _regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join small tables into row groups of at least `ROWS_PER_GROUP` rows."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(part.num_rows for part in pending) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending)

@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE, SOURCES, withdrawn_source
-from data_prep.lists.lines import lines
-from data_prep.lists.url_lists import READERS, Chunk, ColumnChoice, Range, find_columns
+from data_prep.tables.files import (
+    SNIFFED_LINES,
+    columns_of,
+    expand,
+    find_column,
+    kind_by_name,
+    naming,
+    open_table,
+    text_kind,
+)
+from data_prep.tables.lines import lines
+from data_prep.tables.readers import Chunk, Range, is_text, read_chunks
 from formats.errors import UserError, nearest_of
 
 PIECE_BYTES = 128 << 20  # of text: about 600,000 rows
 PIECE_ROWS = 500_000  # of parquet, in whole row groups
-SNIFFED_LINES = 100
-KIND_BY_EXTENSION = {
-    "parquet": "parquet",
-    "csv": "csv",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "jsonl",
-    "tsv": "tsv",
+
+URL_NAMES = ("url", "image_url", "imageurl", "link")
+CAPTION_NAMES = ("caption", "text", "alt_text", "title", "description")
+# canonical column -> the names that published lists give it, the preferred first (compared in lower case)
+CARRIED: Mapping[str, Sequence[str]] = {
+    "uid": ("uid",),
+    "width": ("width", "original_width"),
+    "height": ("height", "original_height"),
+    "sha256": ("sha256",),
+    "similarity": (
+        "similarity",
+        "clip_l14_similarity_score",
+        "clip_similarity_vitl14",
+        "clip_b32_similarity_score",
+        "clip_similarity_vitb32",
+    ),
+    "punsafe": ("punsafe", "nsfw_score_opennsfw2"),
+    "aesthetic": ("aesthetic", "aesthetic_score_laion_v2", "aesthetic_score"),
+    "watermark": ("watermark", "pwatermark", "watermark_score"),
+    "language": ("language", "lang"),
+    "face_bboxes": ("face_bboxes",),
 }
-COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
+# what the readers of published JSON files find, by the canonical names
+JSON_COLUMNS = {
+    kind: {name: name for name in names}
+    for kind, names in {
+        "sbu-json": ("url", "caption"),
+        "coco-json": ("url", "caption", "width", "height"),
+    }.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnChoice:
+    """The user's names for the url and caption columns; None means: find them by their usual names."""
+
+    url: str | None = None
+    caption: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +92,8 @@ class Piece:
 
     def read(self) -> Iterator[Chunk]:
         """Yield its rows; errors carry the file's name."""
-        with naming(self.path), _open(self.path) as stream:
-            yield from READERS[self.kind](stream, self.part, self.names, self.columns)
+        with naming(self.path), open_table(self.path) as stream:
+            yield from read_chunks(self.kind, stream, self.part, self.names, self.columns)
 
     def identity(self) -> str:
         """A digest of everything that decides its rows."""
@@ -75,7 +111,7 @@ def find_pieces(sources: Sequence[str], list_format: ListFormat) -> list[Piece]:
             raise UserError(f"{list_format.name} has no url list: {SOURCES[list_format.name].note}")
     pieces: list[Piece] = []
     for source in sources:
-        for path in _expand(source):
+        for path in expand(source):
             with naming(path):
                 pieces += _pieces_of(path, list_format)
     return pieces
@@ -84,93 +120,73 @@ def find_pieces(sources: Sequence[str], list_format: ListFormat) -> list[Piece]:
 def _pieces_of(path: str, list_format: ListFormat) -> Iterator[Piece]:
     filesystem, bare = fsspec.core.url_to_fs(path)
     kind = _kind(path, list_format.name)
-    size_bytes = None if infer_compression(bare) else int(filesystem.size(bare))
-    with _open(path) as stream:
+    if kind != "parquet":
+        with open_table(path) as stream:
+            kind = text_kind(stream, kind)
+    with open_table(path) as stream:
         names, header_bytes = _names(stream, kind, list_format)
+        found = withdrawn_source(path, names) if list_format.name in ("auto", *GENERIC) else None
+        if found:
+            _refuse_withdrawn(found.name, "this", list_format)
+        columns = JSON_COLUMNS.get(kind) or find_columns(names, list_format.columns)
         if kind == "parquet":
-            parts = list(_row_group_ranges(pq.ParquetFile(stream)))
-        elif kind in ("tsv", "jsonl") and size_bytes:
+            parts = list(_row_group_ranges(_checked(pq.ParquetFile(stream), columns)))
+        elif kind in ("tsv", "jsonl") and not infer_compression(bare):
+            size_bytes = int(filesystem.size(bare))
             starts = range(header_bytes, max(size_bytes, header_bytes + 1), PIECE_BYTES)
-            parts = [Range(start, min(start + PIECE_BYTES, size_bytes)) for start in starts]
+            parts = (
+                [Range(start, min(start + PIECE_BYTES, size_bytes)) for start in starts] if size_bytes else [Range()]
+            )
         else:
             parts = [Range(header_bytes)]
-    found = withdrawn_source(path, names) if list_format.name in ("auto", *GENERIC) else None
-    if found:
-        _refuse_withdrawn(found.name, "this", list_format)
-    columns = {} if kind.endswith("-json") else find_columns(names, list_format.columns)
     version = str(filesystem.ukey(bare))
     for part in parts:
         yield Piece(path, version, kind, part, names, columns)
 
 
+def _checked(file: pq.ParquetFile, columns: Mapping[str, str]) -> pq.ParquetFile:
+    """Raises UserError when urls or captions are not text."""
+    for name in ("url", "caption"):
+        kind = file.schema_arrow.field(columns[name]).type
+        if not is_text(kind):
+            raise UserError(f"the column with the {name} holds {kind}, not text")
+    return file
+
+
 def _kind(path: str, name: str) -> str:
     if name in SOURCES:
         return SOURCES[name].kind
-    if name != "auto":
-        return name
-    file_name = path.lower().rsplit("/", 1)[-1]
-    for packed in COMPRESSED[1:]:
-        file_name = file_name.removesuffix(packed)
-    extension = file_name.rsplit(".", 1)[-1]
-    if extension not in KIND_BY_EXTENSION:
-        formats = (*GENERIC, *INGESTIBLE)
-        raise UserError(f"cannot tell the format by the name: pass --format{nearest_of(extension, formats)}")
-    return KIND_BY_EXTENSION[extension]
+    kind = kind_by_name(path) if name == "auto" else name
+    if kind is None:
+        extension = path.rpartition(".")[2].lower()
+        raise UserError(
+            f"cannot tell the format by the name: pass --format{nearest_of(extension, (*GENERIC, *INGESTIBLE))}"
+        )
+    return kind
 
 
 def _names(stream: BinaryIO, kind: str, list_format: ListFormat) -> tuple[tuple[str, ...], int]:
     """The names of the list's columns, and the length of its header in bytes."""
-    if kind == "parquet":
-        return tuple(pq.ParquetFile(stream).schema_arrow.names), 0
-    if kind == "csv":
-        return _csv_header(stream)
-    if kind == "jsonl":
-        return _json_names(stream), 0
-    if kind == "tsv":
-        source = SOURCES.get(list_format.name)
-        if source and source.headerless:
-            _refuse_choice(list_format.columns)
-            return source.columns, 0
-        return _tsv_names(stream, list_format.columns)
-    return SOURCES[list_format.name].columns, 0
-
-
-def _csv_header(stream: BinaryIO) -> tuple[tuple[str, ...], int]:
-    consumed = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal consumed
-        for line in lines(stream):
-            text = line.decode("utf-8-sig" if consumed == 0 else "utf-8", "replace").replace("\0", "")
-            consumed += len(line)
-            yield text
-
-    try:
-        return tuple(next(csv.reader(texts()), [])), consumed
-    except csv.Error as error:
-        raise UserError(f"no header line: {error}") from error
-
-
-def _json_names(stream: BinaryIO) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for line, _ in zip(lines(stream), range(SNIFFED_LINES), strict=False):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            names.update(dict.fromkeys(value) if isinstance(value, dict) else {})
-    return tuple(names)
+    source = SOURCES.get(list_format.name)
+    if source and source.headerless:
+        _refuse_choice(list_format.columns)
+        return source.columns, 0
+    if source and kind.endswith("-json"):
+        return source.columns, 0
+    return _tsv_names(stream, list_format.columns) if kind == "tsv" else columns_of(stream, kind)
 
 
 def _tsv_names(stream: BinaryIO, choice: ColumnChoice) -> tuple[tuple[str, ...], int]:
     """By the header if the first line is one, else by where an address stands in the first lines."""
     first_lines = [line for line, _ in zip(lines(stream), range(SNIFFED_LINES), strict=False)]
     header = first_lines[0] if first_lines else b""
-    names = tuple(header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t"))
+    names, header_bytes = columns_of(io.BytesIO(header), "tsv")
     try:
         find_columns(names, choice)
     except UserError:
         _refuse_choice(choice)
     else:
-        return names, len(header)
+        return names, header_bytes
     url_first = any(line.lower().startswith((b"http://", b"https://")) for line in first_lines)
     return ("url", "caption") if url_first else ("caption", "url"), 0
 
@@ -198,35 +214,18 @@ def _refuse_withdrawn(name: str, subject: str, list_format: ListFormat) -> None:
         )
 
 
-def _expand(source: str) -> list[str]:
-    """A file, a folder of lists, or a pattern -> paths that fsspec opens."""
-    filesystem, path = fsspec.core.url_to_fs(source)
-    endings = tuple(f".{extension}{packed}" for extension in KIND_BY_EXTENSION for packed in COMPRESSED)
-    if filesystem.isfile(path):
-        found = [path]
-    elif filesystem.isdir(path):
-        found = sorted(entry for entry in filesystem.ls(path, detail=False) if entry.endswith(endings))
-    else:
-        found = sorted(filesystem.glob(path))
-    if not found:
-        extensions = ", *.".join(KIND_BY_EXTENSION)
-        raise UserError(f"{source}: no such file, folder or pattern with a url list (*.{extensions})")
-    return [filesystem.unstrip_protocol(entry) for entry in found]
+def find_columns(names: Sequence[str], choice: ColumnChoice) -> dict[str, str]:
+    """Canonical name -> the list's own name, for the url, the caption and the carried columns present.
 
-
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    _, bare = fsspec.core.url_to_fs(path)
-    with fsspec.open(path, "rb", compression=infer_compression(bare)) as stream:
-        yield stream
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Put the file's name before whatever goes wrong inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    Raises UserError when the url or caption column is not among `names`.
+    """
+    columns = {
+        "url": find_column(names, choice.url, URL_NAMES, "--url-column"),
+        "caption": find_column(names, choice.caption, CAPTION_NAMES, "--caption-column"),
+    }
+    lower = {name.lower(): name for name in reversed(names)}
+    for canonical, aliases in CARRIED.items():
+        found = next((lower[alias] for alias in aliases if alias in lower), None)
+        if found is not None and found not in columns.values():
+            columns[canonical] = find_column(names, found, (), "")
+    return columns

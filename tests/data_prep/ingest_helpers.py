@@ -7,11 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.lists.canonical import SCHEMA
 from data_prep.lists.ingest import Tally
-from data_prep.lists.ingest_parts import Options
-from data_prep.lists.list_files import ListFormat
-from data_prep.lists.url_lists import ColumnChoice
+from data_prep.lists.list_files import ColumnChoice, ListFormat
+from data_prep.lists.rows import SCHEMA, Options
 
 KEEP_ALL = Options(unique=())
 

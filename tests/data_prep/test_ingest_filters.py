@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_helpers import done, rows_of
 
-from data_prep.lists.block_lists import read_block_lists
+from data_prep.lists.filters import Filters, read_block_lists
 from data_prep.lists.ingest import ingest
-from data_prep.lists.ingest_parts import Options
-from data_prep.lists.row_filters import Filters
+from data_prep.lists.rows import Options
 from formats.errors import UserError
 
 

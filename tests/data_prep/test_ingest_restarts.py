@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_helpers import KEEP_ALL, done, read, rows_of
 
-from data_prep.lists import ingest_parts, list_files
+from data_prep.lists import list_files, rows
+from data_prep.lists.filters import Filters
 from data_prep.lists.ingest import ingest
-from data_prep.lists.ingest_parts import Options, Slice
-from data_prep.lists.row_filters import Filters
+from data_prep.lists.list_files import Piece
+from data_prep.lists.rows import Options, Slice
 
 
 def draw_lists(folder: Path, rows: int, seed: int) -> list[tuple[str, str]]:
@@ -51,7 +52,7 @@ def first_of_each(rows: list[tuple[str, str]], keys: tuple[str, ...]) -> list[tu
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(list_files, "PIECE_BYTES", 1000)
     monkeypatch.setattr(list_files, "PIECE_ROWS", 50)
-    monkeypatch.setattr(ingest_parts, "ROWS_PER_PART", 20)
+    monkeypatch.setattr(rows, "ROWS_PER_PART", 20)
 
 
 @pytest.mark.parametrize("keys", [(), ("url",), ("caption",), ("pair",), ("url", "caption"), ("caption", "url")])
@@ -77,7 +78,7 @@ def test_slices_unite_to_the_whole_and_what_is_done_is_not_done_again(
     assert not output.exists()
     assert ingest(sources, str(output), share=Slice(1, 3)) is None
     assert "0 of" in capsys.readouterr().out
-    monkeypatch.setattr(list_files, "READERS", {})  # nothing is left to read
+    monkeypatch.setattr(Piece, "read", None)  # nothing is left to read
     assert done(ingest(sources, str(output))).written == len(first_of_each(good, ("url",)))
     assert rows_of(output) == first_of_each(good, ("url",))
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}

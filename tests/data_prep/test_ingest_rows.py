@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_helpers import done, read, rows_of
 
-from data_prep.lists.canonical import Rejects, canonicalise
 from data_prep.lists.cleaning import canonical_url
+from data_prep.lists.filters import Filters
 from data_prep.lists.ingest import ingest
-from data_prep.lists.ingest_parts import Options
 from data_prep.lists.list_files import ListFormat
-from data_prep.lists.row_filters import Filters
+from data_prep.lists.rows import Options, Rejects, canonicalise
 
 
 def test_each_unusable_row_is_dropped_with_its_reason(tmp_path: Path) -> None:

@@ -3,15 +3,87 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.lists.block_lists import BlockList
-from data_prep.lists.languages import detect_languages
-from formats.errors import UserError, nearest_of
+from data_prep.lists.cleaning import canonical_url
+from formats.errors import UserError
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_HOST = re.compile(r"[^\s/:@]+")
+_HOST_OF_URL = r"^https?://(?P<host>[^/:?#]+)"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockList:
+    """What is blocked; empty sets block nothing."""
+
+    urls: frozenset[str] = frozenset()
+    hosts: frozenset[str] = frozenset()
+    sha256s: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of the content."""
+        lines = sorted(self.urls | self.hosts | self.sha256s)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def blocked_urls(self, urls: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Which of these canonical urls are listed."""
+        return _mask(url in self.urls for url in urls.to_pylist())
+
+    def blocked_hosts(self, urls: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Which of these canonical urls are on a listed host or below one: `a.example` blocks `b.a.example`."""
+        hosts = pc.struct_field(pc.extract_regex(urls, _HOST_OF_URL), "host")
+        blocked = [host for host in pc.unique(hosts).to_pylist() if host is not None and self._covers(host)]
+        return pc.is_in(hosts, value_set=pa.array(blocked, pa.string()))
+
+    def blocked_sha256s(self, sha256s: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Which of these hashes are listed."""
+        return _mask(digest in self.sha256s for digest in pc.utf8_lower(sha256s).to_pylist())
+
+    def _covers(self, host: str) -> bool:
+        labels = host.split(".")
+        return any(".".join(labels[start:]) in self.hosts for start in range(len(labels)))
+
+
+def _mask(values: Iterator[bool]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(list(values), pa.bool_())])
+
+
+def read_block_lists(paths: Sequence[str]) -> BlockList:
+    """Read text files with one url, host or sha256 per line (told by its form); `#` begins a comment.
+
+    Raises UserError for a line that is none of them, with its number.
+    """
+    urls: set[str] = set()
+    hosts: set[str] = set()
+    sha256s: set[str] = set()
+    for path in paths:
+        # what is not UTF-8 becomes an entry that is refused with its line
+        with fsspec.open(path, "rt", encoding="utf-8", errors="replace") as stream:
+            for number, line in enumerate(stream, 1):
+                entry = line.strip() if "://" in line else line.partition("#")[0].strip()
+                if not entry or entry.startswith("#"):
+                    continue
+                if "\N{REPLACEMENT CHARACTER}" in entry:
+                    raise UserError(f"{path}, line {number}: not UTF-8")
+                if "://" in entry and (url := canonical_url(entry)):
+                    urls.add(url)
+                elif _SHA256.fullmatch(entry):
+                    sha256s.add(entry.lower())
+                elif _HOST.fullmatch(entry) and (url := canonical_url(f"http://{entry}")):
+                    hosts.add(url.removeprefix("http://").rstrip("/"))
+                else:
+                    raise UserError(f"{path}, line {number}: neither a url, nor a host, nor a sha256: {entry[:80]!r}")
+    return BlockList(frozenset(urls), frozenset(hosts), frozenset(sha256s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +107,17 @@ class Filters:
         limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "block"}
         return json.dumps([limits, self.block.identity], sort_keys=True)
 
-    def check_columns(self, present: Sequence[str]) -> None:
-        """Raise UserError when a limit is set on a column that the list does not have."""
-        for flag, columns in self._needs():
-            for column in columns:
-                if column not in present:
-                    raise UserError(f"{flag} needs a column {column}{nearest_of(column, present)}")
-
-    def _needs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def columns(self) -> dict[str, str]:
+        """The columns that limits are about, each with the option that asks for it."""
         size = ("width", "height")
-        columns = {"min_side": size, "max_aspect": size} | {name: (column,) for name, column, _ in _THRESHOLDS}
-        for name, needed in columns.items():
-            if getattr(self, name) is not None:
-                yield "--" + name.replace("_", "-"), needed
-        if self.block.sha256s:
-            yield "a block-list with sha256 hashes", ("sha256",)
+        needed = {"min_side": size, "max_aspect": size} | {name: (column,) for name, column, _ in _THRESHOLDS}
+        flags = {
+            column: "--" + name.replace("_", "-")
+            for name, columns in needed.items()
+            for column in columns
+            if getattr(self, name) is not None
+        }
+        return flags | ({"sha256": "a block-list with sha256 hashes"} if self.block.sha256s else {})
 
 
 _THRESHOLDS: Sequence[tuple[str, str, Callable[[pa.ChunkedArray, float], pa.ChunkedArray]]] = (
@@ -114,3 +182,21 @@ def known_languages(table: pa.Table) -> pa.ChunkedArray:
     if given.null_count < len(given):
         return given
     return pa.chunked_array([detect_languages(table["caption"])])
+
+
+def check_detector() -> None:
+    """Raise UserError when py3langid is not installed."""
+    try:
+        import py3langid  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--language on a list without a language column needs py3langid: pip install 'cluster-clip[language]'"
+        ) from error
+
+
+def detect_languages(captions: pa.ChunkedArray) -> pa.Array:
+    """ISO 639-1 codes guessed by py3langid, 20 us a caption; short captions are often guessed wrong."""
+    check_detector()
+    import py3langid
+
+    return pa.array([py3langid.classify(text)[0] for text in captions.to_pylist()], pa.string())

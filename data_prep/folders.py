@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from formats.files import to_json
+
 
 class Folder:
     """Files by name in one folder, local or remote; made when the first file is written."""
@@ -59,7 +61,7 @@ class Folder:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """One JSON object, indented."""
         with self.writing(name) as stream:
-            stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+            stream.write((to_json(value, indent=2) + "\n").encode())
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

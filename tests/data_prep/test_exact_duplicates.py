@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.lists import duplicates
-from data_prep.lists.duplicates import BUCKETS, DuplicateMask, digests, sorted_records
+from data_prep.lists import exact_duplicates
+from data_prep.lists.exact_duplicates import BUCKETS, DuplicateMask, digests, sorted_records
 
 KEYS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6), max_size=4)
 
@@ -56,7 +56,7 @@ def test_many_passes_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> No
     rng = np.random.default_rng(0)
     parts = [[str(value) for value in rng.integers(0, 3000, 2000)] for _ in range(3)]
     one_pass, _ = marked(parts)
-    monkeypatch.setattr(duplicates, "RECORDS_PER_PASS", 50)
+    monkeypatch.setattr(exact_duplicates, "RECORDS_PER_PASS", 50)
     many_passes, _ = marked(parts)
     assert one_pass == many_passes == marked_slowly(parts)
 

@@ -1,0 +1,1 @@
+"""Tables as people write them, for url lists and for local pictures."""
