@@ -14,12 +14,12 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine_config import (
-    TEMPLATES_DIRECTORY,
     check_config,
     deepspeed_config,
     precision_of,
     zero_stage,
 )
+from pipeline.training.engines.template import TEMPLATES_DIRECTORY
 from pipeline.training.stage_plan import plan_batches
 
 PLAN = BatchPlan(num_samples=1000, global_batch_size=96, micro_batch_size=8, world_size=3)
@@ -79,6 +79,61 @@ def test_a_template_of_ones_own_keeps_what_it_says_of_its_precision(tmp_path: Pa
 def test_what_cannot_work_is_refused_in_a_line(blocks: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_config(blocks, CPU)
+
+
+ZERO = "zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"zero_optimizaton": {"stage": 2}}, "unknown key 'zero_optimizaton': did you mean 'zero_optimization'?"),
+        ({"overlap_comm": True}, "unknown key 'overlap_comm': it belongs into zero_optimization"),
+        ({ZERO: {"reduce_buckets_size": 5}}, f"{ZERO}: unknown key 'reduce_buckets_size': did you mean 'reduce_bucket"),
+        ({ZERO: {"offload_param": {"devise": "cpu"}}}, "unknown key 'offload_param.devise': did you mean 'device'?"),
+        ({"torch_autocast": {"enable": True}}, "unknown key 'torch_autocast.enable': did you mean 'enabled'?"),
+        ({ZERO: {"stage": 4}}, f"{ZERO}.stage: ZeRO has the stages 0 to 3 (got 4)"),
+        ({ZERO: {"stage": None}}, f"{ZERO}.stage: ZeRO has the stages 0 to 3 (got null)"),
+        ({ZERO: {"reduce_bucket_size": "many"}}, f"{ZERO}.reduce_bucket_size: Input should be a valid integer"),
+        ({ZERO: {"stage": 3, "compute_grad_norm": False}}, f"{ZERO}: compute_grad_norm=false is supported only"),
+        (
+            {ZERO: {"stage": 3, "offload_param": {"device": "auto"}}},
+            f'{ZERO}.offload_param.device: "auto" is filled in',
+        ),
+        ({"steps_per_print": "auto"}, 'steps_per_print: "auto" is filled in by transformers'),
+        ({"fp16": False}, "fp16 is an object of options, not false"),
+        ({ZERO: 2}, f"{ZERO} is an object of options, not 2"),
+        ({"bf16": {"enabled": "false"}}, 'bf16.enabled is true or false, not "false"'),
+        ({"comms_logger": 1}, "does not take what comms_logger says"),
+        ({ZERO: {"stage": 2, "cpu_offload": True}}, "cpu_offload is an old name: write offload_optimizer"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is an old name: write bf16"),
+        ([{"stage": 1}], "a DeepSpeed config is an object"),
+        ("zero1", "a DeepSpeed config is an object"),
+    ],
+)
+def test_a_template_that_deepspeed_would_ignore_or_fail_on_is_refused(
+    template: object, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(template))
+    with pytest.raises(UserError) as caught:
+        resolve(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_deepspeed_knows_is_left_to_it(tmp_path: Path) -> None:
+    own = {
+        "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 10, "param_persistence_threshold": 20},
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Linear"]},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "tensorboard": {"enabled": False, "output_path": "here"},
+        "communication_data_type": "fp32",
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(own))
+    resolved = resolve(str(tmp_path / "mine.json"))
+    assert {key: resolved[key] for key in own} == own
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer"])

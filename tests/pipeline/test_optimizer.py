@@ -13,7 +13,6 @@ import torch
 from formats.errors import UserError
 from model.clip import CLIP
 from pipeline.recipe import OptimizerSection
-from pipeline.training.engines.engine_config import TEMPLATES_DIRECTORY
 from pipeline.training.engines.muon import MuonAdamW, orthogonalized
 from pipeline.training.engines.optimizer import (
     check_optimizer,
@@ -22,6 +21,7 @@ from pipeline.training.engines.optimizer import (
     make_optimizer,
     parameter_groups,
 )
+from pipeline.training.engines.template import TEMPLATES_DIRECTORY
 
 
 def test_warm_up_then_cosine() -> None:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine; the only module, with fragments.py, that knows DeepSpeed."""
+"""The DeepSpeed engine; with fragments.py and template.py the only ones that know DeepSpeed."""
 
 from __future__ import annotations
 

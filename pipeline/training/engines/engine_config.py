@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +10,8 @@ from formats.errors import UserError
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import Precision, Recipe
+from pipeline.training.engines.template import read_template
 
-TEMPLATES_DIRECTORY = Path(__file__).resolve().parents[3] / "ds_configs"
-
-# What a template must leave to the recipe, so that a number is said in one place only.
-_RECIPE_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-)
 # The block of a configuration that each precision is; none of them is fp32.
 _PRECISION_BLOCKS: dict[Precision, tuple[str, dict[str, Any]]] = {
     "bf16": ("bf16", {"enabled": True}),
@@ -35,13 +23,9 @@ _PRECISION_BLOCKS: dict[Precision, tuple[str, dict[str, Any]]] = {
 def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str, Any]:
     """A template of ds_configs/ (by name, or a path) completed with the recipe's batch sizes and precision.
 
-    Raises UserError if there is no such template, or if it sets what the recipe sets.
+    Raises UserError if there is no such template, if DeepSpeed does not take it, or if it sets what the recipe sets.
     """
-    config = _read_template(template)
-    doubled = [key for key in _RECIPE_KEYS if key in config]
-    if doubled:
-        raise UserError(f"{template}: remove {', '.join(doubled)}: the recipe sets batch sizes, clipping and optimizer")
-    config = _without_waits(_with_precision(config, recipe.train.precision))
+    config = _without_waits(_with_precision(read_template(template), recipe.train.precision))
     return config | {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -51,19 +35,6 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str
         "zero_force_ds_cpu_optimizer": False,  # on a CPU too: DeepSpeed's own would be compiled at the first start
         "steps_per_print": 1 << 62,  # the trainer reports its own progress
     }
-
-
-def _read_template(template: str) -> dict[str, Any]:
-    is_path = template.endswith(".json") or "/" in template
-    path = Path(template) if is_path else TEMPLATES_DIRECTORY / f"{template}.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        known = ", ".join(sorted(path.stem for path in TEMPLATES_DIRECTORY.glob("*.json")))
-        raise UserError(f"no DeepSpeed config {template!r}; known: {known}, or give the path of a JSON file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from error
-    return config
 
 
 def _with_precision(config: dict[str, Any], precision: Precision | None) -> dict[str, Any]:
@@ -88,11 +59,8 @@ def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def precision_of(config: dict[str, Any]) -> Precision:
-    """In what a DeepSpeed config computes; raises UserError if it turns on several precisions at once."""
-    found = [name for name, (key, _) in _PRECISION_BLOCKS.items() if config.get(key, {}).get("enabled", False)]
-    if len(found) > 1:
-        raise UserError(f"a DeepSpeed config turns on {' and '.join(found)}: keep one")
-    return found[0] if found else "fp32"
+    """In what a DeepSpeed config computes."""
+    return next((name for name, (key, _) in _PRECISION_BLOCKS.items() if config.get(key, {}).get("enabled")), "fp32")
 
 
 def zero_stage(config: dict[str, Any]) -> int:
