@@ -33,11 +33,10 @@ from training_steps import LONGEST, SHORTEST
 from model.packing import lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
 from pipeline.hardware import find_accelerator, find_interconnect
-from pipeline.planning.communication import step_traffic
+from pipeline.planning.measurement import Trial, try_steps
 from pipeline.planning.memory import estimate_memory
 from pipeline.planning.simulated_rank import join_fake_world
-from pipeline.planning.step_time import step_time
-from pipeline.planning.trial import Trial, try_steps
+from pipeline.planning.step_time import step_time, step_traffic
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe

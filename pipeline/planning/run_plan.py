@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.hardware import Accelerator, Interconnect
-from pipeline.planning.communication import Traffic, step_traffic
 from pipeline.planning.memory import Memory, estimate_memory
-from pipeline.planning.step_time import StepTime, step_time
+from pipeline.planning.step_time import StepTime, Traffic, step_time, step_traffic
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.recipe import Recipe
 from pipeline.training.engines.engine_config import deepspeed_config

@@ -23,8 +23,8 @@ from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
+from pipeline.planning.measurement import Trial, try_steps
 from pipeline.planning.memory import Memory, estimate_memory
-from pipeline.planning.trial import Trial, try_steps
 from pipeline.planning.workload import workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe

@@ -15,10 +15,9 @@ from model.config import config_from_name
 from model.masking.selection import keep_all
 from model.packing import lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.data_loader import Batch
-from pipeline.planning.activations import text_memory, vision_memory
-from pipeline.planning.communication import step_traffic
-from pipeline.planning.memory import estimate_memory
-from pipeline.planning.trial import Trial, try_steps
+from pipeline.planning.measurement import Trial, try_steps
+from pipeline.planning.memory import estimate_memory, text_memory, vision_memory
+from pipeline.planning.step_time import step_traffic
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe

@@ -16,11 +16,9 @@ from model.clip import CLIP
 from model.config import config_from_name
 from pipeline import plan
 from pipeline.hardware import find_accelerator, find_interconnect
-from pipeline.planning.activations import text_memory, vision_memory
-from pipeline.planning.communication import Traffic, step_traffic
-from pipeline.planning.memory import estimate_memory
+from pipeline.planning.memory import estimate_memory, text_memory, vision_memory
 from pipeline.planning.run_plan import Hardware, plan_run
-from pipeline.planning.step_time import micro_batch_flops, step_time
+from pipeline.planning.step_time import Traffic, micro_batch_flops, step_time, step_traffic
 from pipeline.planning.workload import Workload, workload_of
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine_config import deepspeed_config
