@@ -6,6 +6,7 @@ B pairs, D embed_dim, L patches of an image, P values of a patch, K patches kept
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,15 @@ class CLIP(nn.Module):
             raise ValueError(f"{self.config.name} takes captions of {longest} tokens, not {tokens_BT.shape[1]}")
         features_BD: Tensor = self.text(PackedTokens.from_padded(tokens_BT, self.config.text.eot_token_id))
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
+
+    def first_mismatch(self, weights: Mapping[str, Tensor]) -> str | None:
+        """The first parameter whose shape is not this model's, or that one side lacks, in words; None if all fit."""
+        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                return f"{name} is {found.get(name, 'absent')}, the model's is {expected.get(name, 'absent')}"
+        return None
 
     def use_backend(self, backend: Backend) -> None:
         """Force a way to compute attention; "auto" chooses by device and precision (model/attention_backends.py)."""

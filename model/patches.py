@@ -5,6 +5,7 @@ B images, C, H, W an image, L patches of an image, P = C * patch_size**2 values 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,13 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalize_pixels(images_BCHW: Tensor) -> Tensor:
+def normalize_pixels(
+    images_BCHW: Tensor, means: Sequence[float] = PIXEL_MEAN, deviations: Sequence[float] = PIXEL_STD
+) -> Tensor:
     """uint8 RGB images [B, 3, H, W] or [3, H, W] -> float32 with about zero mean and unit variance, same shape."""
     images_BCHW = images_BCHW.to(torch.float32, copy=True)  # whatever is passed stays as it is
     # channel by channel: a tensor of the statistics would have to be copied to the device, for which the host waits
-    for channel_BHW, mean, std in zip(images_BCHW.unbind(-3), PIXEL_MEAN, PIXEL_STD, strict=True):
+    for channel_BHW, mean, std in zip(images_BCHW.unbind(-3), means, deviations, strict=True):
         channel_BHW.sub_(255 * mean).div_(255 * std)
     return images_BCHW
 

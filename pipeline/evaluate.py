@@ -27,7 +27,7 @@ from pipeline.evaluation.results import RESULTS_FILE, format_table, write_result
 from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
 from pipeline.evaluation.sweep import read_sweep
 from pipeline.evaluation.tasks.registry import TASKS, tasks_of
-from pipeline.foreign_models import load_any_model
+from pipeline.inference import load_any_model
 from pipeline.ranks import Ranks, init_ranks
 
 

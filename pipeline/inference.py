@@ -1,39 +1,41 @@
-"""A trained model ready to encode, from a checkpoint's safe files alone."""
+"""A trained model ready to encode: of a run's checkpoint, from its safe files alone, or of another library."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from formats.errors import UserError
 from model.clip import CLIP
-from model.config import CLIPConfig
+from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
+from pipeline.data.image_transform import Preprocessing
+from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
+from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
 from pipeline.training.checkpoints.checkpoint import (
-    AVERAGED_WEIGHTS,
     MODEL_CARD,
     TOKENIZER,
     WEIGHTS,
     FileRecord,
     find_damage,
-    newest_checkpoint,
     read_contents,
-    what_is_missing,
+    read_tensors,
 )
+from pipeline.training.weights.run_weights import find_model, is_ours, read_card
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model it is that gave some features: what results say of it."""
+    """Which model it is that gave some features: what results say of it.
+
+    settings_sha256: of a model of another library, whose configuration and preprocessing lie beside its weights
+    """
 
     name: str
     checkpoint: str
@@ -42,6 +44,11 @@ class ModelIdentity:
     image_size: int
     weights_sha256: str
     tokenizer_sha256: str
+    settings_sha256: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Its fields, without those that it has no value of."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,19 @@ class InferenceModel:
 
     clip: CLIP
     tokenizer: Tokenizer
-    image_size: int
+    preprocessing: Preprocessing
     name: str
     checkpoint: str
     step: int | None
     samples_seen: int | None
     weights_sha256: str
     masking: MaskingConfig
+    settings_sha256: str = ""
+
+    @property
+    def image_size(self) -> int:
+        """Of the square images that it takes, in pixels."""
+        return self.preprocessing.size
 
     @property
     def identity(self) -> ModelIdentity:
@@ -69,7 +82,71 @@ class InferenceModel:
             self.image_size,
             self.weights_sha256,
             self.tokenizer.sha256,
+            self.settings_sha256,
         )
+
+
+def load_any_model(
+    path: str, device: torch.device, tokenizer: str | None = None, name: str | None = None
+) -> InferenceModel:
+    """A run, a checkpoint, or a model of open_clip's or transformers' at `path`, ready to encode; fp32.
+
+    tokenizer: of open_clip's models, CLIP's byte pairs by default; of ours, checked to be the one of training
+    name: of open_clip's model, for a file without open_clip_config.json beside it
+    Raises UserError for everything that does not fit, and for what models here do not have.
+    """
+    files = None if is_ours(Path(path)) else find_foreign(Path(path))
+    if files is None:
+        return load_for_inference(path, device, tokenizer)
+    model = read_foreign(files, name)
+    config = model.config or _named(model, name)
+    clip = CLIP(config)
+    weights = model.weights(clip.state_dict())
+    mismatch = clip.first_mismatch(weights)
+    if mismatch:
+        raise UserError(f"{files.path} is not the {config.name} that its configuration describes: {mismatch}")
+    clip.load_state_dict(weights)
+    preprocessing = model.preprocessing(config.vision.image_size)
+    return InferenceModel(
+        clip=clip.to(device).eval(),
+        tokenizer=_tokenizer_of(model, tokenizer, config),
+        preprocessing=preprocessing,
+        name=config.name,
+        checkpoint=path,
+        step=None,
+        samples_seen=None,
+        weights_sha256=files.sha256,
+        masking=MaskingConfig(strategy="none"),
+        settings_sha256=_sha256_of_settings(config, preprocessing),
+    )
+
+
+def _named(model: ForeignModel, name: str | None) -> CLIPConfig:
+    """The model that a file without a configuration is said to be."""
+    if name is None:
+        raise UserError(f"{model.files.path} has no {model.config_file.name} beside it: say which it is with --model")
+    try:
+        return model.with_bias(config_from_name(name))
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from error
+
+
+def _tokenizer_of(model: ForeignModel, given: str | None, config: CLIPConfig) -> Tokenizer:
+    context_length, vocab_size = config.text.context_length, config.text.vocab_size
+    own = None if given else model.own_tokenizer(context_length)
+    tokenizer = own or load_tokenizer(given or CLIP_BPE, context_length)
+    if not isinstance(tokenizer.encoder, ClipBytePairs) or tokenizer.encoder.vocab_size != vocab_size:
+        raise UserError(
+            f"{model.files.path} has an embedding of {vocab_size:,} tokens and the tokenizer has "
+            f"{tokenizer.encoder.vocab_size:,}: give the one it was trained with as --tokenizer"
+        )
+    return tokenizer
+
+
+def _sha256_of_settings(config: CLIPConfig, preprocessing: Preprocessing) -> str:
+    """Names what is computed with the weights: two folders may hold the same ones and different settings."""
+    settings = [config.to_dict() | {"name": ""}, dataclasses.asdict(preprocessing)]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def load_for_inference(path: str, device: torch.device, tokenizer: str | None = None) -> InferenceModel:
@@ -108,7 +185,7 @@ def load_for_inference(path: str, device: torch.device, tokenizer: str | None = 
     return InferenceModel(
         clip=clip.to(device).eval(),
         tokenizer=trained_with,
-        image_size=config.vision.image_size,
+        preprocessing=Preprocessing(config.vision.image_size),
         name=config.name,
         checkpoint=str(directory if file.name == WEIGHTS else file),
         step=card["step"],
@@ -127,62 +204,11 @@ def _check_content(directory: Path, weights: Path) -> FileRecord:
     return files[weights.name]
 
 
-def find_model(path: Path) -> tuple[Path, Path]:
-    """The checkpoint and its file of weights: a run's, or a checkpoint's, averaged if `path` ends in that file's name.
-
-    Raises UserError if there is none.
-    """
-    if path.name != AVERAGED_WEIGHTS:
-        directory = find_checkpoint(path)
-        return directory, directory / WEIGHTS
-    directory = find_checkpoint(path.parent)
-    if not (directory / AVERAGED_WEIGHTS).exists():
-        raise UserError(f"{directory} has no {AVERAGED_WEIGHTS}: it was trained without optimizer.ema_decay")
-    return directory, directory / AVERAGED_WEIGHTS
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a run directory, or the given one; raises UserError if there is none."""
-    if not path.exists():
-        raise UserError(f"no run or checkpoint at {path}")
-    if (path / MODEL_CARD).exists() or path.name.startswith("step_"):
-        problem = what_is_missing(path)
-        if problem:
-            raise UserError(f"checkpoint {path} is not complete: {problem}")
-        return path
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise UserError(f"{path} holds no complete checkpoint: give a run directory or one of its checkpoints/step_*")
-    return newest
-
-
-def read_card(directory: Path) -> dict[str, Any]:
-    """A checkpoint's `model.json`."""
-    try:
-        card: dict[str, Any] = json.loads((directory / MODEL_CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / MODEL_CARD} cannot be read: {error}") from error
-    return card
-
-
 def _load_weights(clip: CLIP, file: Path) -> None:
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    mismatch = first_mismatch(clip, weights)
+    weights = read_tensors(file)
+    mismatch = clip.first_mismatch(weights)
     if mismatch:
         raise UserError(
             f"{file} is not a {clip.config.name}: {mismatch}; {MODEL_CARD} and weights belong to different models"
         )
     clip.load_state_dict(weights)
-
-
-def first_mismatch(clip: CLIP, weights: Mapping[str, Tensor]) -> str | None:
-    """The first parameter whose shape is not the model's, or that one of them lacks; None if all fit."""
-    expected = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            return f"{name} is {found.get(name, 'absent')}, the model's is {expected.get(name, 'absent')}"
-    return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 import random
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -16,6 +18,11 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from model.patches import PIXEL_MEAN, PIXEL_STD, normalize_pixels
+
+ResizeMode = Literal["shortest", "longest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 16_384
 # Of an image longer than this many times its width, only the middle is resized: all of it could be gigabytes.
@@ -23,6 +30,10 @@ _MAX_ASPECT = 20
 # Width over height of random crops.
 _ASPECTS = (3 / 4, 4 / 3)
 _LOG_ASPECTS = (math.log(_ASPECTS[0]), math.log(_ASPECTS[1]))
+_PILLOW: dict[Interpolation, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 class ImageError(ValueError):
@@ -77,26 +88,71 @@ def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
     return resized.squeeze(0)
 
 
-def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
-    """The evaluation transform: shorter side to `size`, then the middle square; uint8 [3, size, size].
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a whole image becomes a model's pixels: resized, cropped in the middle, normalised.
 
-    Resized by Pillow and rounded as torchvision does (longer side down, offset to the nearest): the same pixels, to the
-    bit, as in open_clip's and CLIP_benchmark's evaluations.
+    size: of the square that comes out, in pixels
+    resized: what the shorter side, the longer one or both are resized to; none: `size`
+    fill: grey level beside an image whose longer side was resized
+    floor_offsets: half a pixel that a crop leaves over goes up and left, as in transformers; else it is rounded, as in
+        torchvision
     """
-    longest = _MAX_ASPECT * min(image_CHW.shape[1:])
-    image_CHW = _middle(image_CHW, min(image_CHW.shape[1], longest), min(image_CHW.shape[2], longest))
-    _, H, W = image_CHW.shape
-    height, width = size * H // min(H, W), size * W // min(H, W)
-    if (height, width) != (H, W):
-        picture = Image.fromarray(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
-        resized_HWC = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
-        image_CHW = torch.from_numpy(resized_HWC).permute(2, 0, 1)
-    return _middle(image_CHW, size, size).contiguous()
+
+    size: int
+    resized: int | None = None
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
+    fill: int = 0
+    floor_offsets: bool = False
+    mean: tuple[float, float, float] = PIXEL_MEAN
+    std: tuple[float, float, float] = PIXEL_STD
+
+    def __call__(self, image_CHW: Tensor) -> Tensor:
+        """The square, uint8 [3, size, size]; the same pixels, to the bit, as open_clip and CLIP_benchmark make.
+
+        Resized by Pillow and rounded as torchvision does: longer side down, offset to the nearest.
+        """
+        if self.resize_mode == "shortest":
+            longest = _MAX_ASPECT * min(image_CHW.shape[1:])
+            image_CHW = self._middle(image_CHW, min(image_CHW.shape[1], longest), min(image_CHW.shape[2], longest))
+        _, H, W = image_CHW.shape
+        height, width = self._resized_to(H, W)
+        if (height, width) != (H, W):
+            picture = Image.fromarray(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
+            resized_HWC = np.array(picture.resize((width, height), _PILLOW[self.interpolation]))
+            image_CHW = torch.from_numpy(resized_HWC).permute(2, 0, 1)
+        return self._middle(self._padded(image_CHW), self.size, self.size).contiguous()
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 images -> float32 with this mean and deviation; same shape."""
+        return normalize_pixels(images_BCHW, self.mean, self.std)
+
+    def _resized_to(self, H: int, W: int) -> tuple[int, int]:
+        size = self.resized or self.size
+        if self.resize_mode == "squash":
+            return size, size
+        if self.resize_mode == "shortest":
+            return size * H // min(H, W), size * W // min(H, W)
+        ratio = max(H / size, W / size)
+        return max(1, round(H / ratio)), max(1, round(W / ratio))
+
+    def _padded(self, image_CHW: Tensor) -> Tensor:
+        """At least `size` on both sides; of an odd number of missing lines the last is below and on the right."""
+        missing = [max(0, self.size - side) for side in image_CHW.shape[:0:-1]]
+        before_and_after = [part for lines in missing for part in (lines // 2, lines - lines // 2)]
+        return F.pad(image_CHW, before_and_after, value=self.fill) if any(missing) else image_CHW
+
+    def _middle(self, image_CHW: Tensor, height: int, width: int) -> Tensor:
+        _, H, W = image_CHW.shape
+        top, left = (H - height) / 2, (W - width) / 2
+        top, left = (int(top), int(left)) if self.floor_offsets else (round(top), round(left))
+        return image_CHW[:, top : top + height, left : left + width]
 
 
-def _middle(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    top, left = (round((side - kept) / 2) for side, kept in zip(image_CHW.shape[1:], (height, width), strict=True))
-    return image_CHW[:, top : top + height, left : left + width]
+def resize_center_crop(image_CHW: Tensor, size: int) -> Tensor:
+    """The preprocessing of models trained here: shorter side to `size`, then the middle square."""
+    return Preprocessing(size)(image_CHW)
 
 
 def random_crop_box(height: int, width: int, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:

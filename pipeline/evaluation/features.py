@@ -29,8 +29,7 @@ from tqdm import tqdm
 from formats.errors import UserError
 from formats.files import write_atomically, write_json
 from model.masking import MaskingConfig
-from model.patches import normalize_pixels
-from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
+from pipeline.data.image_transform import ImageError, decode_image
 from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel
@@ -243,7 +242,7 @@ class FeatureEncoder:
     def _load_image(self, image: ImageFile) -> tuple[Tensor, bytes]:
         data = image.read()
         try:
-            pixels_3SS = resize_center_crop(decode_image(data), self.model.image_size)
+            pixels_3SS = self.model.preprocessing(decode_image(data))
         except ImageError as error:
             raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
         return pixels_3SS, hashlib.sha256(data).digest()
@@ -252,7 +251,7 @@ class FeatureEncoder:
         images_BCHW = torch.stack(images_3SS).to(self.ranks.device)
         if self.masking is not None:
             return encode_masked(self.model.clip, images_BCHW, self.masking)
-        return self.model.clip.encode_image(normalize_pixels(images_BCHW))
+        return self.model.clip.encode_image(self.model.preprocessing.normalize(images_BCHW))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         return self.model.clip.encode_text(self.model.tokenizer.encode_batch(texts).to(self.ranks.device))

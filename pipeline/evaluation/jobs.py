@@ -54,7 +54,7 @@ class Job:
         """What collecting needs to know, as plain values."""
         return {
             "format_version": 1,
-            "model": asdict(self.model),
+            "model": self.model.record(),
             "data": str(self.data.resolve()),
             "tasks": [task.option for task in self.tasks],
             "batch_size": self.batch_size,
@@ -79,7 +79,8 @@ class Job:
         }
 
     def _features_of(self, collection: Collection) -> dict[str, Any]:
-        identity: dict[str, Any] = {"name": self.model.name, "weights_sha256": self.model.weights_sha256}
+        named = ("name", "weights_sha256", "settings_sha256")
+        identity = {name: value for name, value in self.model.record().items() if name in named}
         if collection.kind == "texts":
             return identity | {"tokenizer_sha256": self.model.tokenizer_sha256}
         masking = None if self.masking is None else asdict(self.masking)

@@ -22,9 +22,7 @@ from peers.client import Peer
 
 from pipeline import evaluate
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
-from pipeline.export import export
-from pipeline.exporting.export_formats import FORMATS
-from pipeline.exporting.parity import random_examples
+from pipeline.export import FORMATS, export, random_examples
 
 pytestmark = pytest.mark.slow
 

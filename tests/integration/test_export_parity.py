@@ -33,9 +33,8 @@ from model.patches import normalize_pixels
 from model.positions import resize_grid
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
-from pipeline.export import export
-from pipeline.exporting.export_formats import FORMATS, open_clip_config
-from pipeline.exporting.parity import random_examples
+from pipeline.export import FORMATS, export, random_examples
+from pipeline.foreign.open_clip_folder import model_cfg
 
 TOLERANCE = 1e-5
 
@@ -77,7 +76,7 @@ def test_open_clips_names_mean_our_sizes(scratch: Path, peer: Peer) -> None:
     peer("open_clip_configs", ",".join(names), scratch / "configs")
     theirs = json.loads((scratch / "configs").read_text())
     for name in names:
-        ours = open_clip_config(config_from_name(name))
+        ours = model_cfg(config_from_name(name))
         assert theirs[name]["embed_dim"] == ours["embed_dim"]
         assert theirs[name].get("quick_gelu", False) == ours["quick_gelu"]
         for tower in ("vision_cfg", "text_cfg"):

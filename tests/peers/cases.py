@@ -21,11 +21,9 @@ from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
-from pipeline.data.image_transform import decode_image, resize_center_crop
+from pipeline.data.image_transform import Preprocessing, decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.export import export
-from pipeline.exporting.export_formats import FORMATS
-from pipeline.exporting.parity import random_examples
+from pipeline.export import FORMATS, export, random_examples
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 from pipeline.training.weights.start_weights import load_start_weights
@@ -120,7 +118,15 @@ def untrained_model(config: CLIPConfig, tokenizer: Tokenizer) -> InferenceModel:
     torch.manual_seed(0)
     clip = CLIP(config).eval()
     return InferenceModel(
-        clip, tokenizer, config.vision.image_size, config.name, "runs/test", 7, 112, "0" * 64, MaskingConfig()
+        clip,
+        tokenizer,
+        Preprocessing(config.vision.image_size),
+        config.name,
+        "runs/test",
+        7,
+        112,
+        "0" * 64,
+        MaskingConfig(),
     )
 
 

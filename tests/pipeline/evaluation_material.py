@@ -18,6 +18,7 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
 from pipeline import evaluate as program
+from pipeline.data.image_transform import Preprocessing
 from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
 from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel
@@ -45,7 +46,7 @@ def letter_model() -> InferenceModel:
     return InferenceModel(
         clip=CLIP(config).eval(),
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
-        image_size=32,
+        preprocessing=Preprocessing(32),
         name="ViT-test-8",
         checkpoint="runs/test/checkpoints/step_7",
         step=7,

@@ -13,6 +13,7 @@ from PIL import Image
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
+from pipeline.data.image_transform import Preprocessing
 from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 from pipeline.recipe_files import load_recipe
@@ -42,7 +43,7 @@ def stand_in_checkpoint(monkeypatch: pytest.MonkeyPatch) -> str:
     model = InferenceModel(
         clip=CLIP(replace(config, text=replace(config.text, vocab_size=16, eot_token_id=15))).eval(),
         tokenizer=None,  # type: ignore[arg-type]
-        image_size=SIZE,
+        preprocessing=Preprocessing(SIZE),
         name="ViT-nano-8",
         checkpoint="runs/test",
         step=7,

@@ -13,8 +13,7 @@ from saved_runs import save_run, synthetic_merges
 
 from formats.errors import UserError
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.export import main
-from pipeline.exporting.export_formats import FORMATS
+from pipeline.export import FORMATS, main
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -44,8 +43,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, tokenizer_file: Path
     for name in FORMATS:
         with pytest.raises(UserError, match=r"SentencePiece tokenizer.*data\.tokenizer=clip-bpe"):
             main([str(pieces), "--format", name, "--output", output])
-    with pytest.raises(UserError, match=r"524 byte pairs.*--format transformers"):
-        main([str(small), "--format", "open_clip", "--output", output])
     assert main([str(small), "--format", "transformers", "--output", output]) == 0
     vocabulary = json.loads((tmp_path / "output" / "vocab.json").read_text(encoding="utf-8"))
     assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (522, 523)
@@ -57,7 +54,7 @@ def test_pooling_that_a_library_does_not_have_is_refused(tmp_path: Path) -> None
     attention = save_run(tmp_path / "attention", tokenizer, pool="attention")
     refused = [(average, "transformers"), (attention, "transformers"), (attention, "open_clip")]
     for run, library in refused:
-        with pytest.raises(UserError, match=f"model.pool={run.name}, and {library}'s CLIP has class") as caught:
+        with pytest.raises(UserError, match=f"model.pool={run.name}, and {library}'s? CLIP has class") as caught:
             main([str(run), "--format", library, "--output", str(tmp_path / "output")])
         assert "\n" not in str(caught.value)
     assert main([str(average), "--format", "open_clip", "--output", str(tmp_path / "output")]) == 0

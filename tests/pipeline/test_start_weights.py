@@ -120,7 +120,7 @@ def refused(clip: CLIP, source: Path, tokenizer: Tokenizer) -> str:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"activation": "quick_gelu"}, "image activation gelu, and the recipe's model has quick_gelu"),
+        ({"activation": "quick_gelu"}, "activation gelu, and the recipe's model has quick_gelu"),
         ({"pool": "average"}, "image pooling class, and the recipe's model has average"),
         ({"heads": 4}, "image heads 2, and the recipe's model has 4"),
         ({"patch_size": 16}, "patch_embedding.weight is (32, 192), the model's is (32, 768)"),
@@ -150,14 +150,24 @@ def test_another_depth_is_one_line(sources: dict[str, Path], trained: InferenceM
             "open_clip",
             "model_cfg",
             {"quick_gelu": True},
-            "image activation quick_gelu, and the recipe's model has gelu",
+            "activation quick_gelu, and the recipe's model has gelu",
         ),
         ("open_clip", "model_cfg", {"text_cfg": {"no_causal_mask": True}}, "text_cfg has no_causal_mask"),
         ("open_clip", "model_cfg", {"text_cfg": {"pool_type": "last"}}, "text_cfg has pool_type last"),
         ("open_clip", "model_cfg", {"vision_cfg": 3}, "does not describe a model"),
         ("open_clip", "model_cfg", None, "does not describe a model"),
-        ("transformers", "text_config", {"hidden_act": "quick_gelu"}, "text activation quick_gelu"),
-        ("transformers", "vision_config", {"hidden_act": None}, "image activation quick_gelu"),  # their default
+        (
+            "transformers",
+            "text_config",
+            {"hidden_act": "quick_gelu"},
+            "towers differ: gelu for images, quick_gelu for text",
+        ),
+        (
+            "transformers",
+            "vision_config",
+            {"hidden_act": None},
+            "towers differ: quick_gelu for images",
+        ),  # their default
         ("transformers", "vision_config", {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
         ("transformers", "model_type", "siglip", "model_type is siglip"),
     ],

@@ -23,7 +23,7 @@ from small_web import Page, SmallWeb
 from data_prep.__main__ import main as data_prep
 from formats.files import sha256_of
 from pipeline import evaluate, report, train
-from pipeline.inference import find_checkpoint
+from pipeline.training.weights.run_weights import find_checkpoint
 
 pytestmark = pytest.mark.slow
 

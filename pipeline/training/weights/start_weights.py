@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from formats.errors import UserError
 from formats.files import sha256_of
 from model.clip import CLIP
+from model.config import CLIPConfig
+from model.patches import PIXEL_MEAN, PIXEL_STD
 from model.positions import fit_positions
 from pipeline.data.tokenizer import ClipBytePairs, Tokenizer
-from pipeline.inference import first_mismatch, read_card
+from pipeline.foreign.byte_pairs import byte_pairs_of
+from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
 from pipeline.ranks import Ranks
+from pipeline.training.checkpoints.checkpoint import MODEL_CARD, read_tensors
 from pipeline.training.run_record import read_record
-from pipeline.training.weights.weight_sources import WeightsFile, find_weights, own_traits, read_traits, read_weights
+from pipeline.training.weights.run_weights import find_model, is_ours, read_card
 
 RECORD_KEY = "start_weights_sha256"
+_BIAS = "logit_bias"
 
 
 def load_start_weights(clip: CLIP, source: str, tokenizer: Tokenizer, ranks: Ranks) -> str:
-    """Give `clip` the weights at `source` (`weight_sources.find_weights`) on all ranks; returns their file's sha256.
+    """Give `clip` the weights of a run, or of a model of another library, on all ranks; returns their file's sha256.
 
     The main rank alone reads (collective). Positions of patches are resized to the model's grid, those of captions
     cut to its context length. Raises UserError if anything else does not fit: sizes, vocabulary or tokenizer,
@@ -42,7 +50,17 @@ def check_start_weights(resumed_run: Path | None, source: str, ranks: Ranks) -> 
 
 
 def _sha256(source: str) -> str:
-    return sha256_of(find_weights(Path(source)).path) if source else ""
+    if not source:
+        return ""
+    path = _existing(Path(source))
+    foreign = None if is_ours(path) else find_foreign(path)
+    return foreign.sha256 if foreign else sha256_of(find_model(path)[1])
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists() and not is_ours(path):
+        raise UserError(f"no weights at {path}: give a run, open_clip's file or folder, or transformers' folder")
+    return path
 
 
 def _check_unchanged(run_directory: Path, source: str) -> str:
@@ -75,44 +93,99 @@ def _from_main(make_sha256: Callable[[], str], ranks: Ranks) -> str:
     return ranks.broadcast_sha256(sha256)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Weights under our names, and what is known of the model they are of (None: a file without a configuration)."""
+
+    path: Path
+    sha256: str
+    config_file: Path
+    config: CLIPConfig | None
+    weights: dict[str, Tensor]
+
+
 def _load(clip: CLIP, source: Path, tokenizer: Tokenizer) -> str:
-    file = find_weights(source)
-    _check_traits(clip, file)
-    _check_tokenizer(file, tokenizer)
-    config = clip.config
-    weights = read_weights(file, clip.state_dict())
-    try:
-        weights = fit_positions(weights, config.vision.num_patches, config.text.context_length)
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"{file.path} does not fit a {config.name}: {error}") from error
-    mismatch = first_mismatch(clip, weights)
-    if mismatch:
-        raise UserError(f"{file.path} does not fit a {config.name}: {mismatch}; choose the model.name they are of")
+    path = _existing(source)
+    foreign = None if is_ours(path) else find_foreign(path)
+    start = _read_foreign(read_foreign(foreign), clip, tokenizer) if foreign else _read_ours(path, tokenizer)
+    _check_traits(clip.config, start)
+    weights = _fitted(clip, start)
     clip.load_state_dict(weights)
-    sha256 = sha256_of(file.path)
-    print(f"starting from {file.path} (sha256 {sha256[:12]}…)", flush=True)
-    return sha256
+    print(f"starting from {start.path} (sha256 {start.sha256[:12]}…)", flush=True)
+    return start.sha256
 
 
-def _check_traits(clip: CLIP, file: WeightsFile) -> None:
-    theirs, ours = read_traits(file), own_traits(clip.config)
-    for name, value in (theirs or {}).items():
-        if value != ours[name]:
+def _read_ours(path: Path, tokenizer: Tokenizer) -> _Start:
+    checkpoint, file = find_model(path)
+    card = read_card(checkpoint)
+    if card.get("tokenizer_sha256") != tokenizer.sha256:
+        raise UserError(f"{checkpoint} was trained with another tokenizer: give its tokenizer.bin as data.tokenizer")
+    try:
+        config = CLIPConfig.from_dict(card["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint / MODEL_CARD} does not describe a model: {error}") from error
+    return _Start(file, sha256_of(file), checkpoint / MODEL_CARD, config, read_tensors(file))
+
+
+def _read_foreign(model: ForeignModel, clip: CLIP, tokenizer: Tokenizer) -> _Start:
+    files = model.files
+    if not isinstance(tokenizer.encoder, ClipBytePairs):
+        raise UserError(
+            f"{files.path} was trained with CLIP's byte pairs, and data.tokenizer is a SentencePiece model: its ids "
+            "mean other words; use data.tokenizer=clip-bpe"
+        )
+    theirs = model.own_tokenizer(tokenizer.context_length)
+    if theirs is not None and byte_pairs_of(theirs.encoder).merges != tokenizer.encoder.merges:
+        raise UserError(f"{files.folder} was trained with other byte pairs than those of data.tokenizer: use its own")
+    _note_other_pixels(model)
+    return _Start(files.path, files.sha256, model.config_file, model.config, model.weights(clip.state_dict()))
+
+
+def _note_other_pixels(model: ForeignModel) -> None:
+    """Training makes pixels its own way; weights of other ones can still learn from them."""
+    size = model.config.vision.image_size if model.config else 1
+    try:
+        pixels = model.preprocessing(size)
+    except UserError as error:
+        print(f"note: {error}")
+        return
+    if (pixels.mean, pixels.std) != (PIXEL_MEAN, PIXEL_STD):
+        print(f"note: {model.files.path} was trained on pixels with mean {pixels.mean}, here it is {PIXEL_MEAN}")
+
+
+def _check_traits(ours: CLIPConfig, start: _Start) -> None:
+    """What a model does that its weights do not show."""
+    for name, value in _traits(start.config).items() if start.config else ():
+        expected = _traits(ours)[name]
+        if value != expected:
             raise UserError(
-                f"{file.config}: {name} {value}, and the recipe's model has {ours[name]}: set model.name, "
+                f"{start.config_file}: {name} {value}, and the recipe's model has {expected}: set model.name, "
                 "model.activation and model.pool to what the weights were trained with"
             )
 
 
-def _check_tokenizer(file: WeightsFile, tokenizer: Tokenizer) -> None:
-    if file.library == "ours":
-        assert file.config is not None
-        if read_card(file.config.parent).get("tokenizer_sha256") != tokenizer.sha256:
-            raise UserError(
-                f"{file.config.parent} was trained with another tokenizer: give its tokenizer.bin as data.tokenizer"
-            )
-    elif not isinstance(tokenizer.encoder, ClipBytePairs):
-        raise UserError(
-            f"{file.path} was trained with CLIP's byte pairs, and data.tokenizer is a SentencePiece model: its ids "
-            "mean other words; use data.tokenizer=clip-bpe"
-        )
+def _traits(config: CLIPConfig) -> dict[str, str | int]:
+    return {
+        "activation": config.activation,
+        "image pooling": config.vision.pool,
+        "image heads": config.vision.heads,
+        "text heads": config.text.heads,
+    }
+
+
+def _fitted(clip: CLIP, start: _Start) -> dict[str, Tensor]:
+    """The weights at the model's image size and context length; UserError if they are of another model."""
+    config = clip.config
+    try:
+        weights = fit_positions(start.weights, config.vision.num_patches, config.text.context_length)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{start.path} does not fit a {config.name}: {error}") from error
+    if clip.logit_bias is None and _BIAS in weights:
+        raise UserError(f"{start.path} has a {_BIAS}, which is of the sigmoid loss: set loss.kind=sigmoid")
+    if clip.logit_bias is not None and _BIAS not in weights:
+        weights[_BIAS] = clip.logit_bias.detach()
+        print(f"note: {start.path} has no {_BIAS}: it begins at {clip.logit_bias.item():g}")
+    mismatch = clip.first_mismatch(weights)
+    if mismatch:
+        raise UserError(f"{start.path} does not fit a {config.name}: {mismatch}; choose the model.name they are of")
+    return weights

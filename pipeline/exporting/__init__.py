@@ -1,1 +1,0 @@
-"""What other libraries want, and whether they get the same features."""
