@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from benchmarks.record import record
-from data_prep.shards.manifest import read_manifest
 from data_prep.shards.publish import changing
 from data_prep.shards.rewrite import Removal, rewrite_shards
 from data_prep.shards.verify import verify
 from data_prep.shards.writer import ShardWriter
+from formats.manifest import read_manifest
 from formats.pictures import _check_with_pillow
 
 SAMPLES_PER_SHARD = 1000
@@ -77,7 +77,7 @@ def measure(directory: Path, samples: int, rounds: int) -> dict[str, float]:
     """Medians over rounds in which the arms follow each other."""
 
     def with_pillow() -> None:
-        with mock.patch("data_prep.shards.inspection.check_image", _check_with_pillow):
+        with mock.patch("data_prep.shards.verify.check_picture", _check_with_pillow):
             verify(directory, 1, max_bad_ratio=0.0, again=True)
 
     arms: dict[str, Callable[[], object]] = {
@@ -101,7 +101,7 @@ def measure(directory: Path, samples: int, rounds: int) -> dict[str, float]:
 def rewriting(directory: Path) -> float:
     """Megabytes per second of shards rewritten without their first sample."""
     with changing(directory) as staged:
-        lines = read_manifest(directory)
+        lines = read_manifest(directory).shards
         removals = [
             Removal(line, frozenset({f"{number * SAMPLES_PER_SHARD:09d}"})) for number, line in enumerate(lines)
         ]

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from record import record
 
+from formats.word_counts import read_word_frequencies
 from pipeline.data.text_masking import TextMasker, WordMasker
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.data.word_counts import read_word_frequencies
 from pipeline.recipe import TextMaskingSection
 
 STRATEGIES = ("none", "truncate", "random", "block", "frequency")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from formats.errors import UserError
 from formats.files import location_argument, path_argument
 from formats.programs import add_launcher_argument, run
-from pipeline.data.word_counts import read_word_frequencies
+from formats.word_counts import read_word_frequencies
 from pipeline.evaluation.features import FeatureEncoder, Slice
 from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job
 from pipeline.evaluation.masked_images import check_maskable

@@ -16,10 +16,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from formats.errors import UserError
-from pipeline.data.image_transform import ImageError, decode_image, resize_center_crop
-from pipeline.data.manifest import MANIFEST, read_manifest
-from pipeline.data.shard_index import index_tar
-from pipeline.data.tar_index import CAPTION_TYPE, IMAGE_TYPES, read_members, split_name
+from formats.manifest import MANIFEST, read_manifest
+from formats.pictures import ImageError
+from formats.tar import CAPTION_TYPE, IMAGE_TYPES, read_tar, split_name
+from pipeline.data.image_transform import decode_image, resize_center_crop
+from pipeline.data.shard_reader import index_tar
 from pipeline.evaluation.sets.composition import GroupSet
 from pipeline.evaluation.sets.files import ImageFile
 from pipeline.evaluation.sets.layouts import ClassificationSet, MultiLabelSet, RetrievalSet, open_evaluation_set
@@ -104,7 +105,7 @@ def _images_of_shard(directory: Path, count: int) -> list[CaptionedImage]:
 def _images_of_tar(path: Path, count: int) -> list[CaptionedImage]:
     """Images of a tar that nobody has verified: what precedes any damage."""
     try:
-        members = read_members(path, up_to_damage=True)
+        members = read_tar(path).members
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar: {error}") from error
     named = [(*split_name(member.name), member) for member in members]

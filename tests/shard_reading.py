@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from pipeline.data.manifest import Shard
+from formats.manifest import Shard
+from formats.tar import SampleIndex
 from pipeline.data.shard_cache import ShardCache
-from pipeline.data.shard_index import read_index
-from pipeline.data.tar_index import SampleIndex
+from pipeline.data.shard_reader import read_index
 
 
 def loader_index(shard: Shard) -> SampleIndex:

@@ -10,7 +10,6 @@ N pictures, S = 32 pixels a side
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,9 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from formats.pictures import image_extension
+from formats.pictures import decode_picture, read_header, upright
 
-HASH_VERSION = 1  # hashes of different versions cannot be compared
+HASH_VERSION = 2  # hashes of different versions cannot be compared
 SIDE = 32
 BITS = 64
 # in grey levels, of the orthonormal transform: pictures without content have no frequency above it and hash to 0
@@ -49,20 +48,17 @@ _WEIGHTS = np.uint64(1) << np.arange(BITS, dtype=np.uint64)
 
 
 def shrink(data: bytes) -> npt.NDArray[np.uint8]:
-    """An encoded picture as [S, S] grey levels; raises what its decoder raises."""
-    if image_extension(data) == "jpg":
+    """An encoded picture as [S, S] grey levels; raises ImageError as `decode_picture` does."""
+    header = read_header(data)
+    if header.is_turbo:
         try:
             # libjpeg decodes straight to an eighth, a quarter or half of the size
             pixels_HW1 = simplejpeg.decode_jpeg(data, "GRAY", min_height=2 * SIDE, min_width=2 * SIDE, strict=False)
-            return _resize(Image.fromarray(pixels_HW1[..., 0]))
-        except ValueError:  # CMYK
+            small_SS1 = _resize(Image.fromarray(pixels_HW1[..., 0]))[..., None]
+            return np.ascontiguousarray(upright(small_SS1, header.turn)[..., 0])
+        except ValueError:
             pass
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-            return _resize(image.convert("L"))
-        # what is transparent is seen on white
-        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return _resize(on_white.convert("L"))
+    return _resize(Image.fromarray(decode_picture(data)).convert("L"))
 
 
 def _resize(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from data_prep.console import progress_bar
 from data_prep.near.perceptual_hash import HASH_VERSION, hash_pictures, shrink
 from data_prep.parallel import map_in_processes
-from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
 from formats.errors import UserError
 from formats.files import replacing, sha256_of
-from formats.pictures import ImageError, check_image
+from formats.manifest import Shard, read_manifest, usable_samples
+from formats.pictures import ImageError, check_picture
 from formats.tar import IMAGE_TYPES, TarSamples
 
 
@@ -33,7 +33,7 @@ class PictureFile:
     name: str
     identity: str
     size_bytes: int
-    line: ShardLine | None = dataclasses.field(default=None, compare=False)
+    line: Shard | None = dataclasses.field(default=None, compare=False)
 
     def pictures(self) -> Iterator[tuple[str, bytes]]:
         """(key or file name, encoded picture), in order."""
@@ -50,7 +50,10 @@ class PictureFile:
 
 def shard_files(directory: Path) -> list[PictureFile]:
     """The shards of a verified directory; raises UserError if it is not verified."""
-    return [PictureFile(directory, line.shard, line.sha256, line.size_bytes, line) for line in read_manifest(directory)]
+    return [
+        PictureFile(directory, line.name, line.sha256, line.size_bytes, line)
+        for line in read_manifest(directory).shards
+    ]
 
 
 def evaluation_files(directory: Path) -> list[PictureFile]:
@@ -121,7 +124,7 @@ def _write_hashes(folder: Path, file: PictureFile) -> int:
     for key, data in file.pictures():
         try:
             if file.line is None:  # nobody has verified it
-                check_image(data)
+                check_picture(data)
             pictures.append(shrink(data))
         except ImageError:
             continue

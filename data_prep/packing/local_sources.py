@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from formats.errors import UserError, nearest_of
-from formats.pictures import image_extension
+from formats.pictures import picture_format
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_NAMES = ("image", "filepath", "path", "image_path", "file_name", "filename", "jpg")
@@ -42,7 +42,7 @@ class Picture:
     @property
     def extension(self) -> str | None:
         """`jpg`, `png` or `webp` by content; None for anything else."""
-        return None if self.image is None else image_extension(self.image)
+        return None if self.image is None else picture_format(self.image)
 
 
 @dataclasses.dataclass(frozen=True)

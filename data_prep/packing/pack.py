@@ -11,11 +11,11 @@ from pathlib import Path
 
 from data_prep.console import print_table, progress_bar
 from data_prep.packing.local_sources import Columns, Picture, open_source
-from data_prep.shards.manifest import PROVENANCE
 from data_prep.shards.writer import Members, ShardWriter
 from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
 from formats.errors import UserError, nearest_of
 from formats.files import building, write_json_lines
+from formats.manifest import PROVENANCE
 
 
 def pack_training(

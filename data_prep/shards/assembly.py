@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.shards.manifest import MANIFEST, PROVENANCE, ShardLine, read_manifest, read_provenance, write_manifest
 from data_prep.shards.writer import Members
 from formats.errors import UserError
 from formats.files import sha256_of, write_json, write_json_lines
+from formats.manifest import MANIFEST, PROVENANCE, Shard, read_manifest, read_provenance, write_manifest
 
 SETTINGS = "settings.json"
 NOTES = "done.jsonl"
@@ -43,17 +43,17 @@ class Assembly:
         self.done = self._read_notes()
         self._notes: TextIO = (self.work / NOTES).open("a", encoding="utf-8")
 
-    def add(self, line: ShardLine) -> None:
+    def add(self, line: Shard) -> None:
         """Note that a shard of the folder is whole."""
         self.done.append(line)
         # a line of its own even after one that a killed run left unfinished
         self._notes.write(f"\n{json.dumps(line.to_json())}\n")
         self._notes.flush()
 
-    def describe(self, name: str, samples: int, rules: int) -> ShardLine:
+    def describe(self, name: str, samples: int, rules: int) -> Shard:
         """The manifest line of a shard of the folder that was just written."""
         path = self.folder / name
-        return ShardLine(name, samples, path.stat().st_size, sha256_of(path), rules=rules)
+        return Shard(name, samples, path.stat().st_size, sha256_of(path), rules=rules)
 
     def finish(self, provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write the manifest and give the folder its name; returns what dataset.json says."""
@@ -71,24 +71,24 @@ class Assembly:
             return False
         return bool(found == json.loads(json.dumps(self._settings)))
 
-    def _read_notes(self) -> list[ShardLine]:
+    def _read_notes(self) -> list[Shard]:
         notes = self.work / NOTES
-        lines: dict[str, ShardLine] = {}
+        lines: dict[str, Shard] = {}
         for text in notes.read_text(encoding="utf-8").splitlines() if notes.exists() else ():
             try:
-                line = ShardLine.from_json(json.loads(text))
+                line = Shard.from_json(json.loads(text))
             except ValueError:
                 continue  # blank, or left unfinished
-            lines[line.shard] = line
-        return sorted(lines.values(), key=lambda line: line.shard)
+            lines[line.name] = line
+        return sorted(lines.values(), key=lambda line: line.name)
 
 
-def read_sources(directories: Sequence[Path], output: Path) -> list[tuple[Path, ShardLine]]:
+def read_sources(directories: Sequence[Path], output: Path) -> list[tuple[Path, Shard]]:
     """The shards of several verified directories, in order; raises UserError when one cannot be used."""
     for directory in directories:
         if output.resolve().is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(output.resolve()):
             raise UserError(f"--output {output} and {directory} lie in each other: choose another folder")
-    return [(directory, line) for directory in directories for line in read_manifest(directory)]
+    return [(directory, line) for directory in directories for line in read_manifest(directory).shards]
 
 
 def describe_sources(directories: Sequence[Path]) -> list[dict[str, str]]:

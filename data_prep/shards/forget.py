@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 from data_prep.console import progress_bar
 from data_prep.lists.cleaning import canonical_url
 from data_prep.parallel import map_in_processes
-from data_prep.shards.manifest import ShardLine, read_manifest
 from data_prep.shards.publish import QUARANTINE, changing
 from data_prep.shards.rewrite import Removal, rewrite_shards
 from data_prep.web.ledger import forget_rows
 from formats.errors import UserError
 from formats.files import sha256_of
+from formats.manifest import Shard, read_manifest
 from formats.tar import IMAGE_TYPES, Sample, TarSamples
 
 RECORD = "forgotten.jsonl"
@@ -65,7 +65,7 @@ def forget(directory: Path, list_file: Path, kind: Kind, processes: int) -> int:
     """
     forget_list = read_list(list_file, kind)
     with changing(directory) as staged:
-        lines = read_manifest(directory)
+        lines = read_manifest(directory).shards
         find = functools.partial(_find, directory, forget_list, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         removals = []
         with progress_bar("search", sum(line.size_bytes for line in lines), "B") as progress:
@@ -83,9 +83,9 @@ def forget(directory: Path, list_file: Path, kind: Kind, processes: int) -> int:
             f"{rows:,} rows of the ledger blanked"
         )
         _search_quarantine(directory, forget_list)
-        for line in read_manifest(directory):
-            if line.truncated:
-                print(_UNSEARCHABLE.format(directory / line.shard))
+        for line in read_manifest(directory).shards:
+            if line.damage is not None:
+                print(_UNSEARCHABLE.format(directory / line.name))
     return removed
 
 
@@ -107,13 +107,13 @@ def read_list(path: Path, kind: Kind) -> ForgetList:
     return ForgetList(kind, path.name, sha256_of(path), frozenset(entries))
 
 
-def _find(directory: Path, forget_list: ForgetList, when: str, line: ShardLine) -> Removal:
+def _find(directory: Path, forget_list: ForgetList, when: str, line: Shard) -> Removal:
     """What the list names in one shard, the samples that are not used included."""
     types = IMAGE_TYPES | {"json"} if forget_list.kind == "sha256" else {"json"}
     why = {"by": forget_list.kind, "list": forget_list.name, "list_sha256": forget_list.sha256}
     records = [
-        {"time": when, "shard": line.shard, "key": sample.key, **why, **_hash_of_address(sample)}
-        for sample in TarSamples(directory / line.shard, types)
+        {"time": when, "shard": line.name, "key": sample.key, **why, **_hash_of_address(sample)}
+        for sample in TarSamples(directory / line.name, types)
         if forget_list.matches(sample)
     ]
     return Removal(line, frozenset(record["key"] for record in records), records)
@@ -126,7 +126,7 @@ def _search_quarantine(directory: Path, forget_list: ForgetList) -> None:
         if any(forget_list.matches(sample) for sample in samples):
             path.unlink()
             print(f"deleted {path}, which holds some of them")
-        elif samples.truncated:
+        elif samples.damage is not None:
             print(_UNSEARCHABLE.format(path))
 
 

@@ -18,10 +18,10 @@ from data_prep.shards.assembly import (
     read_sources,
     with_key,
 )
-from data_prep.shards.manifest import ShardLine, usable_samples
 from data_prep.shards.publish import reading
 from data_prep.shards.writer import TarWriter
 from formats.files import replacing, sha256_of
+from formats.manifest import Shard, usable_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Task:
     """One shard to be taken over as number `number` of `folder`."""
 
     directory: Path
-    line: ShardLine
+    line: Shard
     folder: Path
     number: int
 
@@ -51,7 +51,7 @@ def merge(directories: Sequence[Path], output: Path, processes: int, *, keep_key
         step = {"step": "merge", "sources": describe_sources(directories), "keep_keys": keep_keys}
         assembly = Assembly(output, step)
         tasks = [_Task(directory, line, assembly.folder, number) for number, (directory, line) in enumerate(sources)]
-        done = {line.shard for line in assembly.done}
+        done = {line.name for line in assembly.done}
         remaining = [task for task in tasks if task.name not in done]
         take = _take_over if keep_keys else _renumber
         with progress_bar("merge", len(tasks), "shard", initial=len(done)) as progress:
@@ -63,20 +63,20 @@ def merge(directories: Sequence[Path], output: Path, processes: int, *, keep_key
     return int(dataset["samples"])
 
 
-def _renumber(task: _Task) -> ShardLine:
+def _renumber(task: _Task) -> Shard:
     path, written = task.folder / task.name, 0
     with replacing(path) as temporary, TarWriter(temporary) as tar:
         for sample in usable_samples(task.directory, task.line):
             key = dense_key(task.number, written)
             tar.write(key, with_key(sample.members, key))
             written += 1
-    return ShardLine(task.name, written, path.stat().st_size, sha256_of(path), rules=task.line.rules)
+    return Shard(task.name, written, path.stat().st_size, sha256_of(path), rules=task.line.rules)
 
 
-def _take_over(task: _Task) -> ShardLine:
+def _take_over(task: _Task) -> Shard:
     with replacing(task.folder / task.name) as temporary:
         try:
-            os.link(task.directory / task.line.shard, temporary)
+            os.link(task.directory / task.line.name, temporary)
         except OSError:  # another filesystem, or one without hard links
-            shutil.copyfile(task.directory / task.line.shard, temporary)
-    return dataclasses.replace(task.line, shard=task.name)
+            shutil.copyfile(task.directory / task.line.name, temporary)
+    return dataclasses.replace(task.line, name=task.name)

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE, ShardLine, check_directory, write_manifest
 from formats.errors import UserError
 from formats.files import read_json_lines, write_atomically, write_json_lines
+from formats.manifest import DATASET, MANIFEST, PROVENANCE, Shard, check_directory, write_manifest
 
 STAGED = ".staged"
 JOURNAL = "journal.json"
@@ -70,7 +70,7 @@ def adding(directory: Path) -> Iterator[None]:
 
 def publish(
     directory: Path,
-    lines: Sequence[ShardLine],
+    lines: Sequence[Shard],
     *,
     shards: Collection[str] = (),
     quarantine: Collection[str] = (),

@@ -18,15 +18,15 @@ from data_prep.shards.assembly import (
     read_sources,
     with_key,
 )
-from data_prep.shards.manifest import ShardLine, usable_samples
 from data_prep.shards.publish import reading
 from data_prep.shards.shuffle import BucketShuffle
 from data_prep.shards.uid_list import UidList, read_uids
 from data_prep.shards.writer import Members, ShardWriter
 from formats.errors import UserError
 from formats.files import sha256_of
+from formats.manifest import Shard, usable_samples
 
-Source = tuple[Path, ShardLine]
+Source = tuple[Path, Shard]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 from data_prep.console import progress_bar
 from data_prep.parallel import map_in_processes
-from data_prep.shards.manifest import PROVENANCE, ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import publish
 from data_prep.shards.writer import TarWriter
 from formats.files import sha256_of
+from formats.manifest import PROVENANCE, Shard, read_manifest, usable_samples
 
 BATCH_BYTES = 4 << 30  # disk that may be needed besides the shards: so much is staged before it is published
 
@@ -26,7 +26,7 @@ class Removal:
     and has no successor when nothing usable is left of it.
     """
 
-    line: ShardLine
+    line: Shard
     keys: frozenset[str] = frozenset()
     records: Sequence[Mapping[str, Any]] = ()
     keep_original: bool = False
@@ -37,7 +37,7 @@ class _Rewritten:
     """A staged shard and what it was made from."""
 
     removal: Removal
-    line: ShardLine
+    line: Shard
 
     @property
     def samples_removed(self) -> int:
@@ -65,14 +65,14 @@ def rewrite_shards(
 
     Raises UserError when a shard is not the one that the manifest describes.
     """
-    lines = {line.shard: line for line in read_manifest(directory)}
+    lines = {line.name: line for line in read_manifest(directory).shards}
     removed = 0
     stage = functools.partial(_stage, directory, staged)
     for batch in _batches(map_in_processes(stage, removals, processes, limit=count), count):
         for shard in batch:
-            lines.pop(shard.line.shard)
+            lines.pop(shard.line.name)
             if shard.has_successor:
-                lines[shard.line.shard] = shard.line
+                lines[shard.line.name] = shard.line
         left_out = sum(shard.samples_removed for shard in batch)
         records = {PROVENANCE: [{**step, "shards": len(batch), "samples_removed": left_out}]}
         if records_name is not None:
@@ -80,8 +80,8 @@ def rewrite_shards(
         publish(
             directory,
             list(lines.values()),
-            shards=[shard.line.shard for shard in batch if shard.has_successor],
-            quarantine=[shard.line.shard for shard in batch if shard.removal.keep_original],
+            shards=[shard.line.name for shard in batch if shard.has_successor],
+            quarantine=[shard.line.name for shard in batch if shard.removal.keep_original],
             records=records,
         )
         removed += left_out
@@ -103,11 +103,11 @@ def _batches(shards: Iterator[_Rewritten], count: int) -> Iterator[list[_Rewritt
 
 def _stage(directory: Path, staged: Path, removal: Removal) -> _Rewritten:
     """Write the shard anew without what is to be left out."""
-    target, written = staged / removal.line.shard, 0
+    target, written = staged / removal.line.name, 0
     with TarWriter(target) as tar:
         for sample in usable_samples(directory, removal.line):
             if sample.key not in removal.keys:
                 tar.write(sample.key, sample.members)
                 written += 1
-    line = ShardLine(removal.line.shard, written, target.stat().st_size, sha256_of(target), rules=removal.line.rules)
+    line = Shard(removal.line.name, written, target.stat().st_size, sha256_of(target), rules=removal.line.rules)
     return _Rewritten(removal, line)

@@ -17,12 +17,12 @@ from PIL import Image
 
 from data_prep.console import print_table, progress_bar
 from data_prep.parallel import map_in_processes
-from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import reading
 from data_prep.shards.stats_page import write_page
 from data_prep.shards.words import WordCounts, words_of
 from formats.errors import UserError
 from formats.files import make_folder, write_json
+from formats.manifest import Shard, read_manifest, usable_samples
 from formats.tar import IMAGE_TYPES
 
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ def stats(directory: Path, output: Path, tokenizer: Path | None, processes: int)
     distributions = Distributions()
     with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=make_folder(output)) as scratch:
         words = WordCounts(Path(scratch))
-        lines = read_manifest(directory)
+        lines = read_manifest(directory).shards
         measure = functools.partial(_measure, directory, tokenizer)
         with progress_bar("stats", sum(line.size_bytes for line in lines), "B") as progress:
             for size_bytes, of_shard, words_of_shard in map_in_processes(measure, lines, processes, limit=len(lines)):
@@ -92,7 +92,7 @@ def stats(directory: Path, output: Path, tokenizer: Path | None, processes: int)
     return content
 
 
-def _measure(directory: Path, tokenizer: Path | None, line: ShardLine) -> tuple[int, Distributions, Counter[str]]:
+def _measure(directory: Path, tokenizer: Path | None, line: Shard) -> tuple[int, Distributions, Counter[str]]:
     counts, words = Distributions(), Counter[str]()
     processor = _load_tokenizer(tokenizer) if tokenizer is not None else None
     for sample in usable_samples(directory, line):

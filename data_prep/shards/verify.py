@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.console import print_table, progress_bar
 from data_prep.parallel import map_in_processes
-from data_prep.shards.inspection import inspect_shard
-from data_prep.shards.manifest import MANIFEST, RULES, ShardLine, find_shards, read_manifest
 from data_prep.shards.publish import QUARANTINE, changing, publish, reading
 from data_prep.shards.rewrite import Removal, rewrite_shards
 from formats.files import sha256_of
+from formats.manifest import MANIFEST, RULES, Shard, find_shards, read_manifest
+from formats.pictures import ImageError, ImageTooLargeError, check_picture, why_unusual
+from formats.tar import IMAGE_TYPES, Sample, TarSamples
+from formats.texts import TextError, decode_text
 
 PROGRESS = ".verify"  # a folder of files of lines, one for each shard that an unfinished run has judged
 EXAMPLES_SHOWN = 3
@@ -27,7 +30,7 @@ class Verdict:
     `decoded` tells whether this run decoded it, and did not take the manifest's word for it.
     """
 
-    line: ShardLine
+    line: Shard
     mtime_ns: int
     decoded: bool
     differs: bool
@@ -36,7 +39,7 @@ class Verdict:
 @dataclasses.dataclass(frozen=True)
 class _Task:
     path: Path
-    before: ShardLine | None  # the shard's line of the manifest
+    before: Shard | None  # the shard's line of the manifest
     again: bool
 
 
@@ -61,8 +64,8 @@ def verify(directory: Path, processes: int, max_bad_ratio: float, *, repair: boo
         dataset = publish(directory, lines)
         shutil.rmtree(directory / PROGRESS)
         print(f"{directory}: {_totals(dataset['samples'], dataset['shards'], dataset['bytes'])}")
-        missing = sorted(before.keys() - {line.shard for line in lines})
-        differing = [verdict.line.shard for verdict in verdicts if verdict.differs]
+        missing = sorted(before.keys() - {line.name for line in lines})
+        differing = [verdict.line.name for verdict in verdicts if verdict.differs]
         _print_problems(lines, missing, differing)
         if repair:
             lines = _repair(directory, staged, lines, processes)
@@ -85,18 +88,18 @@ def verify_slice(directory: Path, part: tuple[int, int], processes: int, *, agai
     print(f"when all slices are done: data-prep verify {directory}")
 
 
-def _manifest_before(directory: Path) -> dict[str, ShardLine]:
+def _manifest_before(directory: Path) -> dict[str, Shard]:
     has_manifest = (directory / MANIFEST).is_file()
-    return {line.shard: line for line in read_manifest(directory)} if has_manifest else {}
+    return {line.name: line for line in read_manifest(directory).shards} if has_manifest else {}
 
 
 def _judge_all(
-    directory: Path, paths: Sequence[Path], before: dict[str, ShardLine], processes: int, again: bool, notes: str
+    directory: Path, paths: Sequence[Path], before: dict[str, Shard], processes: int, again: bool, notes: str
 ) -> list[Verdict]:
     """Judge the shards that no earlier run has noted, noting each one in PROGRESS/`notes` as soon as it is done."""
     progress_folder = directory / PROGRESS
     progress_folder.mkdir(exist_ok=True)
-    noted = {verdict.line.shard: verdict for verdict in _read_notes(progress_folder) if verdict.decoded or not again}
+    noted = {verdict.line.name: verdict for verdict in _read_notes(progress_folder) if verdict.decoded or not again}
     sizes = {path: path.stat() for path in paths}
     verdicts = [
         verdict
@@ -104,7 +107,7 @@ def _judge_all(
         if (verdict := noted.get(path.name)) is not None
         and (stat.st_size, stat.st_mtime_ns) == (verdict.line.size_bytes, verdict.mtime_ns)
     ]
-    done = {verdict.line.shard for verdict in verdicts}
+    done = {verdict.line.name for verdict in verdicts}
     tasks = [_Task(path, before.get(path.name), again) for path in paths if path.name not in done]
     total_bytes = sum(stat.st_size for stat in sizes.values())
     done_bytes = sum(verdict.line.size_bytes for verdict in verdicts)
@@ -120,7 +123,7 @@ def _judge_all(
             verdicts.append(verdict)
             progress.set_postfix_str(f"{len(verdicts)}/{len(paths)} shards", refresh=False)
             progress.update(verdict.line.size_bytes)
-    return sorted(verdicts, key=lambda verdict: verdict.line.shard)
+    return sorted(verdicts, key=lambda verdict: verdict.line.name)
 
 
 def _judge(task: _Task) -> Verdict:
@@ -133,13 +136,69 @@ def _judge(task: _Task) -> Verdict:
     return Verdict(line, stat.st_mtime_ns, decoded=True, differs=differs)
 
 
+def inspect_shard(path: Path) -> Shard:
+    """Read one shard to its end, or to the damage, and judge each of its samples."""
+    samples = TarSamples(path)
+    problems: dict[str, str | None] = {}
+    occurrences, unusual = Counter[str](), Counter[str]()
+    for sample in samples:
+        problems[sample.key] = _problem(sample)
+        if problems[sample.key] is None and (why := why_unusual(_picture(sample) or b"")) is not None:
+            unusual[why] += 1
+        occurrences[sample.key] += 1
+    skipped: dict[str, list[str]] = {}
+    for key, problem in sorted(problems.items()):
+        # the manifest names samples by key, so one that occurs twice cannot be told apart from the other
+        reason = "duplicate_key" if occurrences[key] > 1 else problem
+        if reason is not None:
+            skipped.setdefault(reason, []).extend([key] * occurrences[key])
+    return Shard(
+        name=path.name,
+        samples=len(problems) - len({key for keys in skipped.values() for key in keys}),
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        skipped=skipped,
+        truncated=samples.damage is not None,
+        unknown_members=samples.unknown_members,
+        damage=samples.damage or "",
+        unusual=unusual,
+    )
+
+
+def _problem(sample: Sample) -> str | None:
+    """Why a sample must not be trained on; None when nothing is wrong."""
+    if sample.complaints:
+        return min(sample.complaints)
+    image = _picture(sample)
+    if image is None:
+        return "no_image"
+    caption = sample.members.get("txt")
+    if caption is None:
+        return "no_caption"
+    try:
+        if not decode_text(caption):
+            return "empty_caption"
+        check_picture(image)
+    except TextError:
+        return "caption_not_utf8"
+    except ImageTooLargeError:
+        return "image_too_large"
+    except ImageError:
+        return "image_does_not_decode"
+    return None
+
+
+def _picture(sample: Sample) -> bytes | None:
+    return next((content for kind, content in sample.members.items() if kind in IMAGE_TYPES), None)
+
+
 def _read_notes(folder: Path) -> Iterator[Verdict]:
     for path in sorted(folder.glob("*.jsonl")):
         with path.open("rb") as stream:
             for text in stream:
                 try:
                     fields = json.loads(text)
-                    line = ShardLine.from_json(fields.pop("line"))
+                    line = Shard.from_json(fields.pop("line"))
                     verdict = Verdict(line, **fields)
                 except (ValueError, TypeError, KeyError, AttributeError):
                     continue  # a blank line, or one that a killed run left unfinished
@@ -147,44 +206,61 @@ def _read_notes(folder: Path) -> Iterator[Verdict]:
                     yield verdict
 
 
-def _repair(directory: Path, staged: Path, lines: Sequence[ShardLine], processes: int) -> list[ShardLine]:
+def _repair(directory: Path, staged: Path, lines: Sequence[Shard], processes: int) -> list[Shard]:
     removals = [Removal(line, keep_original=line.truncated or not line.samples) for line in lines if not line.is_clean]
     if removals:
         step = {"step": "repair"}
         removed = rewrite_shards(directory, staged, removals, step, processes, count=len(removals))
         print(f"repaired {len(removals):,} shards: {removed:,} samples left out")
-        kept = [removal.line.shard for removal in removals if removal.keep_original]
+        kept = [removal.line.name for removal in removals if removal.keep_original]
         if kept:
             print(f"{len(kept):,} damaged shards are kept in {directory / QUARANTINE}: {_first_few(kept)}")
-    return read_manifest(directory)
+    return list(read_manifest(directory).shards)
 
 
 def _totals(samples: int, shards: int, size_bytes: int) -> str:
     return f"{samples:,} usable samples in {shards:,} shard{'s' if shards != 1 else ''}, {size_bytes / 1e6:,.1f} MB"
 
 
-def _print_problems(lines: Sequence[ShardLine], missing: Sequence[str], differing: Sequence[str]) -> None:
+def _print_problems(lines: Sequence[Shard], missing: Sequence[str], differing: Sequence[str]) -> None:
     places: dict[str, list[str]] = {}
     for line in lines:
         for reason, keys in line.skipped.items():
-            places.setdefault(reason, []).extend(f"{line.shard}:{key}" for key in keys)
+            places.setdefault(reason, []).extend(f"{line.name}:{key}" for key in keys)
     rows = [
         (reason, f"{len(found):,}", _first_few(found))
         for reason, found in sorted(places.items(), key=lambda item: -len(item[1]))
     ]
     for problem, shards in (
-        ("truncated shard", [line.shard for line in lines if line.truncated]),
+        *_damaged(lines),
         ("missing shard", missing),
         ("other than the manifest said", differing),
     ):
         if shards:
             rows.append((problem, f"{len(shards):,}", _first_few(shards)))
-    unknown = [line.shard for line in lines if line.unknown_members]
+    unknown = [line.name for line in lines if line.unknown_members]
     if unknown:
         count = sum(line.unknown_members for line in lines)
         rows.append(("unknown member (ignored)", f"{count:,}", _first_few(unknown)))
     if rows:
         print_table(("problem", "count", "first of them"), rows)
+    unusual = sum((Counter(line.unusual) for line in lines), Counter[str]())
+    if unusual:
+        print_table(
+            ("picture that other readers may see otherwise", "count"), [(why, f"{n:,}") for why, n in unusual.items()]
+        )
+        print("`data-prep reshard --normalise` writes these as every reader sees them")
+
+
+def _damaged(lines: Sequence[Shard]) -> list[tuple[str, list[str]]]:
+    """What is wrong with tars that cannot be read to their end, and with which."""
+    names: dict[str, list[str]] = {}
+    for line in lines:
+        if line.truncated:
+            names.setdefault(f"truncated shard ({line.damage})" if line.damage else "truncated shard", []).append(
+                line.name
+            )
+    return sorted(names.items())
 
 
 def _first_few(names: Sequence[str]) -> str:
@@ -192,7 +268,7 @@ def _first_few(names: Sequence[str]) -> str:
 
 
 def _print_verdict(
-    lines: Sequence[ShardLine], missing: Sequence[str], differing: Sequence[str], max_bad_ratio: float
+    lines: Sequence[Shard], missing: Sequence[str], differing: Sequence[str], max_bad_ratio: float
 ) -> bool:
     usable = sum(line.samples for line in lines)
     bad = sum(line.skipped_samples for line in lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,19 +14,17 @@ from pathlib import Path
 
 from data_prep.console import progress_bar
 from data_prep.parallel import map_in_processes
-from data_prep.shards.manifest import ShardLine, read_manifest, usable_samples
 from data_prep.shards.publish import reading
 from formats.files import make_folder, write_json
+from formats.manifest import Shard, read_manifest, usable_samples
+from formats.word_counts import FORMAT_VERSION, WORD
 
-FORMAT_VERSION = 1
 MOST_IN_MEMORY = 5_000_000  # distinct words; about half a GB
-
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def words_of(caption: str) -> list[str]:
     """The lower-cased maximal runs of letters, digits and inner apostrophes."""
-    return _WORD.findall(caption.lower())
+    return WORD.findall(caption.lower())
 
 
 class WordCounts:
@@ -73,7 +70,7 @@ def count_words(directory: Path, output: Path, min_count: int, processes: int) -
     captions, total, frequent = 0, 0, list[tuple[int, str]]()
     with reading(directory), tempfile.TemporaryDirectory(prefix=".words.", dir=make_folder(output.parent)) as scratch:
         counts = WordCounts(Path(scratch))
-        lines = read_manifest(directory)
+        lines = read_manifest(directory).shards
         with progress_bar("count words", len(lines), "shard") as progress:
             count_shard = functools.partial(_count_shard, directory)
             for of_shard, captions_of_shard in map_in_processes(count_shard, lines, processes, limit=len(lines)):
@@ -92,7 +89,7 @@ def count_words(directory: Path, output: Path, min_count: int, processes: int) -
     return len(listed)
 
 
-def _count_shard(directory: Path, line: ShardLine) -> tuple[Counter[str], int]:
+def _count_shard(directory: Path, line: Shard) -> tuple[Counter[str], int]:
     counts, captions = Counter[str](), 0
     for sample in usable_samples(directory, line, frozenset({"txt"})):
         counts.update(words_of(sample.members["txt"].decode("utf-8", "replace")))

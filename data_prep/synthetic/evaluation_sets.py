@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.shards.writer import Members, ShardWriter
 from formats.errors import UserError
 from formats.files import write_atomically, write_json
-from formats.pictures import image_extension
+from formats.pictures import picture_format
 
 
 def write_classification_set(
@@ -81,7 +81,7 @@ def _write_samples(
 
 
 def _extension(image: bytes, index: int) -> str:
-    extension = image_extension(image)
+    extension = picture_format(image)
     if extension is None:
         raise UserError(f"sample {index} is not a JPEG, PNG or WebP")
     return extension

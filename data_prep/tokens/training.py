@@ -12,11 +12,11 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.console import progress_bar
-from data_prep.shards.manifest import find_shards
 from data_prep.tokens.clip_merges import ClipBytePairs, installed_merges
 from data_prep.tokens.fertility import fertility, print_fertility
 from formats.errors import UserError
 from formats.files import replacing, write_json
+from formats.manifest import find_shards
 from formats.tar import TarSamples
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.shards.manifest import DATASET, MANIFEST, PROVENANCE
 from data_prep.web.ledger import COLUMNS, LISTED_HASH, MEANING, OK, count_outcomes, last_outcomes, print_outcomes
 from data_prep.web.passes import FIXED, Pass, Settings, list_files, read_passes, statistics_path
 from data_prep.web.processes import check_distributor, fill_missing_shards, working_in
 from formats.errors import UserError, nearest_of
 from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
+from formats.manifest import DATASET, MANIFEST, PROVENANCE
 
 __all__ = ["Settings", "download", "retry"]
 

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from data_prep.console import progress_bar
 from data_prep.pages import data_uri, write_html
-from data_prep.shards.manifest import PROVENANCE
 from data_prep.web.ledger import MEANING, OK, advice_for, count_outcomes, last_outcomes
 from data_prep.web.passes import read_passes, read_statistics
 from formats.errors import UserError
 from formats.files import read_json_lines
+from formats.manifest import PROVENANCE
 
 HOSTS_SHOWN = 15
 HOSTS_COUNTED = 200_000  # the rarest are forgotten above this, so that memory is bounded

@@ -34,7 +34,7 @@ from data_prep.web.ledger import (
 )
 from data_prep.web.manners import PRODUCT, HostLimits, RobotsFiles, check_header
 from data_prep.web.passes import Settings
-from formats.versions import version_of
+from formats.manifest import version_of
 
 MAX_REDIRECTS = 5
 ROBOTS_MAX_BYTES = 512 * 1024  # RFC 9309 asks for 500 KiB at least; what is beyond is not read

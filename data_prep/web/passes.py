@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.shards.manifest import PROVENANCE
 from formats.errors import UserError
 from formats.files import read_json_lines
+from formats.manifest import PROVENANCE
 
 # these decide what the shards hold and may not change between the runs of one download
 FIXED = ("samples_per_shard", "image_size", "resize_mode", "blur_column", "accept_changed")

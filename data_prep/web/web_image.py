@@ -1,4 +1,4 @@
-"""A downloaded file -> the JPEG that goes into a shard: limits before decoding, upright, scaled down, no metadata.
+"""A downloaded file -> the JPEG that goes into a shard: scaled down, upright, without metadata.
 
 Arrays: H, W = pixel rows and columns, C = RGB.
 """
@@ -6,33 +6,28 @@ Arrays: H, W = pixel rows and columns, C = RGB.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
-from PIL import Image
 
-from data_prep.web.jpeg_segments import orientation, without_metadata
 from data_prep.web.ledger import DECODE, TOO_LARGE, FetchError
 from formats import pictures
+from formats.pictures import Header, ImageError, ImageTooLargeError, Pixels
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 Boxes: TypeAlias = Sequence[Sequence[float]]
 
+# More than a shard may hold: most are scaled down.
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 1 << 15
 MAX_ASPECT_RATIO = 20.0
 QUALITY = 95
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+FORMATS: tuple[pictures.Format, ...] = ("jpg", "png", "webp", "gif")
 RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
 WHITE = 255
 BLUR_MARGIN = 0.1  # of a box's longer side, as in the obfuscation of ImageNet's faces (arXiv 2103.06191)
-# orientation tag -> how to turn the stored rows upright
-_UPRIGHT = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +50,34 @@ def to_jpeg(data: bytes, image_size: int, resize_mode: str, boxes: Boxes = ()) -
 
     Raises FetchError: `too-large` by the header, `decode` for bytes that are no image, damaged, or a thin strip.
     """
-    width, height, is_plain_jpeg = _header(data)
-    _check(data, width, height)
+    try:
+        header = pictures.read_header(data, formats=FORMATS, max_pixels=MAX_PIXELS, max_side=MAX_SIDE)
+        return _to_jpeg(data, header, image_size, resize_mode, boxes)
+    except ImageTooLargeError as error:
+        raise FetchError(TOO_LARGE, str(error)) from error
+    except ImageError as error:
+        raise FetchError(DECODE, str(error)) from error
+
+
+def _to_jpeg(data: bytes, header: Header, image_size: int, resize_mode: str, boxes: Boxes) -> WebImage:
+    width, height = header.width, header.height
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(f"a strip of {width} x {height} pixels")
     target = _target(width, height, image_size, resize_mode)
-    turn = orientation(data) if pictures.image_extension(data) == "jpg" else 1
-    if is_plain_jpeg and target == (width, height) and turn == 1 and not boxes:
-        pixels_HWC = _decode_jpeg(data, 1, 1)
+    if header.is_turbo and target == (width, height) and header.turn == 1 and not boxes:
         kept = _kept(data)
-        if pixels_HWC is not None and kept is not None:
+        if kept is not None:
             return WebImage(kept, width, height, width, height)
     shrink_by = min(width / target[0], height / target[1])
-    pixels_HWC = _decode_jpeg(data, *target, shrink_by) if is_plain_jpeg else None
+    pixels_HWC = pictures.decode_jpeg(data, *target, shrink_by) if header.is_turbo else None
     if pixels_HWC is None:
-        pixels_HWC = _decode_with_pillow(data)
+        pixels_HWC = pictures.decode_slowly(data, header)
     pixels_HWC = shrink(pixels_HWC, *target)
     if boxes:
         pixels_HWC = blur_boxes(pixels_HWC, boxes)
     if target != (width, height):
         pixels_HWC = _fit_square(pixels_HWC, image_size, resize_mode)
-    pixels_HWC = np.ascontiguousarray(_upright(pixels_HWC, turn))
+    pixels_HWC = np.ascontiguousarray(pictures.upright(pixels_HWC, header.turn))
     encoded = simplejpeg.encode_jpeg(pixels_HWC, quality=QUALITY, colorsubsampling="420")
     return WebImage(encoded, pixels_HWC.shape[1], pixels_HWC.shape[0], width, height)
 
@@ -116,78 +120,22 @@ def blur_boxes(pixels_HWC: Pixels, boxes: Boxes) -> Pixels:
     return np.rint(pixels_HWC * (1 - share_HW1) + blurred_HWC * share_HW1).astype(np.uint8)
 
 
-def _header(data: bytes) -> tuple[int, int, bool]:
-    """Width, height, and whether libjpeg-turbo reads it: from the header alone."""
-    if pictures.image_extension(data) == "jpg":
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in ("YCbCr", "Gray"):
-                return width, height, True
-        except ValueError:
-            pass  # Pillow decides
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.width, image.height, False
-    except Image.DecompressionBombError as error:
-        raise FetchError(TOO_LARGE, str(error)) from error
-    except Exception as error:  # Pillow's readers raise OSError, ValueError, SyntaxError, struct.error, …
-        raise FetchError(DECODE, f"not a JPEG, PNG, WebP or GIF: {_start(data)}") from error
-
-
-def _check(data: bytes, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise FetchError(TOO_LARGE, f"{width} x {height} pixels")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise FetchError(DECODE, f"a strip of {width} x {height} pixels")
-    if pictures.image_extension(data) == "jpg":
-        try:
-            pictures.check_scans(data, width, height)
-        except pictures.ImageTooLargeError as error:
-            raise FetchError(TOO_LARGE, str(error)) from error
-
-
 def _target(width: int, height: int, image_size: int, resize_mode: str) -> tuple[int, int]:
     """Width and height after scaling, before a crop or a border."""
     if resize_mode == "no":
         side = min(width, height)
         if width * height > pictures.MAX_PIXELS or max(width, height) > pictures.MAX_SIDE:
-            raise FetchError(TOO_LARGE, f"{width} x {height} pixels, and --resize-mode no")
+            raise ImageTooLargeError(f"{width} x {height} pixels, and --resize-mode no")
         image_size = side
     side = min(width, height) if resize_mode in ("keep_ratio", "center_crop", "no") else max(width, height)
     scale = min(1.0, image_size / side)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _decode_jpeg(data: bytes, width: int, height: int, shrink_by: float = 1.0) -> Pixels | None:
-    """Decode with libjpeg-turbo, at 1/2, 1/4 or 1/8 of the size where that is still enough; None: Pillow decides."""
-    scaled = {"min_width": width, "min_height": height, "min_factor": 2} if shrink_by >= 2 else {}
-    try:
-        pixels_HWC: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **scaled)
-    except ValueError:
-        # strict also refuses stray bytes that do no harm
-        return None
-    return pixels_HWC
-
-
-def _decode_with_pillow(data: bytes) -> Pixels:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                canvas = Image.new("RGBA", image.size, (WHITE, WHITE, WHITE, 255))
-                return np.asarray(Image.alpha_composite(canvas, rgba).convert("RGB"))
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip
-                grey_HW = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey_HW[..., None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # as above
-        raise FetchError(DECODE, f"does not decode: {str(error)[:200]}") from error
-
-
 def _kept(data: bytes) -> bytes | None:
+    """The picture as it is, if it decodes to its end, without what else is in the file."""
     try:
-        return without_metadata(data)
+        return pictures.without_metadata(data) if pictures.decode_jpeg(data) is not None else None
     except ValueError:
         return None
 
@@ -203,13 +151,3 @@ def _fit_square(pixels_HWC: Pixels, side: int, resize_mode: str) -> Pixels:
         square_HWC[top : top + height, left : left + width] = pixels_HWC
         return square_HWC
     return pixels_HWC
-
-
-def _upright(pixels_HWC: Pixels, turn: int) -> Pixels:
-    quarters, mirrored = _UPRIGHT.get(turn, (0, False))
-    turned_HWC = np.rot90(pixels_HWC, quarters)
-    return turned_HWC[:, ::-1] if mirrored else turned_HWC
-
-
-def _start(data: bytes) -> str:
-    return repr(data[:24])[1:] if data else "no bytes at all"

@@ -10,8 +10,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from pipeline.data.mixture import MixedOrder
-from pipeline.data.sample_order import SampleOrder
+from pipeline.data.sample_order import MixedOrder, SampleOrder
 from pipeline.data.training_data import TrainingData
 
 

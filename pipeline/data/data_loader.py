@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from formats.errors import UserError
+from formats.pictures import ImageError
+from formats.texts import TextError, decode_text
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
-from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
-from pipeline.data.mixture import MixedOrder
-from pipeline.data.sample_order import BatchPlan
+from pipeline.data.image_transform import decode_image, random_resized_crop
+from pipeline.data.sample_order import BatchPlan, MixedOrder
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.text_masking import TextMasker
 
@@ -115,15 +116,15 @@ class TrainingSet(Dataset[Sample]):
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
                 token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
                 return Sample(key, crop_CHW, token_ids, problems)
-            except (ImageError, UnicodeDecodeError) as error:
+            except (ImageError, TextError) as error:
                 problems.append(f"{key}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
 
 
 def _decode_caption(caption: bytes) -> str:
-    text = caption.decode("utf-8").strip()
+    text = decode_text(caption)
     if not text:
-        raise ImageError("the caption is empty")
+        raise TextError("the caption is empty")
     return text
 
 

@@ -1,30 +1,27 @@
-"""Image bytes -> uint8 tensors of the training size. Limits are read from the header, before decoding.
+"""Image bytes -> uint8 tensors of the training size.
 
 C = 3 channels, H, W height and width
 """
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from formats.pictures import decode_picture
 from model.patches import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
-MAX_PIXELS = 25_000_000
-MAX_SIDE = 16_384
 # Of an image longer than this many times its width, only the middle is resized: all of it could be gigabytes.
 _MAX_ASPECT = 20
 # Width over height of random crops.
@@ -36,46 +33,12 @@ _PILLOW: dict[Interpolation, Image.Resampling] = {
 }
 
 
-class ImageError(ValueError):
-    """The bytes are not an image that can be used; says why."""
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ImageError(f"{width} x {height} pixels is over the limit of {MAX_PIXELS} pixels, {MAX_SIDE} a side")
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """libjpeg-turbo, 1.3x as fast as Pillow; None for what it will not take (CMYK, stray bytes, cut short)."""
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
-        pixels_HWC: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ImageError:
-        raise
-    except Exception:
-        return None
-    return None if colorspace in ("CMYK", "YCCK") else pixels_HWC
-
-
 def decode_image(data: bytes) -> Tensor:
-    """JPEG, PNG or WebP bytes -> uint8 RGB [3, H, W].
+    """JPEG, PNG or WebP bytes -> uint8 RGB [3, H, W], by the rule of formats.pictures.
 
-    Raises ImageError for bytes that are not an image, are cut short, or exceed the limits.
+    Raises ImageError for bytes that are not a picture, are cut short, or exceed the limits.
     """
-    pixels_HWC = _decode_jpeg(data) if simplejpeg.is_jpeg(data) else None
-    if pixels_HWC is None:
-        try:
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                _check_size(*image.size)
-                pixels_HWC = np.array(image.convert("RGB"))
-        except ImageError:
-            raise
-        except UnidentifiedImageError:
-            raise ImageError("no JPEG, PNG or WebP image") from None  # Pillow's message has an address in memory
-        except Exception as error:  # decoders raise whatever they like on hostile bytes
-            raise ImageError(f"cannot be decoded: {error}") from error
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+    return torch.from_numpy(decode_picture(data)).permute(2, 0, 1)
 
 
 def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:

@@ -15,8 +15,9 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from formats.errors import UserError
+from formats.pictures import ImageError
 from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, Sample, TrainingSet, collate, make_loader
-from pipeline.data.image_transform import ImageError, decode_image, random_resized_crop
+from pipeline.data.image_transform import decode_image, random_resized_crop
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader

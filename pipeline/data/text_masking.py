@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from random import Random
 
+from formats.word_counts import WORD, read_word_frequencies
 from pipeline.data.tokenizer import TextEncoder, Tokenizer
-from pipeline.data.word_counts import WORD, read_word_frequencies
 from pipeline.recipe import TextMaskingSection
 
 # The words met first are the frequent ones; the rest of a web corpus would fill a worker's memory.

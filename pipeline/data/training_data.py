@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from formats.errors import UserError
-from pipeline.data.manifest import Manifest, Shard, read_manifest
-from pipeline.data.mixture import MixedOrder
-from pipeline.data.sample_order import SampleOrder
+from formats.manifest import Manifest, Shard, read_manifest
+from pipeline.data.sample_order import MixedOrder, SampleOrder
 from pipeline.recipe import DataSection
 
 
@@ -95,14 +94,23 @@ def read_training_data(section: DataSection) -> TrainingData:
     Sets without weights have their numbers of samples: together they are one set, and each sample comes once per epoch.
     """
     if isinstance(section.train, str):
-        manifest = read_manifest(section.train)
-        return TrainingData((manifest,), (1,))
-    manifests = tuple(read_manifest(source.path) for source in section.train)
+        return TrainingData((_read_set(section.train),), (1,))
+    manifests = tuple(_read_set(source.path) for source in section.train)
     weights = [
         Fraction(manifest.num_samples) if source.weight is None else Fraction(repr(source.weight))
         for source, manifest in zip(section.train, manifests, strict=True)
     ]
     return TrainingData(manifests, _in_lowest_integers(weights))
+
+
+def _read_set(directory: str) -> Manifest:
+    """The shards of a directory that hold a usable sample."""
+    if not directory:
+        raise UserError("no training data: give data.train=SHARD_DIRECTORY (make one with `data-prep`)")
+    manifest = read_manifest(directory)
+    if not manifest.num_samples:
+        raise UserError(f"{directory} holds no usable sample; `data-prep verify {directory}` says why")
+    return replace(manifest, shards=tuple(shard for shard in manifest.shards if shard.samples))
 
 
 def _in_lowest_integers(weights: Sequence[Fraction]) -> tuple[int, ...]:

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from formats.errors import UserError
 from formats.files import write_atomically, write_json
+from formats.pictures import ImageError
 from model.masking import MaskingConfig
-from pipeline.data.image_transform import ImageError, decode_image
+from pipeline.data.image_transform import decode_image
 from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel

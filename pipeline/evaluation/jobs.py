@@ -17,8 +17,8 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import write_json
+from formats.word_counts import read_word_frequencies
 from model.masking import MaskingConfig
-from pipeline.data.word_counts import read_word_frequencies
 from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.files import Collection

@@ -23,7 +23,7 @@ from data_prep.shards.reshard import Layout, reshard
 from data_prep.shards.verify import verify, verify_slice
 from formats.errors import UserError
 from formats.errors import UserError as PipelineError
-from pipeline.data.manifest import read_manifest
+from formats.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 

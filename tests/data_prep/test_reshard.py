@@ -24,8 +24,8 @@ from data_prep.shards.shuffle import BucketShuffle
 from data_prep.shards.uid_list import read_uids
 from data_prep.shards.verify import verify
 from formats.errors import UserError
+from formats.manifest import read_manifest
 from formats.tar import TarSamples
-from pipeline.data.manifest import read_manifest
 
 
 def uid(number: int) -> str:

@@ -17,11 +17,10 @@ from make_images import encoded, good_sample, png_bomb, write_tar
 from shard_reading import loader_index
 
 from data_prep.__main__ import main
-from data_prep.shards.inspection import inspect_shard
-from data_prep.shards.verify import verify
+from data_prep.shards.verify import inspect_shard, verify
 from formats.errors import UserError
+from formats.manifest import read_manifest
 from formats.tar import TarSamples
-from pipeline.data.manifest import read_manifest
 
 VERDICT = "data_prep.shards.verify.inspect_shard"
 

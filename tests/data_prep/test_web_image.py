@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image, ImageOps
 
-from data_prep.web.jpeg_segments import orientation, without_metadata
 from data_prep.web.ledger import FetchError
 from data_prep.web.web_image import RESIZE_MODES, blur_boxes, shrink, to_jpeg
+from formats.pictures import jpeg_orientation, without_metadata
 
 
 def smooth(width: int, height: int) -> Image.Image:
@@ -80,7 +80,7 @@ def test_damaged_jpegs_never_do_worse_than_a_value_error(noise: bytes, position:
     good = jpeg(smooth(24, 24), comment=b"x" * 50)
     position %= len(good)
     for data in (noise, good[:position], good[:position] + bytes([byte]) + good[position + 1 :], good[:9] + noise):
-        assert orientation(data) in range(1, 9)
+        assert jpeg_orientation(data) in range(1, 9)
         with contextlib.suppress(ValueError):
             assert len(without_metadata(data)) <= len(data)
         with contextlib.suppress(FetchError):

@@ -15,8 +15,8 @@ from shard_reading import loader_index
 from data_prep.shards.verify import verify
 from data_prep.shards.words import count_words
 from data_prep.shards.writer import ShardWriter
-from pipeline.data.manifest import read_manifest
-from pipeline.data.word_counts import read_word_frequencies
+from formats.manifest import read_manifest
+from formats.word_counts import read_word_frequencies
 
 
 def encoded(kind: str) -> bytes:

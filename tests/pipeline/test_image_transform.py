@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from formats.pictures import ImageError
 from pipeline.data.image_transform import (
-    ImageError,
     decode_image,
     random_crop_box,
     random_resized_crop,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.word_counts import WordFrequencies, read_word_frequencies
+from formats.word_counts import WordFrequencies, read_word_frequencies
 from pipeline.evaluation.tasks.intervals import means
 from pipeline.evaluation.tasks.zero_shot import class_frequencies, long_tail_details, long_tail_outcomes, thirds
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.coverage import cover
 from pipeline.data.data_loader import MicroBatches
-from pipeline.data.mixture import MixedOrder, Proportions
-from pipeline.data.sample_order import BatchPlan, SampleOrder
+from pipeline.data.sample_order import BatchPlan, MixedOrder, Proportions, SampleOrder
 
 Place = tuple[int, int]  # (shard, index within it)
 

@@ -22,9 +22,9 @@ from conftest import write_shards
 from small_web import Page, SmallWeb
 
 from formats.errors import UserError
-from pipeline.data import shard_cache, shard_download
+from formats.manifest import Shard, read_manifest
+from pipeline.data import shard_cache
 from pipeline.data.data_loader import BATCHES_AHEAD, Batch, MicroBatches, TrainingSet, make_loader
-from pipeline.data.manifest import Shard, read_manifest
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import ShardCache, check_room, make_cache
 from pipeline.data.shard_reader import ShardReader
@@ -44,7 +44,7 @@ def web() -> Iterator[SmallWeb]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_download, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(shard_cache, "_FIRST_DELAY_S", 0.01)
 
 
 def publish(web: SmallWeb, directory: Path) -> str:
@@ -55,7 +55,8 @@ def publish(web: SmallWeb, directory: Path) -> str:
 
 
 def shard_of(content: bytes, url: str) -> Shard:
-    return Shard(url, 1, len(content), hashlib.sha256(content).hexdigest(), frozenset(), False)
+    directory, _, name = url.rpartition("/")
+    return Shard(name, 1, len(content), hashlib.sha256(content).hexdigest(), directory=directory)
 
 
 def memory_shard(name: str, size_bytes: int) -> Shard:
@@ -129,7 +130,7 @@ def test_a_full_disk_is_said_at_once() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UserError, match=r"kept in data\.cache_directory: No space left"):
-        shard_download.download(memory_shard("full", 10), FullDisk())
+        shard_cache._download(memory_shard("full", 10), FullDisk())
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -244,13 +245,13 @@ def test_the_next_window_is_there_before_it_is_asked_for(tmp_path: Path, web: Sm
 
 
 def test_a_cache_below_what_is_open_at_once_is_refused() -> None:
-    shards = [Shard(f"memory://x/{n}.tar", 1000, 2**30, None, frozenset(), False) for n in range(40)]
+    shards = [Shard(f"{n}.tar", 1000, 2**30, "", directory="memory://x") for n in range(40)]
     fits = DataSection(window_shards=4, cache_gib=8.15)
     check_room(shards, fits, 1, samples_ahead=100)
     with pytest.raises(UserError, match=r"window_shards=4 shards of each set take up to 8 GiB, 200 samples"):
         check_room(shards, fits, 1, samples_ahead=200)
     check_room(shards[:8], DataSection(window_shards=4, cache_gib=8), 1, samples_ahead=10**6)  # all shards fit
-    check_room([Shard("/x/0.tar", 1000, 2**40, None, frozenset(), False)], fits, 1, samples_ahead=100)
+    check_room([Shard("0.tar", 1000, 2**40, "", directory="/x")], fits, 1, samples_ahead=100)
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -13,11 +14,11 @@ import pytest
 from conftest import write_shards
 
 from formats.errors import UserError
-from pipeline.data import shard_index
-from pipeline.data.manifest import Shard, read_manifest
+from formats.manifest import Shard, read_manifest
+from formats.tar import SampleIndex, index_samples
+from pipeline.data import shard_reader
 from pipeline.data.shard_cache import ShardCache
-from pipeline.data.shard_index import index_path, read_index
-from pipeline.data.tar_index import SampleIndex, index_samples
+from pipeline.data.shard_reader import index_path, read_index
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def assert_right(index: SampleIndex, shard: Shard) -> None:
 
 def test_the_tar_is_walked_once(shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(read(shard, cache), shard)
-    monkeypatch.setattr(shard_index, "index_samples", lambda *_: pytest.fail("walked again"))
+    monkeypatch.setattr(shard_reader, "index_samples", lambda *_: pytest.fail("walked again"))
     index = read(shard, cache)
     monkeypatch.undo()
     assert_right(index, shard)
@@ -51,7 +52,7 @@ def test_the_tar_is_walked_once(shard: Shard, cache: ShardCache, monkeypatch: py
 
 def test_skipped_keys_have_an_index_of_their_own(shard: Shard, cache: ShardCache) -> None:
     read(shard, cache)
-    fewer = Shard(shard.url, 5, shard.size_bytes, shard.sha256, frozenset({"00000002"}), False)
+    fewer = dataclasses.replace(shard, samples=5, skipped={"no_caption": ["00000002"]})
     assert "00000002" not in read(fewer, cache).keys
     assert_right(read(shard, cache), shard)
 

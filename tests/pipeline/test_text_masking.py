@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.errors import UserError
+from formats.word_counts import read_word_frequencies
 from pipeline.data.data_loader import MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
@@ -35,7 +36,6 @@ from pipeline.data.text_masking import (
 )
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.training_data import read_training_data
-from pipeline.data.word_counts import read_word_frequencies
 from pipeline.recipe import DataSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe
 

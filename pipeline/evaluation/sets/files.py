@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from formats.errors import UserError
-from pipeline.data.tar_index import IMAGE_TYPES, Member, read_members, split_name
+from formats.tar import IMAGE_TYPES, Member, read_members, split_name
 
 TEXT_TYPES = frozenset({"txt", "cls"})
 LABELS_TYPE = "npy"

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from formats.errors import UserError
-from pipeline.data.word_counts import WordFrequencies
+from formats.word_counts import WordFrequencies
 from pipeline.evaluation.sets.composition import CompositionSet, GroupSet, read_composition_set
 from pipeline.evaluation.sets.files import ImageFile, TarSample, read_lines, split_samples
 from pipeline.evaluation.sets.known import Expectations, class_names_of

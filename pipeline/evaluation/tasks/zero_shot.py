@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.word_counts import WORD, WordFrequencies
+from formats.word_counts import WORD, WordFrequencies
 from pipeline.evaluation.sets.files import Collection
 from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, MultiLabelSet
 from pipeline.evaluation.tasks.intervals import Outcomes

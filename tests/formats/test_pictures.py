@@ -12,14 +12,14 @@ import simplejpeg
 from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image
 
-from formats.pictures import ImageError, ImageTooLargeError, check_image, image_extension
+from formats.pictures import ImageError, ImageTooLargeError, check_picture, picture_format
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_whole_images_pass(kind: str, extension: str) -> None:
     data = encoded(kind=kind)
-    assert image_extension(data) == extension
-    check_image(data)
+    assert picture_format(data) == extension
+    check_picture(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -27,41 +27,41 @@ def test_whole_images_pass(kind: str, extension: str) -> None:
 def test_cut_off_images_are_refused(kind: str, share: float) -> None:
     data = encoded(kind=kind)
     with pytest.raises(ImageError):
-        check_image(data[: int(len(data) * share)])
+        check_picture(data[: int(len(data) * share)])
 
 
 def test_a_jpeg_without_its_last_two_bytes_is_refused() -> None:
     with pytest.raises(ImageError):
-        check_image(encoded()[:-2])
+        check_picture(encoded()[:-2])
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_no_harm() -> None:
-    check_image(encoded() + b"appended by a camera")
+    check_picture(encoded() + b"appended by a camera")
 
 
 def test_a_cmyk_jpeg_passes() -> None:
     stream = io.BytesIO()
     Image.new("CMYK", (16, 16)).save(stream, "JPEG")
-    check_image(stream.getvalue())
+    check_picture(stream.getvalue())
 
 
 @pytest.mark.parametrize(("width", "height"), [(19_000, 19_000), (5_001, 5_000), (16_385, 1)])
 def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int) -> None:
     # the data holds no such picture: decoding would say that it is damaged, not that it is too large
     with pytest.raises(ImageTooLargeError):
-        check_image(png_bomb(width, height))
+        check_picture(png_bomb(width, height))
 
 
 def test_many_scans_are_refused_only_where_they_take_long() -> None:
-    check_image(jpeg_of_many_scans(side=64, scans=500))
+    check_picture(jpeg_of_many_scans(side=64, scans=500))
     with pytest.raises(ImageTooLargeError, match="scans of 4000 x 4000 pixels"):
-        check_image(jpeg_of_many_scans(side=4000, scans=500))
+        check_picture(jpeg_of_many_scans(side=4000, scans=500))
 
 
 @pytest.mark.parametrize("data", [b"", b"<html></html>", b"GIF89a" + bytes(20), b"\xff\xd8\xff", b"RIFF"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
-        check_image(data)
+        check_picture(data)
 
 
 def pictures(rng: np.random.Generator) -> list[bytes]:
@@ -91,7 +91,7 @@ def test_damage_that_a_full_decode_finds_is_found() -> None:
     sound = pictures(rng)
     verdicts = Counter[bool]()
     for data in sound:
-        check_image(data)
+        check_picture(data)
         for damaged in damage(data, rng):
             try:
                 simplejpeg.decode_jpeg(damaged, strict=True)
@@ -105,10 +105,10 @@ def test_damage_that_a_full_decode_finds_is_found() -> None:
 
 
 def quick_verdict(data: bytes) -> bool:
-    """What the first, quick decode of `check_image` says."""
-    with mock.patch("formats.pictures._check_with_pillow", side_effect=ImageError):
+    """What the first, quick decode of `check_picture` says."""
+    with mock.patch("formats.pictures.decode_slowly", side_effect=ImageError):
         try:
-            check_image(data)
+            check_picture(data)
         except ImageError:
             return False
     return True

@@ -1,8 +1,10 @@
-"""What a shard directory says about itself: manifest.jsonl, one line per shard, and the totals in dataset.json."""
+"""A shard directory as it describes itself: manifest.jsonl, one line per shard, and the totals in dataset.json."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -10,27 +12,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsspec import AbstractFileSystem
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
 from formats.errors import UserError
 from formats.files import read_json_lines, write_json, write_json_lines
 from formats.tar import SAMPLE_TYPES, Sample, TarSamples
-from formats.versions import version_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"
 PROVENANCE = "provenance.jsonl"  # one line per step that made the directory or changed it
-RULES = 1  # of the checks; a shard that was judged by others is judged again
+RULES = 2  # of the checks; a shard that was judged by others is judged again
+VERIFY_AGAIN = "it changed since it was verified; run `data-prep verify` on its directory again"
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardLine:
-    """A line of the manifest.
+class Shard:
+    """A tar and its line of the manifest.
 
-    `samples` counts the usable ones. `skipped` gives the keys of the others by reason, a key as often as it occurs.
-    `rules` is the version of the checks that the shard passed through; 0 is none of ours.
+    samples: how many are usable
+    sha256: "" where whoever wrote the manifest left it out
+    skipped: the keys of the others by reason, a key as often as it occurs
+    truncated, damage: whether, and why, only what precedes some damage is used
+    unusual: how many pictures a reader without formats.pictures' rule may see otherwise, by reason
+    rules: the version of the checks that the shard passed through; 0 is none of ours
+    directory: where it is, local or remote
     """
 
-    shard: str
+    name: str
     samples: int
     size_bytes: int
     sha256: str
@@ -38,6 +49,24 @@ class ShardLine:
     truncated: bool = False
     unknown_members: int = 0
     rules: int = RULES
+    damage: str = ""
+    unusual: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    directory: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def url(self) -> str:
+        """Where the tar is: its directory, local or remote, and its name."""
+        return f"{self.directory}/{self.name}" if self.directory else self.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the tar is a file of this machine, or of a filesystem that it mounts."""
+        return split_protocol(self.url)[0] in (None, "file", "local")
+
+    @property
+    def local_path(self) -> Path:
+        """Where a local tar is."""
+        return Path(LocalFileSystem._strip_protocol(self.url))
 
     @property
     def skip(self) -> frozenset[str]:
@@ -57,7 +86,7 @@ class ShardLine:
     def to_json(self) -> dict[str, Any]:
         """The line as it is written; what is none or no is left out."""
         line: dict[str, Any] = {
-            "shard": self.shard,
+            "shard": self.name,
             "samples": self.samples,
             "bytes": self.size_bytes,
             "sha256": self.sha256,
@@ -68,12 +97,15 @@ class ShardLine:
             line["skipped"] = {reason: list(keys) for reason, keys in sorted(self.skipped.items())}
         if self.truncated:
             line["truncated"] = True
+            line |= {"damage": self.damage} if self.damage else {}
         if self.unknown_members:
             line["unknown_members"] = self.unknown_members
+        if self.unusual:
+            line["unusual"] = dict(sorted(self.unusual.items()))
         return line
 
     @staticmethod
-    def from_json(fields: object) -> ShardLine:
+    def from_json(fields: object, directory: str = "") -> Shard:
         """Read what `to_json` gave, or the four fields that another writer must give; raises ValueError."""
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
@@ -85,8 +117,8 @@ class ShardLine:
         unexplained = skip.difference(*skipped.values())
         if unexplained:
             skipped["unknown_reason"] = sorted(unexplained)
-        line = ShardLine(
-            shard=name,
+        shard = Shard(
+            name=name,
             samples=_field(fields, "samples", int),
             size_bytes=_field(fields, "bytes", int),
             sha256=_field(fields, "sha256", str, ""),
@@ -94,10 +126,27 @@ class ShardLine:
             truncated=_field(fields, "truncated", bool, False),
             unknown_members=_field(fields, "unknown_members", int, 0),
             rules=_field(fields, "rules", int, 0),
+            damage=_field(fields, "damage", str, ""),
+            unusual={str(kind): int(count) for kind, count in _field(fields, "unusual", dict, {}).items()},
+            directory=directory,
         )
-        if min(line.samples, line.size_bytes, line.unknown_members) < 0:
+        if min(shard.samples, shard.size_bytes, shard.unknown_members) < 0:
             raise ValueError("a negative count")
-        return line
+        return shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All shards of a directory; `sha256` of the manifest file names the data set in a run's records."""
+
+    directory: str
+    shards: tuple[Shard, ...]
+    sha256: str
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type[Any], default: Any = None) -> Any:
@@ -130,33 +179,48 @@ def find_shards(directory: Path) -> list[Path]:
     return paths
 
 
-def read_manifest(directory: Path) -> list[ShardLine]:
-    """The lines of the manifest; raises UserError for one that is missing or damaged."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        find_shards(directory)  # says what is wrong with the directory, if it is that
-        raise UserError(f"{directory} has no {MANIFEST}: run `data-prep verify {directory}` first")
-    lines, names = [], set()
-    with path.open("rb") as stream:
-        for number, text in enumerate(stream, 1):
-            try:
-                line = ShardLine.from_json(json.loads(text))
-                if line.shard in names:
-                    raise ValueError(f"{line.shard} occurs twice")
-            except (ValueError, RecursionError) as error:
-                advice = f"delete the file and run `data-prep verify {directory}`"
-                raise UserError(f"{path} line {number} is not a manifest line ({error}): {advice}") from error
-            lines.append(line)
-            names.add(line.shard)
-    return lines
+def read_manifest(directory: str | Path) -> Manifest:
+    """Read DIRECTORY/manifest.jsonl, local or remote; raises UserError for one that is missing or damaged."""
+    directory = str(directory).rstrip("/") or "/"
+    try:
+        filesystem, path = url_to_fs(directory)
+        try:
+            content: bytes = filesystem.cat_file(f"{path}/{MANIFEST}")
+        except FileNotFoundError:
+            raise UserError(_what_is_missing(directory, filesystem, path)) from None
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot read {directory}/{MANIFEST}: {error}") from error
+    shards: dict[str, Shard] = {}
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            shard = Shard.from_json(json.loads(text), directory)
+            if shard.name in shards:
+                raise ValueError(f"{shard.name} occurs twice")
+        except (ValueError, TypeError, RecursionError) as error:
+            where = f"{directory}/{MANIFEST} line {number}"
+            advice = f"delete the file and run `data-prep verify {directory}`"
+            raise UserError(f"{where} is not a manifest line ({error}): {advice}") from error
+        shards[shard.name] = shard
+    return Manifest(directory, tuple(shards.values()), hashlib.sha256(content).hexdigest())
 
 
-def write_manifest(directory: Path, lines: Sequence[ShardLine], source: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _what_is_missing(directory: str, filesystem: AbstractFileSystem, path: str) -> str:
+    if not filesystem.exists(path):
+        return f"no shard directory at {directory}: make it with `data-prep`"
+    if not filesystem.isdir(path):
+        return f"{directory} is not a directory: name the folder that holds 00000.tar, 00001.tar, …"
+    advice = f"run `data-prep verify {directory}` first"
+    if not filesystem.glob(f"{path}/*.tar"):
+        advice = "it holds no *.tar either; make shards with `data-prep download` or `data-prep pack`"
+    return f"{directory} has no {MANIFEST}: {advice}"
+
+
+def write_manifest(directory: Path, lines: Sequence[Shard], source: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Write manifest.jsonl and dataset.json, in this order; returns the latter's content.
 
     `source` are the lines of provenance.jsonl.
     """
-    lines = sorted(lines, key=lambda line: line.shard)
+    lines = sorted(lines, key=lambda line: line.name)
     dataset = _summary(lines, source)
     write_json_lines(directory / MANIFEST, (line.to_json() for line in lines))
     # dataset.json comes last: it describes a manifest that is already there
@@ -164,7 +228,7 @@ def write_manifest(directory: Path, lines: Sequence[ShardLine], source: Sequence
     return dataset
 
 
-def _summary(lines: Sequence[ShardLine], source: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(lines: Sequence[Shard], source: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     skipped = Counter[str]()
     for line in lines:
         skipped.update({reason: len(keys) for reason, keys in line.skipped.items()})
@@ -175,7 +239,7 @@ def _summary(lines: Sequence[ShardLine], source: Sequence[Mapping[str, Any]]) ->
         "bytes": sum(line.size_bytes for line in lines),
         "skipped": dict(sorted(skipped.items())),
         "unknown_members": sum(line.unknown_members for line in lines),
-        "truncated_shards": [line.shard for line in lines if line.truncated],
+        "truncated_shards": [line.name for line in lines if line.truncated],
         "source": list(source),
         "versions": {
             "python": platform.python_version(),
@@ -184,17 +248,25 @@ def _summary(lines: Sequence[ShardLine], source: Sequence[Mapping[str, Any]]) ->
     }
 
 
+def version_of(package: str) -> str:
+    """The installed version of a package; "unknown" for what is only there as a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def read_provenance(directory: Path) -> list[dict[str, Any]]:
     """One entry per step that made the directory or changed it."""
     return read_json_lines(directory / PROVENANCE)
 
 
-def usable_samples(directory: Path, line: ShardLine, types: frozenset[str] = SAMPLE_TYPES) -> Iterator[Sample]:
+def usable_samples(directory: Path, line: Shard, types: frozenset[str] = SAMPLE_TYPES) -> Iterator[Sample]:
     """The samples of a verified shard that may be used, in order; members of other `types` are not read.
 
     Raises UserError when the shard is not the one that the manifest describes.
     """
-    path, advice = directory / line.shard, f"run `data-prep verify {directory}`"
+    path, advice = directory / line.name, f"run `data-prep verify {directory}`"
     size_bytes = path.stat().st_size if path.is_file() else None
     if size_bytes is None:
         raise UserError(f"{path} is in the manifest but not there: {advice}")

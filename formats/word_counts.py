@@ -15,6 +15,8 @@ from formats.errors import UserError
 # What `data-prep words` counts, in lower case.
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
+FORMAT_VERSION = 1
+
 _MAKE_IT = "make it with `data-prep words SHARDS --output words.json`"
 
 
