@@ -28,7 +28,7 @@ from record import RESULTS_DIRECTORY, record
 from pipeline import plan
 from pipeline.hardware import find_accelerator
 from pipeline.planning.run_plan import IMAGES_PER_CORE_S
-from pipeline.reporting.published import Published, read_published
+from pipeline.reporting.tables.papers import Published, read_published
 
 PAGE = ROOT / "docs/reproduce.md"
 TABLES = "full_size_plans.json"
@@ -36,7 +36,7 @@ TABLES = "full_size_plans.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe on hardware. `row`: what it should reproduce of pipeline/reporting/published.yaml."""
+    """A recipe on hardware. `row`: what it should reproduce of pipeline/reporting/tables/published.yaml."""
 
     recipe: str
     samples: int

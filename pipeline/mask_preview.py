@@ -21,14 +21,13 @@ from torch import Tensor
 
 from formats.errors import UserError
 from formats.files import location_argument, path_argument, write_atomically
+from formats.pages import render
 from formats.programs import run
 from model.masking import STRATEGIES
 from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.recipe_files import load_recipe
-from pipeline.reporting.preview_setting import make_setting, parse_strategies
-from pipeline.reporting.preview_sheet import SHOWS, Sheet, make_sheet
-from pipeline.reporting.rendering import render
-from pipeline.reporting.sheet_painter import paint
+from pipeline.reporting.masks.setting import make_setting, parse_strategies
+from pipeline.reporting.masks.sheet import SHOWS, Sheet, make_sheet, paint
 
 _DEFAULT_RECIPE = "base"
 _DEFAULT_STRATEGIES = "random,cluster,pgs"

@@ -19,24 +19,21 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import path_argument, write_atomically
+from formats.pages import render
 from formats.programs import run
 from pipeline.evaluation.jobs import read_jobs, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.recipe import Recipe
 from pipeline.reporting import report_tables as tables
-from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
-from pipeline.reporting.effective_robustness import effective_robustness_table
-from pipeline.reporting.group_tables import group_tables
-from pipeline.reporting.published import PUBLISHED_FILE, read_published
-from pipeline.reporting.rendering import render
-from pipeline.reporting.report_curves import draw_curves
-from pipeline.reporting.report_inputs import read_inputs
+from pipeline.reporting.charts import draw_cost_charts, draw_curves, draw_robustness
+from pipeline.reporting.inputs import device_hours_label, read_inputs
+from pipeline.reporting.pictures import draw_result_pictures
 from pipeline.reporting.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
-from pipeline.reporting.result_pictures import draw_result_pictures
-from pipeline.reporting.result_rows import by_recipe
-from pipeline.reporting.run_cost import device_hours_label
-from pipeline.reporting.table_files import write_table_files
-from pipeline.reporting.training_table import training_table
+from pipeline.reporting.tables.overview import training_table
+from pipeline.reporting.tables.paper_tables import effective_robustness_table, group_tables
+from pipeline.reporting.tables.papers import PUBLISHED_FILE, read_published
+from pipeline.reporting.tables.rows import by_recipe
+from pipeline.reporting.tables.table import write_table_files
 from pipeline.training.observing.run_logger import timestamp
 
 
@@ -149,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         type=path_argument,
         default=PUBLISHED_FILE,
         metavar="FILE",
-        help="figures of papers to show below ours, instead of pipeline/reporting/published.yaml",
+        help="figures of papers to show below ours, instead of pipeline/reporting/tables/published.yaml",
     )
     parser.add_argument(
         "--images",

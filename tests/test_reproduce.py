@@ -15,8 +15,7 @@ import pytest
 from data_prep.__main__ import make_parser
 from pipeline.evaluation.sets.known import set_key
 from pipeline.recipe_files import RECIPES_DIRECTORY, load_recipe
-from pipeline.reporting.published import read_published
-from pipeline.reporting.table_groups import RETRIEVAL, ROBUSTNESS, ZERO_SHOT
+from pipeline.reporting.tables.papers import RETRIEVAL, ROBUSTNESS, ZERO_SHOT, read_published
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/reproduce.md").read_text()

@@ -11,9 +11,11 @@ from typing import Any
 from PIL import Image
 
 from data_prep.near.picture_hashes import PictureFile
-from data_prep.pages import data_uri, write_html
+from formats.files import write_atomically
+from formats.pages import data_uri, render
 
 THUMBNAIL_PIXELS = 160
+TEMPLATE = Path(__file__).parents[1] / "templates" / "dedup.html.j2"
 
 Located = tuple[PictureFile, str]  # where a picture is: its file and its key there
 
@@ -39,7 +41,7 @@ def write_page(path: Path, name: str, summary: Mapping[str, Any], pairs: Sequenc
         }
         for pair in pairs
     ]
-    write_html(path, "dedup.html.j2", {"name": name, "summary": summary, "pairs": shown})
+    write_atomically(path, render(TEMPLATE, {"name": name, "summary": summary, "pairs": shown}))
 
 
 def _label(place: Located) -> str:

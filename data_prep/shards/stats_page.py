@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from data_prep.pages import data_uri, write_html
+from formats.charts import Theme, draw_chart, style_axes
+from formats.files import write_atomically
+from formats.pages import render
 
 BARS = 50
+TEMPLATE = Path(__file__).parents[1] / "templates" / "stats.html.j2"
 
 
 def write_page(path: Path, name: str, content: Mapping[str, Any], histograms: Mapping[str, Counter[int]]) -> None:
     """Write the page; `content` is that of stats.json, `histograms` are value -> count."""
-    plots = {label: data_uri(_plot(label, histogram), "image/png") for label, histogram in histograms.items()}
-    write_html(path, "stats.html.j2", {"name": name, "stats": content, "plots": plots})
+    charts = [
+        draw_chart(label, label.replace("_", " "), "samples by value", partial(_paint, histogram))
+        for label, histogram in histograms.items()
+    ]
+    write_atomically(path, render(TEMPLATE, {"name": name, "stats": content, "charts": charts}))
 
 
-def _plot(label: str, histogram: Counter[int]) -> bytes:
-    """A PNG; what lies above the 99th percentile is in the last bar."""
+def _paint(histogram: Counter[int], axes: Axes, theme: Theme) -> None:
+    """What lies above the 99th percentile is in the last bar."""
     values_N = np.array(sorted(histogram))
     counts_N = np.array([histogram[value] for value in values_N.tolist()])
     highest = int(values_N[np.searchsorted(np.cumsum(counts_N), 0.99 * counts_N.sum())])
     lowest = int(values_N[0])
     bars = max(1, min(BARS, highest - lowest + 1))
     edges = np.linspace(lowest, highest + 1, bars + 1).tolist()
-    figure = Figure(figsize=(4, 2.4), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(np.minimum(values_N, highest), bins=edges, weights=counts_N)
-    axes.set_xlabel(label.replace("_", " "))
-    axes.set_ylabel("samples")
-    axes.spines[["top", "right"]].set_visible(False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
+    axes.hist(np.minimum(values_N, highest), bins=edges, weights=counts_N, color=theme.line(0))
+    style_axes(axes, theme)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,22 +14,31 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from data_prep.console import progress_bar
-from data_prep.pages import data_uri, write_html
 from data_prep.web.ledger import MEANING, OK, advice_for, count_outcomes, last_outcomes
 from data_prep.web.passes import read_passes, read_statistics
+from formats.charts import Chart, Theme, draw_chart, style_axes
 from formats.errors import UserError
-from formats.files import read_json_lines
+from formats.files import read_json_lines, write_atomically
 from formats.manifest import PROVENANCE
+from formats.pages import render
 
 HOSTS_SHOWN = 15
 HOSTS_COUNTED = 200_000  # the rarest are forgotten above this, so that memory is bounded
 ELAPSED_S = np.geomspace(0.001, 100, 41)
 FILE_BYTES = np.geomspace(1e3, 1e8, 41)
 SIDE_PIXELS = np.geomspace(16, 16_384, 41)
-COLOUR = "#3b7fc4"
+TEMPLATE = Path(__file__).parents[1] / "templates" / "download.html.j2"
+# What --resize-mode did to the pictures; {} is --image-size.
+SIZES = {
+    "no": "The size of the pictures is that of the originals.",
+    "keep_ratio": "The shorter side of a picture is at most {} pixels.",
+    "keep_ratio_largest": "The longer side of a picture is at most {} pixels.",
+    "center_crop": "Pictures are the middle squares, of at most {0} x {0} pixels.",
+    "border": "Pictures are {0} x {0} pixels, with a border where they were smaller or no squares.",
+}
 _PARTICULARS = re.compile(r"\b[0-9a-f]{64}\b|\d{4,}")  # hashes and large numbers, which make each message unique
 
 
@@ -54,6 +63,7 @@ def write_report(directory: Path, page: Path) -> None:
         raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
     summary = _summarise(directory)
     total = max(summary.outcomes.total(), 1)
+    source = read_json_lines(directory / PROVENANCE)[0]
     content: dict[str, Any] = {
         "name": directory.resolve().name,
         "total": summary.outcomes.total(),
@@ -65,15 +75,18 @@ def write_report(directory: Path, page: Path) -> None:
         "advice": advice_for(summary.outcomes),
         "passes": _passes(directory),
         "hosts": [(*key, count) for key, count in summary.failures_by_host.most_common(HOSTS_SHOWN)],
-        "source": read_json_lines(directory / PROVENANCE)[0],
-        "plots": [
-            ("Images per second", _picture(*_rates(directory), "minutes since the start", "images/s")),
-            ("Time of a request", _histogram(summary.elapsed, ELAPSED_S, "seconds")),
-            ("Files on the web", _histogram(summary.file_bytes, FILE_BYTES, "bytes")),
-            ("Shorter side of the originals", _histogram(summary.shorter_side, SIDE_PIXELS, "pixels")),
+        "source": source,
+        "size": SIZES.get(source["resize_mode"], source["resize_mode"]).format(source["image_size"]),
+        "charts": [
+            draw_chart(
+                "rate", "Images per second", "over minutes since the start", partial(_curve, *_rates(directory))
+            ),
+            _histogram("elapsed", "Time of a request", "urls by seconds", summary.elapsed, ELAPSED_S),
+            _histogram("bytes", "Files on the web", "urls by bytes", summary.file_bytes, FILE_BYTES),
+            _histogram("side", "Shorter side of the originals", "urls by pixels", summary.shorter_side, SIDE_PIXELS),
         ],
     }
-    write_html(page, "download.html.j2", content)
+    write_atomically(page, render(TEMPLATE, content))
     print(page)
 
 
@@ -152,29 +165,18 @@ def _rates(directory: Path) -> tuple[Sequence[float], Sequence[float]]:
     return list((edges[:-1] + width_s / 2 - edges[0]) / 60), list(rates / width_s)
 
 
-def _histogram(counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64], unit: str) -> str:
-    figure, axes = _axes()
-    axes.stairs(counts, edges, fill=True, color=COLOUR)
-    axes.set(xscale="log", xlabel=unit, ylabel="urls")
-    return _encoded(figure)
+def _histogram(
+    name: str, title: str, description: str, counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]
+) -> Chart:
+    def paint(axes: Axes, theme: Theme) -> None:
+        axes.stairs(counts, edges, fill=True, color=theme.line(0))
+        axes.set_xscale("log")
+        style_axes(axes, theme)
+
+    return draw_chart(name, title, description, paint)
 
 
-def _picture(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
-    figure, axes = _axes()
-    axes.plot(x, y, color=COLOUR)
-    axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-    return _encoded(figure)
-
-
-def _axes() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    return figure, axes
-
-
-def _encoded(figure: Figure) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg")
-    return data_uri(stream.getvalue(), "image/svg+xml")
+def _curve(x: Sequence[float], y: Sequence[float], axes: Axes, theme: Theme) -> None:
+    axes.plot(x, y, color=theme.line(0))
+    axes.set_ylim(0, None)
+    style_axes(axes, theme)

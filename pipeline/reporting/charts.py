@@ -1,103 +1,185 @@
-"""Charts as SVG, in colours for light and for dark pages; whatever a label says is shown as it is."""
+"""Charts: accuracy over cost and on shifted images, and training curves."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 
-_SIZE_INCHES = (4.6, 2.9)
+from formats.charts import Chart, Theme, add_legend, draw_chart, plain, style_axes
+from pipeline.evaluation.results import Result
+from pipeline.evaluation.sets.known import set_key
+from pipeline.reporting.inputs import Run, cost_of, device_hours_label
+from pipeline.reporting.tables.overview import headline_columns, metric_label
+from pipeline.reporting.tables.paper_tables import entry_figures
+from pipeline.reporting.tables.papers import IMAGENET, ROBUSTNESS, Published
+from pipeline.reporting.tables.rows import Entry, row_label
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a page that a chart must be readable on; the background is the page's own. `shades`: a colour map."""
-
-    text: str
-    grid: str
-    lines: tuple[str, ...]
-    shades: tuple[str, str]
-
-    def line(self, index: int) -> str:
-        """The colour of the line of this number."""
-        return self.lines[index % len(self.lines)]
+# One of classification, one of retrieval: more of them say the same.
+_COST_METRICS = ("acc1", "image_retrieval_recall@1")
+_LOG_FROM_RATIO = 5
 
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart, lightened for dark pages.
-LIGHT = Theme(
-    "#3d4450",
-    "#d9dde3",
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"),
-    ("#f3f6fa", "#0063a6"),
-)
-DARK = Theme(
-    "#b8c0cc",
-    "#39414d",
-    ("#6cb8f0", "#ff9b57", "#4fd3a8", "#ef9fcb", "#e6c84f", "#9fd8ff"),
-    ("#222831", "#7cc0f5"),
-)
+class Point(NamedTuple):
+    """A place on a chart; what belongs to one `label` has one colour, and published points are hollow."""
+
+    x: float
+    y: float
+    label: str
+    is_published: bool = False
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One chart, as SVG for both kinds of page, and its description for those who do not see it."""
-
-    name: str
-    title: str
-    description: str
-    light_svg: bytes
-    dark_svg: bytes
-
-
-def draw_chart(
-    name: str,
-    title: str,
-    description: str,
-    paint: Callable[[Axes, Theme], None],
-    size_inches: tuple[float, float] = _SIZE_INCHES,
-) -> Chart:
-    """Have a chart painted for both kinds of page."""
-    light, dark = (_draw(name, paint, theme, size_inches) for theme in (LIGHT, DARK))
-    return Chart(name, title, description, light, dark)
-
-
-def _draw(name: str, paint: Callable[[Axes, Theme], None], theme: Theme, size_inches: tuple[float, float]) -> bytes:
-    # an own Figure and canvas: nothing of matplotlib's global state is read or changed but for this block
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 10}):
-        figure = Figure(figsize=size_inches, layout="constrained", facecolor="none")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        paint(axes, theme)
-        stream = io.BytesIO()
-        canvas.print_figure(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()
+def draw_cost_charts(results: Sequence[Result], runs: Sequence[Run], published: Published) -> list[Chart]:
+    """For ImageNet, or else the first set of each kind: its first figure over hours of training, a line per run."""
+    charts = []
+    hours = device_hours_label(runs)
+    columns = sorted(headline_columns(results), key=lambda column: set_key(column[0]) not in IMAGENET)
+    for wanted in _COST_METRICS:
+        for dataset, metric in columns:
+            points = _cost_points(results, runs, dataset, metric) if metric == wanted else []
+            if points and set_key(dataset) in IMAGENET and hours == "GPU-hours":
+                points += [Point(cost.gpu_hours, cost.imagenet, cost.system, True) for cost in published.costs]
+            if len(points) < 2:
+                continue
+            charts.append(
+                draw_chart(
+                    f"cost_{re.sub(r'[^a-z0-9]+', '_', wanted)}",
+                    f"{dataset}, {metric_label(metric)}, against cost",
+                    f"in percent, over {hours} of training (wall time x ranks)"
+                    + ("; hollow: published" if any(point.is_published for point in points) else ""),
+                    partial(_paint_points, points, hours, f"{metric_label(metric)}, %", True),
+                )
+            )
+            break
+    return charts
 
 
-def style_axes(axes: Axes, theme: Theme) -> None:
-    """A light grid, a line at the bottom only, the page's colour of text."""
-    axes.set_facecolor("none")
-    axes.tick_params(which="both", colors=theme.text, length=0)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.grid)
-    axes.xaxis.label.set_color(theme.text)
-    axes.yaxis.label.set_color(theme.text)
+def _cost_points(results: Sequence[Result], runs: Sequence[Run], dataset: str, metric: str) -> list[Point]:
+    points = []
+    for result in results:
+        cost = cost_of(result, runs)
+        if result.dataset == dataset and metric in result.metrics and cost:
+            points.append(Point(cost.device_h, 100 * result.metrics[metric], row_label(result)))
+    return points
 
 
-def add_legend(axes: Axes, theme: Theme) -> None:
-    """A legend without a frame."""
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
+def draw_robustness(entries: Sequence[Entry], published: Published) -> Chart | None:
+    """The mean over the shifted sets against ImageNet; None where no row of ours has both."""
+    points = []
+    for entry in entries:
+        figures = entry_figures(ROBUSTNESS, entry)
+        if "ood" in figures:
+            points.append(Point(100 * figures["imagenet"].share, 100 * figures["ood"].share, entry.label))
+    if not points:
+        return None
+    if table := published.tables.get(ROBUSTNESS.name):
+        for method in table.rows:
+            figures_of = table.figures(method)
+            points.append(Point(figures_of["imagenet"], figures_of["ood"], method, True))
+    return draw_chart(
+        "robustness",
+        "Robustness",
+        "mean of IN-V2, -A, -R, -O and Sketch over IN-1K, in percent; hollow: published",
+        partial(_paint_points, points, "IN-1K, %", "mean of the shifted sets, %", False),
+    )
 
 
-def plain(text: str, longest: int = 40) -> str:
-    """Text that matplotlib does not take for a formula or for something to hide, shortened to `longest` letters."""
-    text = " ".join(text.split())
-    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
-    return text.replace("$", r"\$").lstrip("_") or " "
+def _paint_points(points: Sequence[Point], x_label: str, y_label: str, is_cost: bool, axes: Axes, theme: Theme) -> None:
+    labels = list(dict.fromkeys(point.label for point in points if not point.is_published))
+    for index, label in enumerate(labels):
+        own = sorted(point for point in points if point.label == label and not point.is_published)
+        x, y = [point.x for point in own], [point.y for point in own]
+        axes.plot(x, y, color=theme.line(index), marker="o", linewidth=1.6 if is_cost else 0, label=plain(label, 28))
+    for point in points:
+        if point.is_published:
+            axes.plot([point.x], [point.y], color=theme.text, marker="o", markerfacecolor="none", linewidth=0)
+            axes.annotate(
+                plain(point.label, 28),
+                (point.x, point.y),
+                (5, -3),
+                textcoords="offset points",
+                fontsize=7,
+                color=theme.text,
+            )
+    every_x = [point.x for point in points]
+    if is_cost and min(every_x) > 0 and max(every_x) > _LOG_FROM_RATIO * min(every_x):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.margins(0.12)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    style_axes(axes, theme)
+    if len(labels) > 1 or len(labels) < len({point.label for point in points}):
+        add_legend(axes, theme)
+
+
+_MAX_POINTS, _MAX_RUNS = 300, 12
+
+
+def draw_curves(runs: Sequence[Run]) -> list[Chart]:
+    """Loss and realised mask ratio over samples seen; a chart for which no run has figures is left out."""
+    charts = [
+        ("loss", "Loss", "contrastive loss", False),
+        ("mask_ratio", "Realised mask ratio", "share of patches dropped; shaded: spread between images", True),
+    ]
+    curves = []
+    for metric, title, description, is_share in charts:
+        shown = [run for run in runs if run.curve(metric)[0]]
+        if len(shown) > _MAX_RUNS:
+            description += f"; the first {_MAX_RUNS} of {len(shown)} runs"
+        if shown:
+            curves.append(
+                draw_chart(metric, title, description, partial(_paint_runs, shown[:_MAX_RUNS], metric, is_share))
+            )
+    return curves
+
+
+def _paint_runs(runs: Sequence[Run], metric: str, is_share: bool, axes: Axes, theme: Theme) -> None:
+    for index, run in enumerate(runs):
+        _draw_run(axes, run, metric, theme.line(index), theme)
+    axes.set_xlabel("samples seen")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if is_share:
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    style_axes(axes, theme)
+    if len(runs) > 1:
+        add_legend(axes, theme)
+
+
+def _draw_run(axes: Axes, run: Run, metric: str, colour: str, theme: Theme) -> None:
+    """A line per stage, with a dotted line between: batches and masks differ, and with them what a loss means."""
+    stages = [stage for stage in run.by_stage() if stage.curve(metric)[0]]
+    for index, stage in enumerate(stages):
+        if index:
+            axes.axvline(stage.curve(metric)[0][0], color=theme.text, linewidth=0.8, linestyle=":", alpha=0.6)
+        _draw_stage(axes, stage, metric, colour, label=plain(run.name) if index == 0 else "")
+
+
+def _draw_stage(axes: Axes, stage: Run, metric: str, colour: str, label: str) -> None:
+    positions, values = stage.curve(metric)
+    x, mean, low, high = _bin(positions, values)
+    deviations = stage.curve(f"{metric}_std")[1]
+    if len(deviations) == len(values):
+        spread = _bin(positions, deviations)[1]
+        low = [center - deviation for center, deviation in zip(mean, spread, strict=True)]
+        high = [center + deviation for center, deviation in zip(mean, spread, strict=True)]
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, mean, color=colour, linewidth=1.6, label=label, marker="o" if len(x) == 1 else None)
+
+
+def _bin(positions: list[float], values: list[float]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """At most _MAX_POINTS points: mean position, and mean, least and greatest value of each stretch."""
+    width = math.ceil(len(values) / _MAX_POINTS)
+    stretches = [slice(start, start + width) for start in range(0, len(values), width)]
+    return (
+        [math.fsum(positions[s]) / len(positions[s]) for s in stretches],
+        [math.fsum(values[s]) / len(values[s]) for s in stretches],
+        [min(values[s]) for s in stretches],
+        [max(values[s]) for s in stretches],
+    )

@@ -18,8 +18,8 @@ from model.config import config_from_name
 from model.masking import MaskingConfig, PatchedImages
 from pipeline.image_sources import load_image, read_images
 from pipeline.recipe import Recipe
-from pipeline.reporting.mask_anatomy import dissect
-from pipeline.reporting.mask_pictures import enlarge, grey_dropped, jpeg_bytes, to_pillow
+from pipeline.reporting.masks.anatomy import dissect
+from pipeline.reporting.masks.drawing import enlarge, grey_dropped, jpeg_bytes, to_pillow
 
 STRATEGIES = ("random", "cluster")
 

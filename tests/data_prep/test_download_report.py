@@ -11,11 +11,12 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.web.ledger import write_ledger
+from data_prep.web.web_image import RESIZE_MODES
 
 LISTED = pa.schema({"uid": pa.string(), "url": pa.string(), "caption": pa.string()})
 
 
-def write_download(directory: Path, outcomes: list[tuple[str, str, str | None]]) -> None:
+def write_download(directory: Path, outcomes: list[tuple[str, str, str | None]], mode: str = "keep_ratio") -> None:
     """What a download of one shard leaves, without the pictures; outcomes are (url, class, message)."""
     rows = [
         {"uid": url, "url": url, "caption": "x", "class": outcome, "error_message": message, "elapsed_s": 0.1}
@@ -34,7 +35,7 @@ def write_download(directory: Path, outcomes: list[tuple[str, str, str | None]])
     }
     (directory / "00000_stats.json").write_text(json.dumps(statistics))
     step = {"step": "download", "urls": "urls.parquet", "rows": len(rows), "samples_per_shard": 100}
-    settings = {"resize_mode": "keep_ratio", "image_size": 256, "blur_column": None, "accept_changed": False}
+    settings = {"resize_mode": mode, "image_size": 256, "blur_column": None, "accept_changed": False}
     (directory / "provenance.jsonl").write_text(json.dumps(step | settings) + "\n")
 
 
@@ -53,7 +54,7 @@ def test_the_page_counts_outcomes_and_names_hosts(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == f"{tmp_path / 'download.html'}\n"
     page = (tmp_path / "download.html").read_text()
     assert "5 urls of urls.parquet, 20.0% in shards" in page
-    rows = re.findall(r"<tr><th>(.*?)</th><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>", page)
+    rows = re.findall(r"<tr[^>]*><th>(.*?)</th><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>", page)
     assert ("hash", "2", "40.0%") in rows
     assert ("c.example", "hash", "2") in rows
     assert ("no valid url", "refused", "1") in rows
@@ -61,6 +62,18 @@ def test_the_page_counts_outcomes_and_names_hosts(tmp_path: Path, capsys: pytest
     assert "<script>" not in page
     assert "<b>" not in page
     assert "http://" not in page  # no link to anywhere
+
+
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_the_size_is_said_in_words_and_charts_are_for_both_kinds_of_page(tmp_path: Path, mode: str) -> None:
+    write_download(tmp_path, [("http://a.example/1.jpg", "ok", None)], mode)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "download.html").read_text()
+    assert ("256 pixels" in page) == (mode != "no")
+    assert f"by {mode}" not in page
+    charts = re.findall(r'<source media="\(prefers-color-scheme: dark\)" srcset="(.*?)">\s*<img src="(.*?)"', page)
+    assert len(charts) == 4
+    assert all(dark != light for dark, light in charts)
 
 
 def test_a_directory_without_a_download_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ from pipeline.data.image_transform import Preprocessing
 from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel
 from pipeline.recipe_files import load_recipe
-from pipeline.reporting import preview_setting
-from pipeline.reporting.preview_setting import make_setting
-from pipeline.reporting.preview_sheet import Sheet, make_sheet
+from pipeline.reporting.masks import setting as preview_setting
+from pipeline.reporting.masks.setting import make_setting
+from pipeline.reporting.masks.sheet import Sheet, make_sheet
 
 SIZE, PATCH = 64, 8
 

@@ -14,7 +14,7 @@ from formats.files import sha256_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.results import Result
 from pipeline.inference import InferenceModel, load_any_model
-from pipeline.reporting.result_rows import row_label
+from pipeline.reporting.tables.rows import row_label
 from pipeline.training.checkpoints.checkpoint import (
     AVERAGED_WEIGHTS,
     WEIGHTS,

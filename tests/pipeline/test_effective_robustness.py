@@ -7,9 +7,9 @@ import math
 import pytest
 from report_material import result_of
 
-from pipeline.reporting.effective_robustness import effective_robustness, effective_robustness_table
-from pipeline.reporting.published import read_published
-from pipeline.reporting.result_rows import by_recipe
+from pipeline.reporting.tables.paper_tables import effective_robustness, effective_robustness_table
+from pipeline.reporting.tables.papers import read_published
+from pipeline.reporting.tables.rows import by_recipe
 
 
 def expected_at(share: float) -> float:

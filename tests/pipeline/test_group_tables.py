@@ -14,15 +14,13 @@ from report_material import HOSTILE, result_of, write_run
 
 from formats.errors import UserError
 from pipeline.evaluation.results import Result
-from pipeline.reporting.cost_charts import draw_cost_charts, draw_robustness
-from pipeline.reporting.group_tables import group_tables
-from pipeline.reporting.published import Published, read_published
-from pipeline.reporting.report_inputs import Run, read_inputs
-from pipeline.reporting.report_tables import dataset_tables
-from pipeline.reporting.result_rows import by_recipe
-from pipeline.reporting.table import Cell, Column, Row, Table, mark_places
-from pipeline.reporting.table_files import to_csv, to_latex
-from pipeline.reporting.table_groups import GROUPS, ZERO_SHOT
+from pipeline.reporting.charts import draw_cost_charts, draw_robustness
+from pipeline.reporting.inputs import Run, read_inputs
+from pipeline.reporting.tables.overview import dataset_tables
+from pipeline.reporting.tables.paper_tables import group_tables
+from pipeline.reporting.tables.papers import GROUPS, ZERO_SHOT, Published, read_published
+from pipeline.reporting.tables.rows import by_recipe
+from pipeline.reporting.tables.table import Cell, Column, Row, Table, mark_places, to_csv, to_latex
 
 PUBLISHED = read_published()
 

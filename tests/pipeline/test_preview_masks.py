@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
 from model.patches import normalize_pixels
-from pipeline.reporting import preview_setting
-from pipeline.reporting.mask_anatomy import Anatomy, dissect
+from pipeline.reporting.masks import setting as preview_setting
+from pipeline.reporting.masks.anatomy import Anatomy, dissect
 from pipeline.training.mask_drawer import seed_masks
 
 WITHOUT_MODEL = ["none", "random", "block", "grid", "cluster", "pgs", "cluster-reference"]

@@ -12,8 +12,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from preview_material import sheet_of, write_pictures
 
 from formats.errors import UserError
-from pipeline.reporting.mask_pictures import heat_map, outline, tint_clusters
-from pipeline.reporting.sheet_painter import paint
+from pipeline.reporting.masks.drawing import heat_map, outline, tint_clusters
+from pipeline.reporting.masks.sheet import paint
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,16 @@ import torch
 from PIL import Image
 
 from formats.errors import UserError
+from formats.pages import data_uri
 from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
 from pipeline.evaluation.results import Result, write_results
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import parse_recipe
-from pipeline.reporting.rendering import data_uri
-from pipeline.reporting.report_curves import draw_curves
-from pipeline.reporting.report_inputs import read_inputs
+from pipeline.reporting.charts import draw_curves
+from pipeline.reporting.inputs import read_inputs
 from pipeline.reporting.report_masks import draw_masks
-from pipeline.reporting.report_tables import dataset_tables, headline_table
-from pipeline.reporting.training_table import training_table
+from pipeline.reporting.tables.overview import dataset_tables, headline_table, training_table
 from pipeline.training.mask_drawer import seed_masks
 
 CHANCE = {"acc1": 0.1}

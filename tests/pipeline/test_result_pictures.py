@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from report_material import HOSTILE, job_of, store, write_classification_set, write_retrieval_set
 
-from pipeline.reporting.gallery import spread
-from pipeline.reporting.result_pictures import draw_result_pictures
+from pipeline.reporting.pictures import draw_result_pictures, spread
 
 
 def write_retrieval_output(data: Path, output: Path, step: int = 20) -> None:

@@ -1,18 +1,22 @@
-"""What a report is made of: runs (recipe, metrics) and results, found in the directories and files given."""
+"""What a report is made of: runs (recipe, metrics), results and evaluation jobs, found in the paths given."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
+from pipeline.evaluation.jobs import Job, job_files, read_job
 from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
+from pipeline.evaluation.sets.layouts import EvaluationSet
+from pipeline.evaluation.tasks.task import Features, Task
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import read_recipe_file
+from pipeline.reporting.tables.rows import checkpoint_label
 from pipeline.training.observing.run_logger import METRICS
 from pipeline.training.run_record import read_record
 
@@ -106,3 +110,86 @@ def _read_steps(file: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return [steps[step] for step in sorted(steps)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of training up to a step. `device_h`: times the ranks of the run's last start."""
+
+    wall_h: float
+    device_h: float
+
+
+def run_of(result: Result, runs: Sequence[Run]) -> Run | None:
+    """The run that wrote a result's checkpoint, RUN/checkpoints/step_N; None unless exactly one of `runs` fits."""
+    parts = Path(result.checkpoint).parts
+    if "checkpoints" not in parts[1:]:
+        return None
+    name = parts[parts.index("checkpoints", 1) - 1]
+    fitting = [run for run in runs if run.name == name]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def cost_of(result: Result, runs: Sequence[Run]) -> Cost | None:
+    """The cost of a result's checkpoint: the wall time logged last at or before its step; None if not logged."""
+    run = run_of(result, runs)
+    if run is None or result.step is None:
+        return None
+    return cost_at(run, result.step)
+
+
+def cost_at(run: Run, step: int) -> Cost | None:
+    """The cost of a run up to a step."""
+    times_s = [line["wall_time_s"] for line in run.steps if line["step"] <= step and "wall_time_s" in line]
+    if not times_s:
+        return None
+    wall_h = max(times_s) / 3600
+    return Cost(wall_h, wall_h * run.world_size)
+
+
+def device_hours_label(runs: Sequence[Run]) -> str:
+    """What to call them: GPU-hours only where all runs were on GPUs."""
+    return "GPU-hours" if runs and all(run.device.startswith("cuda") for run in runs) else "device-hours"
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """A job and where its features are."""
+
+    job: Job
+    output: Path
+
+    @property
+    def label(self) -> str:
+        """The checkpoint and its step, as tables call them."""
+        model = self.job.model
+        label = checkpoint_label(model.checkpoint) or model.name
+        return label if model.step is None else f"{label}, step {model.step:,}"
+
+    def features(self, task: Task) -> Features:
+        """All features that a task needs. Raises UserError if they are not whole."""
+        return {name: store.load()[0] for name, store in self.job.stores(self.output)[task.option].items()}
+
+
+def find_jobs(outputs: Sequence[Path]) -> tuple[list[StoredJob], list[str]]:
+    """The jobs of evaluation outputs; and, as notes, why some cannot be shown: their data set is gone, say."""
+    jobs, notes = [], []
+    for output in outputs:
+        for file in job_files(output):
+            try:
+                jobs.append(StoredJob(read_job(file), output))
+            except UserError as error:
+                notes.append(f"No pictures of {file.parent.name}: {error}.")
+    return jobs, notes
+
+
+def newest_of_each_set(jobs: Sequence[StoredJob], kind: type[EvaluationSet], task: Task) -> Iterator[StoredJob]:
+    """For each set of a kind with a task, the job of the checkpoint with the most steps, of equal ones the first."""
+    newest: dict[str, StoredJob] = {}
+    for job in jobs:
+        if task not in job.job.tasks or not isinstance(job.job.dataset, kind):
+            continue
+        other = newest.get(job.job.dataset_name)
+        if other is None or (job.job.model.step or 0) > (other.job.model.step or 0):
+            newest[job.job.dataset_name] = job
+    yield from newest.values()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.known import KNOWN_SETS, set_key
-from pipeline.reporting.published import Published
-from pipeline.reporting.result_rows import Entry
-from pipeline.reporting.table import Cell, Column, Row, Table, distinct, mark_places, percent
-from pipeline.reporting.table_groups import GROUPS, Group, Measure
+from pipeline.reporting.tables.papers import GROUPS, ROBUSTNESS, Group, Measure, Published
+from pipeline.reporting.tables.rows import Entry
+from pipeline.reporting.tables.table import Cell, Column, Row, Table, distinct, mark_places, percent
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,60 @@ def _hours(entry: Entry) -> Cell:
         return Cell("")
     hours = entry.cost.device_h
     return Cell(f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}", hours)
+
+
+# Two make a line; from three on it is a fit.
+_FEWEST_MODELS = 3
+
+
+def effective_robustness(accuracy: float, shifted: float, baseline: Sequence[tuple[float, float]]) -> float:
+    """`shifted` less what the baseline's line says at `accuracy`; shares in (0, 1), the baseline as pairs of them."""
+    slope, intercept = linear_regression([_logit(x) for x, _ in baseline], [_logit(y) for _, y in baseline])
+    return shifted - 1 / (1 + math.exp(-(slope * _logit(accuracy) + intercept)))
+
+
+def effective_robustness_table(entries: Sequence[Entry], published: Published) -> Table | None:
+    """A row per entry with ImageNet and a shifted set, in percentage points; None if there is none, or no baseline."""
+    table = published.tables.get(ROBUSTNESS.name)
+    if table is None or len(table.rows) < _FEWEST_MODELS:
+        return None
+    baseline = [table.figures(method) for method in table.rows]
+    imagenet, *shifted = ROBUSTNESS.measures
+    rows = []
+    for entry in entries:
+        figures = entry_figures(ROBUSTNESS, entry)
+        if imagenet.key not in figures:
+            continue
+        cells = []
+        for measure in shifted:
+            shares = [(row[imagenet.key] / 100, row[measure.key] / 100) for row in baseline]
+            cells.append(
+                _points(effective_robustness(figures[imagenet.key].share, figures[measure.key].share, shares))
+                if measure.key in figures and _is_open(figures[imagenet.key].share)
+                else Cell("")
+            )
+        if any(cell.text for cell in cells):
+            rows.append(Row(entry.label, tuple(cells), entry.note))
+    if not rows:
+        return None
+    known = [row[imagenet.key] for row in baseline]
+    return Table(
+        "effective_robustness",
+        "Effective robustness",
+        "percentage points above a line through the published rows, at the same accuracy on IN-1K",
+        tuple(Column(measure.label) for measure in shifted),
+        tuple(mark_places(rows, len(shifted))),
+        notes=(f"The line is fitted at {min(known):g} to {max(known):g} % on IN-1K; far from there it says little.",),
+    )
+
+
+def _points(share: float) -> Cell:
+    return Cell(f"{100 * share:+.2f}", 100 * share)
+
+
+def _is_open(share: float) -> bool:
+    return 0 < share < 1
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))

@@ -6,17 +6,19 @@ B images, S side of an image in pixels, L patches of an image
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL.Image import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 from torch import Tensor
 
+from formats.errors import UserError
 from model.masking import PatchedImages
 from pipeline.image_sources import CaptionedImage
-from pipeline.reporting.mask_anatomy import Anatomy, Clusters, dissect
-from pipeline.reporting.mask_pictures import (
+from pipeline.reporting.masks.anatomy import Anatomy, Clusters, dissect
+from pipeline.reporting.masks.drawing import (
     enlarge,
     grey_dropped,
     heat_map,
@@ -25,7 +27,7 @@ from pipeline.reporting.mask_pictures import (
     tint_clusters,
     to_pillow,
 )
-from pipeline.reporting.preview_setting import PreviewSetting
+from pipeline.reporting.masks.setting import PreviewSetting
 
 UNKNOWN = "–"
 # Beside the originals: what is kept; also the clusters behind it; also the anchors and similarities behind those.
@@ -37,7 +39,7 @@ class Cell:
     """A picture, what it shows, and a few words under it."""
 
     label: str
-    picture: Image
+    picture: Image.Image
     note: str
 
     @property
@@ -141,3 +143,91 @@ def _summarize(strategy: str, anatomy: Anatomy) -> Summary:
 
 def _percent(share: Tensor | float) -> str:
     return f"{100 * share:.1f} %"
+
+
+_PAPER, _INK, _SOFT_INK = "#ffffff", "#1c2129", "#5b6472"
+# A side that JPEG can hold, and a size that memory can.
+_MAX_SIDE, _MAX_PIXELS = 65_000, 200_000_000
+# Letters grow with the pictures: a large sheet is looked at from further away.
+_PICTURE_PER_FONT, _MIN_FONT = 13, 16
+
+
+def paint(sheet: Sheet) -> Image.Image:
+    """Labels above the columns, a note under each picture, the statistics at the end.
+
+    Raises UserError if the sheet would be too large.
+    """
+    side = sheet.rows[0].cells[0].picture.width
+    font = _font(max(_MIN_FONT, side // _PICTURE_PER_FONT))
+    line, gap = round(1.4 * font.size), round(0.6 * font.size)
+    margin, columns = 2 * gap, len(sheet.rows[0].cells)
+    width = 2 * margin + columns * side + (columns - 1) * gap
+    text_width = width - 2 * margin
+    title, summaries = _wrap([sheet.title], font, text_width), _wrap(map(str, sheet.summaries), font, text_width)
+    row_height = side + line + gap
+    height = 2 * margin + (len(title) + 1 + len(summaries)) * line + 2 * gap + len(sheet.rows) * row_height
+    _check_size(width, height)
+
+    canvas = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = _write(draw, title, margin, margin, font, line, _SOFT_INK) + gap
+    lefts = [margin + column * (side + gap) for column in range(columns)]
+    for left, cell in zip(lefts, sheet.rows[0].cells, strict=True):
+        draw.text((left, top), _elide(cell.label, font, side), _INK, font)
+    top += line
+    for row in sheet.rows:
+        for left, cell in zip(lefts, row.cells, strict=True):
+            canvas.paste(cell.picture, (left, top))
+            draw.text((left, top + side + gap // 3), _elide(cell.note, font, side), _SOFT_INK, font)
+        top += row_height
+    _write(draw, summaries, margin, top + gap, font, line, _INK)
+    return canvas
+
+
+def _font(size: int) -> FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, font: FreeTypeFont, height: int, ink: str
+) -> int:
+    """Lines of text under each other; returns where the next one would be."""
+    for text in lines:
+        draw.text((left, top), text, ink, font)
+        top += height
+    return top
+
+
+def _wrap(texts: Iterable[str], font: FreeTypeFont, width: int) -> list[str]:
+    """Texts as lines that are no wider than this, broken between words."""
+    lines = []
+    for text in texts:
+        words = text.split()
+        current = words[0]
+        for word in words[1:]:
+            longer = f"{current} {word}"
+            if font.getlength(longer) > width:
+                lines.append(current)
+                current = word
+            else:
+                current = longer
+        lines.append(current)
+    return lines
+
+
+def _elide(text: str, font: FreeTypeFont, width: int) -> str:
+    """The text, or its beginning and "…" where it is too wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+        raise UserError(
+            f"a sheet of {width} x {height} pixels is too large: take fewer --images or --strategies, or write .html"
+        )

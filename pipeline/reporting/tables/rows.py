@@ -12,8 +12,7 @@ from pathlib import Path
 
 from pipeline.evaluation.results import Result
 from pipeline.recipe import Recipe
-from pipeline.reporting.report_inputs import Run
-from pipeline.reporting.run_cost import Cost, cost_of, run_of
+from pipeline.reporting.inputs import Cost, Run, cost_of, run_of
 from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
 
 

@@ -1,0 +1,1 @@
+"""What masks hide of images, drawn."""
