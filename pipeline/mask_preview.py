@@ -16,19 +16,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-import torch
-from torch import Tensor
-
 from formats.errors import UserError
 from formats.files import location_argument, path_argument, write_atomically
 from formats.pages import render
 from formats.programs import run
 from model.masking import STRATEGIES
-from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.recipe_files import load_recipe
+from pipeline.reporting.masks.painter import paint
 from pipeline.reporting.masks.setting import make_setting, parse_strategies
-from pipeline.reporting.masks.sheet import SHOWS, Sheet, make_sheet, paint
+from pipeline.reporting.masks.sheet import SHOWS, Sheet, load_images, make_sheet
 
+_TEMPLATE = Path(__file__).parent / "reporting" / "templates" / "mask_preview.html.j2"
 _DEFAULT_RECIPE = "base"
 _DEFAULT_STRATEGIES = "random,cluster,pgs"
 # All images are in memory at once, and on one sheet.
@@ -53,25 +51,11 @@ def main(argv: Sequence[str]) -> int:
         options.seed,
         options.progress,
     )
-    samples, images_BCSS = _load(options.source, options.images, setting.image_size)
+    samples, images_BCSS = load_images(options.source, options.images, setting.image_size)
     sheet = make_sheet(setting, samples, images_BCSS, options.show)
     _write(options.output, encode(sheet))
     print(*sheet.summaries, options.output.resolve(), sep="\n", flush=True)
     return 0
-
-
-def _load(source: Path, count: int, image_size: int) -> tuple[list[CaptionedImage], Tensor]:
-    """The images that can be used, uint8 [B, 3, S, S]; the others are named. UserError if none is left."""
-    samples, images = [], []
-    for sample in read_images(source, count):
-        try:
-            images.append(load_image(sample.image, image_size))
-            samples.append(sample)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-    if not images:
-        raise UserError(f"none of the images chosen from {source} can be used: give another source, or more --images")
-    return samples, torch.stack(images)
 
 
 def _encoder(output: Path) -> Callable[[Sheet], bytes]:
@@ -94,7 +78,7 @@ _ENCODERS: dict[str, Callable[[Sheet], bytes]] = {
     ".jpg": lambda sheet: _encode_picture(sheet, "JPEG"),
     ".jpeg": lambda sheet: _encode_picture(sheet, "JPEG"),
     ".png": lambda sheet: _encode_picture(sheet, "PNG"),
-    ".html": lambda sheet: render("mask_preview.html.j2", {"sheet": sheet}).encode(),
+    ".html": lambda sheet: render(_TEMPLATE, {"sheet": sheet}).encode(),
 }
 
 

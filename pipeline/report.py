@@ -24,17 +24,34 @@ from formats.programs import run
 from pipeline.evaluation.jobs import read_jobs, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.recipe import Recipe
-from pipeline.reporting import report_tables as tables
 from pipeline.reporting.charts import draw_cost_charts, draw_curves, draw_robustness
-from pipeline.reporting.inputs import device_hours_label, read_inputs
+from pipeline.reporting.inputs import read_inputs
+from pipeline.reporting.masks.drawing import jpeg_bytes
+from pipeline.reporting.masks.painter import side_by_side
+from pipeline.reporting.masks.setting import make_setting
+from pipeline.reporting.masks.sheet import Sheet, load_images, make_sheet
 from pipeline.reporting.pictures import draw_result_pictures
-from pipeline.reporting.report_masks import STRATEGIES, PictureGrid, draw_masks, side_by_side
-from pipeline.reporting.tables.overview import training_table
-from pipeline.reporting.tables.paper_tables import effective_robustness_table, group_tables
+from pipeline.reporting.runs import Run, device_hours_label
+from pipeline.reporting.tables.overview import dataset_tables, headline_table, provenance_table, training_table
+from pipeline.reporting.tables.paper_tables import effective_robustness_table, paper_tables
 from pipeline.reporting.tables.papers import PUBLISHED_FILE, read_published
 from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import write_table_files
 from pipeline.training.observing.run_logger import timestamp
+
+_TEMPLATES = Path(__file__).parent / "reporting" / "templates"
+# The report's parts in their order: the name of what is in them, an address on the page, a heading.
+_SECTIONS = (
+    ("training", "run", "What was run"),
+    ("headline", "results", "How it did"),
+    ("groups", "papers", "As papers print them"),
+    ("datasets", "sets", "All figures by dataset"),
+    ("galleries", "retrieval", "Retrieval, looked at"),
+    ("confusions", "confusions", "Which classes are taken for which"),
+    ("masks", "masks", "What masking hides"),
+    ("provenance", "provenance", "Provenance"),
+)
+_MASKS_SHOWN, _IMAGES_SHOWN, _NAMES_IN_TITLE = ("random", "cluster"), 8, 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,36 +61,52 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     inputs = read_inputs(arguments.results)
     published = read_published(arguments.published)
-    recipes = [run.recipe for run in inputs.runs if run.recipe]
-    masks = draw_masks(arguments.images, recipes[0] if recipes else Recipe()) if arguments.images else None
-    entries = by_recipe(inputs.results, inputs.runs)
-    pictures = draw_result_pictures(inputs.outputs)
+    masks = _draw_masks(arguments.images, inputs.runs) if arguments.images else None
+    entries = by_recipe(inputs.checkpoints)
+    pictures = draw_result_pictures(inputs.jobs)
     robustness = draw_robustness(entries, published)
     effective = effective_robustness_table(entries, published)
-    content = {
+    content: dict[str, Any] = {
+        "title": _title([run.name for run in inputs.runs] or [entry.label for entry in entries]),
         "created": timestamp(),
         "sources": [str(path) for path in arguments.results],
-        "headline": tables.headline_table(inputs.results, inputs.runs),
-        "groups": [
-            *group_tables(entries, published, device_hours_label(inputs.runs)),
-            *([effective] if effective else []),
-        ],
-        "datasets": tables.dataset_tables(inputs.results),
-        "provenance": tables.provenance_table(inputs.results) if inputs.results else None,
         "training": training_table(inputs.runs),
+        "curves": draw_curves(inputs.runs),
+        "headline": headline_table(inputs.checkpoints, inputs.runs),
         "result_charts": [
-            *draw_cost_charts(inputs.results, inputs.runs, published),
+            *draw_cost_charts(inputs.checkpoints, inputs.runs, published),
             *([robustness] if robustness else []),
         ],
-        "curves": draw_curves(inputs.runs),
+        "groups": [
+            *paper_tables(entries, published, device_hours_label(inputs.runs)),
+            *([effective] if effective else []),
+        ],
+        "datasets": dataset_tables(inputs.checkpoints),
         "galleries": pictures.galleries,
         "confusions": pictures.confusions,
-        "picture_notes": pictures.notes,
+        "picture_notes": (*inputs.job_notes, *pictures.notes),
         "masks": masks,
-        "strategies": STRATEGIES,
+        "provenance": provenance_table(inputs.checkpoints),
     }
+    content["sections"] = {address: heading for name, address, heading in _SECTIONS if content[name]}
     print(write_report(arguments.output, content))
     return 0
+
+
+def _title(names: Sequence[str]) -> str:
+    """The names of what the report is about, not too many of them."""
+    more = len(names) - _NAMES_IN_TITLE
+    return ", ".join(names[:_NAMES_IN_TITLE]) + (f" and {more} more" if more > 0 else "")
+
+
+def _draw_masks(source: Path, runs: Sequence[Run]) -> Sheet:
+    """What masks hide at the start of the first run that has a recipe, when embeddings have no say yet."""
+    recipe = next((run.recipe for run in runs if run.recipe), Recipe())
+    pixels_alone = recipe.masking.model_copy(update={"embedding_mix": 0.0})
+    setting = make_setting(
+        recipe.model_copy(update={"masking": pixels_alone}), _MASKS_SHOWN, None, None, None, seed=0, progress=0.0
+    )
+    return make_sheet(setting, *load_images(source, _IMAGES_SHOWN, setting.image_size), "masks")
 
 
 def _collect(argv: Sequence[str]) -> int:
@@ -104,25 +137,20 @@ def _collect(argv: Sequence[str]) -> int:
 
 def write_report(directory: Path, content: dict[str, Any]) -> Path:
     """Render the templates into a directory; returns the HTML page, which needs no other file."""
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    figures = directory / "figures"
     confusion_charts = [confusion.chart for confusion in content["confusions"] if confusion.chart]
     for chart in (*content["result_charts"], *content["curves"], *confusion_charts):
-        write_atomically(directory / "figures" / f"{chart.name}.svg", chart.light_svg)
+        write_atomically(figures / f"{chart.name}.svg", chart.light_svg)
     single = [content[name] for name in ("headline", "training", "provenance") if content[name]]
     pairs = [confusion.pairs for confusion in content["confusions"]]
     write_table_files(directory / "tables", [*single, *content["groups"], *content["datasets"], *pairs])
-    if content["masks"]:
-        _write_strips(directory / "figures", content["masks"])
-    write_atomically(directory / "report.md", render("report.md.j2", content))
+    for number, row in enumerate(content["masks"].rows if content["masks"] else ()):
+        strip = side_by_side([cell.picture for cell in row.cells])
+        write_atomically(figures / f"masks_{number}.jpg", jpeg_bytes(strip))
+    write_atomically(directory / "report.md", render(_TEMPLATES / "report.md.j2", content))
     page = directory / "report.html"
-    write_atomically(page, render("report.html.j2", content))
+    write_atomically(page, render(_TEMPLATES / "report.html.j2", content))
     return page.resolve()
-
-
-def _write_strips(directory: Path, grid: PictureGrid) -> None:
-    for number, row in enumerate(grid.rows):
-        strip = side_by_side([row.original.jpeg, *(picture.jpeg for picture in row.masked)])
-        write_atomically(directory / f"masks_{number}.jpg", strip)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -102,7 +102,9 @@ def open_browser(profile: Path) -> Iterator[Page]:
     answers, to_us = os.pipe()
     # the protocol wants file descriptors 3 and 4
     command = f'exec "$@" 3<&{from_us} 4>&{to_us}'
-    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+    screen = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+    alone = ("--no-first-run", "--disable-quic", "--disable-background-networking", "--disable-component-update")
+    options = (*screen, *alone, "--disable-sync")
     browser = subprocess.Popen(
         ["bash", "-c", command, "bash", CHROMIUM, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
         pass_fds=(from_us, to_us),

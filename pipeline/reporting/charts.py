@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 
 from formats.charts import Chart, Theme, add_legend, draw_chart, plain, style_axes
-from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.known import set_key
-from pipeline.reporting.inputs import Run, cost_of, device_hours_label
+from pipeline.reporting.inputs import Checkpoint
+from pipeline.reporting.runs import Run, device_hours_label
 from pipeline.reporting.tables.overview import headline_columns, metric_label
 from pipeline.reporting.tables.paper_tables import entry_figures
 from pipeline.reporting.tables.papers import IMAGENET, ROBUSTNESS, Published
-from pipeline.reporting.tables.rows import Entry, row_label
+from pipeline.reporting.tables.rows import Entry
 
 # One of classification, one of retrieval: more of them say the same.
 _COST_METRICS = ("acc1", "image_retrieval_recall@1")
@@ -34,14 +34,14 @@ class Point(NamedTuple):
     is_published: bool = False
 
 
-def draw_cost_charts(results: Sequence[Result], runs: Sequence[Run], published: Published) -> list[Chart]:
+def draw_cost_charts(checkpoints: Sequence[Checkpoint], runs: Sequence[Run], published: Published) -> list[Chart]:
     """For ImageNet, or else the first set of each kind: its first figure over hours of training, a line per run."""
     charts = []
     hours = device_hours_label(runs)
-    columns = sorted(headline_columns(results), key=lambda column: set_key(column[0]) not in IMAGENET)
+    columns = sorted(headline_columns(checkpoints), key=lambda column: set_key(column[0]) not in IMAGENET)
     for wanted in _COST_METRICS:
         for dataset, metric in columns:
-            points = _cost_points(results, runs, dataset, metric) if metric == wanted else []
+            points = _cost_points(checkpoints, dataset, metric) if metric == wanted else []
             if points and set_key(dataset) in IMAGENET and hours == "GPU-hours":
                 points += [Point(cost.gpu_hours, cost.imagenet, cost.system, True) for cost in published.costs]
             if len(points) < 2:
@@ -59,13 +59,13 @@ def draw_cost_charts(results: Sequence[Result], runs: Sequence[Run], published: 
     return charts
 
 
-def _cost_points(results: Sequence[Result], runs: Sequence[Run], dataset: str, metric: str) -> list[Point]:
-    points = []
-    for result in results:
-        cost = cost_of(result, runs)
-        if result.dataset == dataset and metric in result.metrics and cost:
-            points.append(Point(cost.device_h, 100 * result.metrics[metric], row_label(result)))
-    return points
+def _cost_points(checkpoints: Sequence[Checkpoint], dataset: str, metric: str) -> list[Point]:
+    return [
+        Point(checkpoint.cost.device_h, 100 * result.metrics[metric], checkpoint.label)
+        for checkpoint in checkpoints
+        for result in checkpoint.results
+        if checkpoint.cost and set_key(result.dataset) == set_key(dataset) and metric in result.metrics
+    ]
 
 
 def draw_robustness(entries: Sequence[Entry], published: Published) -> Chart | None:

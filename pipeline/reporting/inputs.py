@@ -1,195 +1,217 @@
-"""What a report is made of: runs (recipe, metrics), results and evaluation jobs, found in the paths given."""
+"""What a report is made of: runs, the checkpoints that were evaluated, and evaluation jobs, found in the paths given.
+
+A checkpoint and the run that wrote it are told by whole paths and by the hash of the weights. Names are for readers:
+the shortest ends of the paths that differ.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from formats.errors import UserError
 from pipeline.evaluation.jobs import Job, job_files, read_job
 from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
 from pipeline.evaluation.sets.layouts import EvaluationSet
 from pipeline.evaluation.tasks.task import Features, Task
-from pipeline.recipe import Recipe
-from pipeline.recipe_files import read_recipe_file
-from pipeline.reporting.tables.rows import checkpoint_label
+from pipeline.inference import ModelIdentity
+from pipeline.reporting.runs import CHECKPOINTS, Cost, Run, read_run
+from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS, WEIGHTS
 from pipeline.training.observing.run_logger import METRICS
-from pipeline.training.run_record import read_record
 
-RECIPE_FILE = "recipe.yaml"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: its directory's name, its recipe, its logged steps in order, and where it last started."""
-
-    name: str
-    recipe: Recipe | None
-    steps: tuple[dict[str, Any], ...]
-    world_size: int = 1
-    device: str = ""
-
-    def by_stage(self) -> list[Run]:
-        """The logged steps of each stage as runs of their own, of the same name; the run itself if it has no stages."""
-        groups = itertools.groupby(self.steps, key=lambda step: step.get("stage"))
-        return [replace(self, steps=tuple(steps)) for _, steps in groups] or [self]
-
-    def curve(self, metric: str) -> tuple[list[float], list[float]]:
-        """Samples seen (else steps) and values of a metric, at the logged steps that have both."""
-        points = []
-        for step in self.steps:
-            position, value = step.get("samples_seen", step.get("step")), step.get(metric)
-            if isinstance(position, (int, float)) and isinstance(value, (int, float)):
-                points.append((float(position), float(value)))
-        return [position for position, _ in points], [value for _, value in points]
+EVALUATION = "evaluation"  # in a run's directory
 
 
 @dataclass(frozen=True)
-class ReportInputs:
-    """All runs and results, in the order given; a result that is found twice counts once.
+class Checkpoint:
+    """Weights that were evaluated, and the run that wrote them if it is among those given."""
 
-    outputs: the directories of the results, where an evaluation leaves its features too
-    """
-
-    runs: tuple[Run, ...]
+    label: str
     results: tuple[Result, ...]
-    outputs: tuple[Path, ...]
+    run: Run | None = None
 
+    @property
+    def step(self) -> int | None:
+        """The step after which they were written, if known."""
+        return self.results[0].step
 
-def read_inputs(paths: Sequence[Path]) -> ReportInputs:
-    """Read run directories, directories with results, and results files.
+    @property
+    def note(self) -> str:
+        """The model and the step."""
+        model = self.results[0].model
+        return model if self.step is None else f"{model}, step {self.step:,}"
 
-    Raises UserError for a path that is none of these, and if nothing at all is found.
-    """
-    runs: list[Run] = []
-    results: dict[tuple[str, str, str, str], Result] = {}
-    outputs: dict[Path, None] = {}
-    for path in paths:
-        result_files = _result_files(path)
-        is_run = (path / METRICS).is_file()
-        if not result_files and not is_run:
-            raise UserError(
-                f"nothing to report in {path}: expected a run directory ({METRICS}), a directory with {RESULTS_FILE}, "
-                f"or such a file"
-            )
-        if is_run:
-            runs.append(_read_run(path))
-        results.update({result.key: result for file in result_files for result in read_results(file)})
-        outputs |= dict.fromkeys(file.resolve().parent for file in result_files)
-    return ReportInputs(tuple(runs), tuple(results.values()), tuple(outputs))
+    @property
+    def is_averaged(self) -> bool:
+        """Whether they are the moving average of a run's weights."""
+        return Path(self.results[0].checkpoint).name == AVERAGED_WEIGHTS
 
-
-def _result_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return [file for file in (path / RESULTS_FILE, path / "evaluation" / RESULTS_FILE) if file.is_file()]
-
-
-def _read_run(directory: Path) -> Run:
-    recipe, record = directory / RECIPE_FILE, read_record(directory)
-    return Run(
-        name=directory.resolve().name,
-        recipe=read_recipe_file(str(recipe)) if recipe.is_file() else None,
-        steps=tuple(_read_steps(directory / METRICS)),
-        world_size=int(record.get("world_size", 1)),
-        device=str(record.get("device", "")),
-    )
-
-
-def _read_steps(file: Path) -> list[dict[str, Any]]:
-    """Logged steps in order. A line that was cut off is passed over; of a step logged twice the later line counts."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            fields = json.loads(line)
-            steps[int(fields["step"])] = fields
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [steps[step] for step in sorted(steps)]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Hours of training up to a step. `device_h`: times the ranks of the run's last start."""
-
-    wall_h: float
-    device_h: float
-
-
-def run_of(result: Result, runs: Sequence[Run]) -> Run | None:
-    """The run that wrote a result's checkpoint, RUN/checkpoints/step_N; None unless exactly one of `runs` fits."""
-    parts = Path(result.checkpoint).parts
-    if "checkpoints" not in parts[1:]:
-        return None
-    name = parts[parts.index("checkpoints", 1) - 1]
-    fitting = [run for run in runs if run.name == name]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def cost_of(result: Result, runs: Sequence[Run]) -> Cost | None:
-    """The cost of a result's checkpoint: the wall time logged last at or before its step; None if not logged."""
-    run = run_of(result, runs)
-    if run is None or result.step is None:
-        return None
-    return cost_at(run, result.step)
-
-
-def cost_at(run: Run, step: int) -> Cost | None:
-    """The cost of a run up to a step."""
-    times_s = [line["wall_time_s"] for line in run.steps if line["step"] <= step and "wall_time_s" in line]
-    if not times_s:
-        return None
-    wall_h = max(times_s) / 3600
-    return Cost(wall_h, wall_h * run.world_size)
-
-
-def device_hours_label(runs: Sequence[Run]) -> str:
-    """What to call them: GPU-hours only where all runs were on GPUs."""
-    return "GPU-hours" if runs and all(run.device.startswith("cuda") for run in runs) else "device-hours"
+    @property
+    def cost(self) -> Cost | None:
+        """What they had cost when they were written; None if that is not known."""
+        return None if self.run is None or self.step is None else self.run.cost_at(self.step)
 
 
 @dataclass(frozen=True)
 class StoredJob:
-    """A job and where its features are."""
+    """An evaluation job whose data set is there, where its features are, and what tables call its checkpoint."""
 
     job: Job
     output: Path
-
-    @property
-    def label(self) -> str:
-        """The checkpoint and its step, as tables call them."""
-        model = self.job.model
-        label = checkpoint_label(model.checkpoint) or model.name
-        return label if model.step is None else f"{label}, step {model.step:,}"
+    label: str
 
     def features(self, task: Task) -> Features:
         """All features that a task needs. Raises UserError if they are not whole."""
         return {name: store.load()[0] for name, store in self.job.stores(self.output)[task.option].items()}
 
 
-def find_jobs(outputs: Sequence[Path]) -> tuple[list[StoredJob], list[str]]:
+@dataclass(frozen=True)
+class ReportInputs:
+    """All runs and checkpoints, in the order given; what is found twice counts once.
+
+    jobs: of the evaluations; job_notes: why some cannot be shown: their data set is gone, say
+    """
+
+    runs: tuple[Run, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    jobs: tuple[StoredJob, ...] = ()
+    job_notes: tuple[str, ...] = ()
+
+
+def read_inputs(paths: Sequence[Path]) -> ReportInputs:
+    """Read run directories, directories with results, and results files.
+
+    Raises UserError for a path that is none of these, and for a file in them that is not what it should be.
+    """
+    runs: dict[Path, Run] = {}
+    found: list[tuple[Result, Path]] = []
+    outputs: dict[Path, None] = {}
+    for path in paths:
+        result_files = _result_files(path)
+        is_run = (path / METRICS).exists()
+        if not result_files and not is_run:
+            raise UserError(
+                f"nothing to report in {path}: expected a run directory ({METRICS}), a directory with {RESULTS_FILE}, "
+                f"or such a file"
+            )
+        if is_run:
+            runs[path.resolve()] = read_run(path)
+        found += [(result, file.resolve()) for file in result_files for result in read_results(file)]
+        outputs |= dict.fromkeys(file.resolve().parent for file in result_files)
+    named_runs, checkpoints = name_checkpoints(found, list(runs.values()))
+    jobs, notes = read_jobs(outputs, checkpoints)
+    return ReportInputs(named_runs, checkpoints, tuple(jobs), tuple(notes))
+
+
+def name_checkpoints(
+    found: Sequence[tuple[Result, Path]], runs: Sequence[Run]
+) -> tuple[tuple[Run, ...], tuple[Checkpoint, ...]]:
+    """The runs with names that differ, and the results of each checkpoint, given with the files they are from."""
+    groups: dict[tuple[Path, Path, str, str | None], dict[tuple[str, str, str | None], Result]] = {}
+    writers = [_writer(result, file, found, runs) for result, file in found]
+    for (result, file), run in zip(found, writers, strict=True):
+        run_path, rest = _split(result)
+        where = run.directory if run else next((home for home in _homes(run_path, file) if home.exists()), run_path)
+        group = groups.setdefault((where, rest, result.model, result.weights_sha256), {})
+        group[result.dataset, result.task, result.content_sha256] = result
+    names = shortest_names([*(run.directory for run in runs), *(where for where, *_ in groups)])
+    runs = [replace(run, name=names[run.directory]) for run in runs]
+    twins = Counter((where, rest, model) for where, rest, model, _ in groups)
+    by_directory = {run.directory: run for run in runs}
+    known = {id(result): by_directory[run.directory] for (result, _), run in zip(found, writers, strict=True) if run}
+    checkpoints = []
+    for (where, rest, model, weights_sha256), results in groups.items():
+        label = names[where] + (", averaged weights" if rest.name == AVERAGED_WEIGHTS else "")
+        if twins[where, rest, model] > 1:
+            label += f" ({(weights_sha256 or 'unknown weights')[:8]})"
+        first = next(iter(results.values()))
+        checkpoints.append(Checkpoint(label, tuple(results.values()), known.get(id(first))))
+    return tuple(runs), tuple(checkpoints)
+
+
+def shortest_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """For each path its shortest end that no other path has: `A/seed0` and `B/seed0`, but `first` and `second`."""
+    ends = {path: [str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)] for path in paths}
+    counts = Counter(end for own in ends.values() for end in own)
+    return {path: next((end for end in own if counts[end] == 1), str(path)) for path, own in ends.items()}
+
+
+def newest_of_each_set(jobs: Sequence[StoredJob], kind: type[EvaluationSet], task: Task) -> Iterator[StoredJob]:
+    """For each set of a kind with a task, the job of the checkpoint with the most steps, of equal ones the first."""
+    newest: dict[tuple[Path, str], StoredJob] = {}
+    for job in jobs:
+        if task not in job.job.tasks or not isinstance(job.job.dataset, kind):
+            continue
+        other = newest.setdefault((job.job.data, job.job.dataset_name), job)
+        if (job.job.model.step or 0) > (other.job.model.step or 0):
+            newest[job.job.data, job.job.dataset_name] = job
+    yield from newest.values()
+
+
+def _split(evaluated: Result | ModelIdentity) -> tuple[Path, Path]:
+    """A checkpoint's path as that of its run and the rest, RUN/checkpoints/step_N; without a run the whole path."""
+    name = evaluated.model if isinstance(evaluated, Result) else evaluated.name
+    parts = Path(evaluated.checkpoint or name).parts
+    at = parts.index(CHECKPOINTS, 1) if CHECKPOINTS in parts[1:] else len(parts)
+    return Path(*parts[:at]), Path(*parts[at:])
+
+
+def _homes(run_path: Path, file: Path) -> list[Path]:
+    """Where a path is that an evaluation wrote down: it was started here, or in a folder above its results."""
+    return [(base / run_path).resolve() for base in (Path.cwd(), *file.parents)]
+
+
+def _writer(result: Result, file: Path, found: Sequence[tuple[Result, Path]], runs: Sequence[Run]) -> Run | None:
+    """The run that wrote a result's checkpoint, by the hash of its weights or by its whole path; None if none did.
+
+    A run that was moved without its checkpoints is known by `evaluation/` in it, if all results there are of one run.
+    """
+    run_path, rest = _split(result)
+    if not rest.parts:
+        return None
+    homes = _homes(run_path, file)
+    here = [run for run in runs if run.directory in homes]
+    if same := [run for run in runs if result.weights_sha256 in run.weights.values()]:
+        return next((run for run in here if run in same), same[0])
+    if not any(home.exists() for home in homes) and all(
+        _split(other)[0] == run_path for other, at in found if at == file
+    ):
+        here += [
+            run for run in runs if file.parent == run.directory / EVALUATION and run_path.name == run.directory.name
+        ]
+    # what lies at that path now may have been trained anew
+    weights_file = str(rest if rest.name == AVERAGED_WEIGHTS else rest / WEIGHTS)
+    return next((run for run in here if run.weights.get(weights_file) in (None, result.weights_sha256)), None)
+
+
+def _result_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in (path / RESULTS_FILE, path / EVALUATION / RESULTS_FILE) if file.exists()]
+
+
+def read_jobs(outputs: Iterable[Path], checkpoints: Collection[Checkpoint]) -> tuple[list[StoredJob], list[str]]:
     """The jobs of evaluation outputs; and, as notes, why some cannot be shown: their data set is gone, say."""
     jobs, notes = [], []
     for output in outputs:
         for file in job_files(output):
             try:
-                jobs.append(StoredJob(read_job(file), output))
+                job = read_job(file)
             except UserError as error:
                 notes.append(f"No pictures of {file.parent.name}: {error}.")
+            else:
+                jobs.append(StoredJob(job, output, _label_of(job.model, checkpoints)))
     return jobs, notes
 
 
-def newest_of_each_set(jobs: Sequence[StoredJob], kind: type[EvaluationSet], task: Task) -> Iterator[StoredJob]:
-    """For each set of a kind with a task, the job of the checkpoint with the most steps, of equal ones the first."""
-    newest: dict[str, StoredJob] = {}
-    for job in jobs:
-        if task not in job.job.tasks or not isinstance(job.job.dataset, kind):
-            continue
-        other = newest.get(job.job.dataset_name)
-        if other is None or (job.job.model.step or 0) > (other.job.model.step or 0):
-            newest[job.job.dataset_name] = job
-    yield from newest.values()
+def _label_of(model: ModelIdentity, checkpoints: Collection[Checkpoint]) -> str:
+    """A job's checkpoint and step as tables call them."""
+    label = _split(model)[0].name
+    for checkpoint in checkpoints:
+        first = checkpoint.results[0]
+        is_same = first.weights_sha256 in (None, model.weights_sha256)
+        if is_same and (first.model, first.checkpoint) == (model.name, model.checkpoint):
+            label = checkpoint.label
+    return label if model.step is None else f"{label}, step {model.step:,}"

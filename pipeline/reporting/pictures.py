@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from pipeline.evaluation.sets.layouts import ClassificationSet, RetrievalSample,
 from pipeline.evaluation.tasks import retrieval, zero_shot
 from pipeline.evaluation.tasks.task import distinct
 from pipeline.image_sources import load_image
-from pipeline.reporting.inputs import StoredJob, find_jobs, newest_of_each_set
+from pipeline.reporting.inputs import StoredJob, newest_of_each_set
 from pipeline.reporting.masks.drawing import jpeg_bytes, to_pillow
 from pipeline.reporting.tables.table import Cell, Column, Row, Table
 
@@ -229,9 +228,9 @@ class ResultPictures:
     notes: tuple[str, ...]
 
 
-def draw_result_pictures(outputs: Sequence[Path]) -> ResultPictures:
-    """Pictures of what lies in evaluation outputs."""
-    jobs, notes = find_jobs(outputs)
+def draw_result_pictures(jobs: Sequence[StoredJob]) -> ResultPictures:
+    """Pictures of what evaluations left: few, and with a note for what cannot be shown."""
+    notes: list[str] = []
     galleries: list[Gallery] = []
     confusions: list[Confusion] = []
     for stored in newest_of_each_set(jobs, RetrievalSet, retrieval.TASK):

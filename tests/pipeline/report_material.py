@@ -19,6 +19,8 @@ from pipeline.evaluation.results import Result, write_results
 from pipeline.evaluation.sets.layouts import open_evaluation_set
 from pipeline.inference import ModelIdentity
 from pipeline.recipe_files import parse_recipe
+from pipeline.reporting.inputs import Checkpoint, name_checkpoints
+from pipeline.reporting.runs import Run
 
 HOSTILE = '<script>alert("x")</script> $\\alpha_ & <img src=http://example.com/x.png> \'"'
 
@@ -35,6 +37,11 @@ def result_of(run: str, dataset: str, metrics: Mapping[str, float], step: int = 
         chance,
         step=step,
     )
+
+
+def checkpoints_of(results: Sequence[Result], runs: Sequence[Run] = ()) -> tuple[Checkpoint, ...]:
+    """Results as if read from one file."""
+    return name_checkpoints([(result, Path("/results.jsonl")) for result in results], runs)[1]
 
 
 def write_run(directory: Path, results: Sequence[Result] = (), seed: int = 0, strategy: str = "cluster") -> Path:

@@ -14,7 +14,7 @@ from formats.files import sha256_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.results import Result
 from pipeline.inference import InferenceModel, load_any_model
-from pipeline.reporting.tables.rows import row_label
+from pipeline.reporting.inputs import name_checkpoints
 from pipeline.training.checkpoints.checkpoint import (
     AVERAGED_WEIGHTS,
     WEIGHTS,
@@ -42,7 +42,9 @@ def run(tmp_path: Path, tokenizer_file: Path) -> Path:
 
 
 def label(model: InferenceModel) -> str:
-    return row_label(Result(model.name, model.checkpoint, "flickr8k", "retrieval", {}, samples=1))
+    result = Result(model.name, model.checkpoint, "flickr8k", "retrieval", {}, samples=1)
+    (checkpoint,) = name_checkpoints([(result, Path("results.jsonl"))], runs=())[1]
+    return checkpoint.label
 
 
 def test_a_run_or_a_checkpoint_with_the_file_behind_it_is_the_average(run: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from report_material import result_of
+from report_material import checkpoints_of, result_of
 
 from pipeline.reporting.tables.paper_tables import effective_robustness, effective_robustness_table
 from pipeline.reporting.tables.papers import read_published
@@ -27,7 +27,7 @@ def test_table_has_what_results_allow() -> None:
     figures = {"imagenet1k": 0.36, "wds_imagenet-a": 0.2, "imagenet_sketch": 0.1, "cifar10": 0.5}
     results = [result_of("robust", name, {"acc1": share}) for name, share in figures.items()]
     results.append(result_of("other", "imagenetv2", {"acc1": 0.3}))  # without ImageNet itself there is no expectation
-    table = effective_robustness_table(by_recipe(results, ()), read_published())
+    table = effective_robustness_table(by_recipe(checkpoints_of(results)), read_published())
     assert table is not None
     (row,) = table.rows
     cells = dict(zip((column.label for column in table.columns), row.cells, strict=True))
@@ -40,7 +40,7 @@ def test_table_has_what_results_allow() -> None:
 
 def test_no_table_without_imagenet_or_without_a_baseline() -> None:
     results = [result_of("x", "imagenet-a", {"acc1": 0.1})]
-    assert effective_robustness_table(by_recipe(results, ()), read_published()) is None
+    assert effective_robustness_table(by_recipe(checkpoints_of(results)), read_published()) is None
     results.append(result_of("x", "imagenet1k", {"acc1": 0.3}))
     nothing = read_published().model_copy(update={"tables": {}})
-    assert effective_robustness_table(by_recipe(results, ()), nothing) is None
+    assert effective_robustness_table(by_recipe(checkpoints_of(results)), nothing) is None

@@ -51,7 +51,9 @@ def test_page_stands_alone_and_escapes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("<script>alert(1)</script> & more")
     text = run_preview(tmp_path / "in", tmp_path / "a.html").decode()
     addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(addresses) == 7
+    assert len(addresses) == 7 + 4  # pictures, and what is drawn how: dropped, clusters, anchors, edges
+    legend = re.findall(r"<b>(.*?)</b>: (.*?)</span>", text)
+    assert [label for label, _ in legend] == ["grey with lines", "colours", "frame", "blue to red"]
     assert all(address.startswith("data:image/jpeg;base64,") for address in addresses)
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text

@@ -13,7 +13,7 @@ from preview_material import sheet_of, write_pictures
 
 from formats.errors import UserError
 from pipeline.reporting.masks.drawing import heat_map, outline, tint_clusters
-from pipeline.reporting.masks.sheet import paint
+from pipeline.reporting.masks.painter import paint
 
 
 @pytest.fixture(scope="module")

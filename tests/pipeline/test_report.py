@@ -14,21 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_material import checkpoints_of
 
 from formats.errors import UserError
 from formats.pages import data_uri
 from model.masking import MaskingConfig, PatchedImages, choose_patches
 from pipeline import report
 from pipeline.evaluation.results import Result, write_results
-from pipeline.recipe import Recipe
 from pipeline.recipe_files import parse_recipe
 from pipeline.reporting.charts import draw_curves
 from pipeline.reporting.inputs import read_inputs
-from pipeline.reporting.report_masks import draw_masks
+from pipeline.reporting.masks.setting import make_setting
+from pipeline.reporting.masks.sheet import load_images, make_sheet
 from pipeline.reporting.tables.overview import dataset_tables, headline_table, training_table
 from pipeline.training.mask_drawer import seed_masks
 
 CHANCE = {"acc1": 0.1}
+STRATEGIES = ("random", "cluster")
 
 
 def result_of(run: str, acc1: float, dataset: str = "cifar10", samples: int = 1000, template: str = "ab") -> Result:
@@ -93,18 +95,22 @@ def test_page_stands_alone_and_shows_everything(tmp_path: Path, capsys: pytest.C
     resources = _Resources()
     resources.feed(text)
     assert resources.addresses
-    assert all(address.startswith("data:image/") for address in resources.addresses)
+    assert all(address.startswith(("data:image/", "#")) for address in resources.addresses)
     assert not resources.tags & {"link", "iframe"}
     assert "default-src 'none'" in text
     assert "url(" not in text
     assert "@import" not in text
     for expected in ("alpha", "beta", "25.00", "10.00", "cluster, 50%", "1m23s", "prefers-color-scheme: dark"):
         assert expected in text
-    # three charts for two kinds of page, three pictures of three images
-    assert len(resources.addresses) == 3 * 2 + 3 * 3
-    assert {path.name for path in (tmp_path / "out" / "tables").iterdir()} == {
-        f"{name}.{kind}" for name in ("zero_shot", "training", "provenance", "set_0_cifar10") for kind in ("csv", "tex")
-    }
+    contents = [address[1:] for address in resources.addresses if address.startswith("#")]
+    assert contents == ["run", "results", "papers", "sets", "masks", "provenance"]
+    assert all(f'id="{name}"' in text for name in contents)
+    assert "<title>alpha, beta</title>" in text
+    # three charts for two kinds of page, three pictures of three images, and what is drawn how
+    assert len(resources.addresses) == 3 * 2 + 3 * 3 + 1 + len(contents)
+    tables = ("benchmarks", "zero_shot", "training", "provenance", "set_0_cifar10")
+    written = {path.name for path in (tmp_path / "out" / "tables").iterdir()}
+    assert written == {f"{name}.{kind}" for name in tables for kind in ("csv", "tex")}
 
 
 def test_data_from_outside_is_escaped(tmp_path: Path) -> None:
@@ -143,7 +149,7 @@ def test_interrupted_and_repeated_lines_of_metrics(tmp_path: Path) -> None:
 def test_results_given_twice_count_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "alpha")
     inputs = read_inputs([run, run / "evaluation", run / "evaluation" / "results.jsonl"])
-    assert len(inputs.results) == 1
+    assert [len(checkpoint.results) for checkpoint in inputs.checkpoints] == [1]
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -154,7 +160,7 @@ def test_paths_without_results(name: str, tmp_path: Path) -> None:
 
 
 def test_best_is_marked_and_chance_comes_last() -> None:
-    (table,) = dataset_tables([result_of("a", 0.3), result_of("b", 0.4), result_of("c", 0.4)])
+    (table,) = dataset_tables(checkpoints_of([result_of("a", 0.3), result_of("b", 0.4), result_of("c", 0.4)]))
     assert [row.label for row in table.rows] == ["a", "b", "c", "chance"]
     assert [row.cells[0].text for row in table.rows] == ["30.00", "40.00", "40.00", "10.00"]
     assert [row.cells[0].mark for row in table.rows] == ["second", "best", "best", ""]
@@ -169,16 +175,16 @@ def test_best_is_marked_and_chance_comes_last() -> None:
     ],
 )
 def test_rows_that_cannot_be_compared_are_said_to_be_so(other: Result, reason: str) -> None:
-    (table,) = dataset_tables([result_of("a", 0.3), other])
+    (table,) = dataset_tables(checkpoints_of([result_of("a", 0.3), other]))
     assert reason in table.warning
 
 
 def test_headlines_leave_gaps_where_a_checkpoint_was_not_evaluated() -> None:
-    table = headline_table([result_of("a", 0.3), result_of("a", 0.5, "sun"), result_of("b", 0.4)])
+    table = headline_table(checkpoints_of([result_of("a", 0.3), result_of("a", 0.5, "sun"), result_of("b", 0.4)]))
     assert table is not None
     assert list(map(str, table.columns)) == ["cifar10 acc1", "sun acc1"]
     assert [[cell.text for cell in row.cells] for row in table.rows[:2]] == [["30.00", "50.00"], ["40.00", ""]]
-    assert headline_table([result_of("a", 0.3)]) is None
+    assert headline_table(checkpoints_of([])) is None
 
 
 def test_training_table_lists_recipe_and_outcome(tmp_path: Path) -> None:
@@ -251,18 +257,20 @@ def test_a_chart_has_room_for_twelve_runs(tmp_path: Path) -> None:
 
 
 def test_pictures_hide_exactly_the_patches_that_training_would_drop(tmp_path: Path) -> None:
-    recipe: Recipe = parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test")
-    grid = draw_masks(write_images(tmp_path), recipe)
-    originals = [_pixels(row.original.jpeg) for row in grid.rows]
+    setting = make_setting(
+        parse_recipe({"model": {"name": "ViT-tiny-8"}}, "test"), STRATEGIES, None, None, None, 0, 0.0
+    )
+    sheet = make_sheet(setting, *load_images(write_images(tmp_path), 8, setting.image_size), "masks")
+    originals = [_pixels(row.cells[0].jpeg) for row in sheet.rows]
     images_BCHW = torch.stack(
         [torch.from_numpy(np.array(Image.open(tmp_path / "images" / f"{i}.png"))).permute(2, 0, 1) for i in range(3)]
     )
-    for index, strategy in enumerate(("random", "cluster")):
+    for index, strategy in enumerate(STRATEGIES, 1):
         hidden_BL = dropped_by_training(images_BCHW, MaskingConfig(strategy=strategy))
         assert hidden_BL.float().mean() == 0.5
-        for row, original, hidden_L in zip(grid.rows, originals, hidden_BL, strict=True):
-            assert row.masked[index].hidden == pytest.approx(hidden_L.float().mean().item())
-            difference = (_pixels(row.masked[index].jpeg) - original).abs().mean(dim=0)
+        for row, original, hidden_L in zip(sheet.rows, originals, hidden_BL, strict=True):
+            assert row.cells[index].note == f"{100 * hidden_L.float().mean():.1f} % dropped"
+            difference = (_pixels(row.cells[index].jpeg) - original).abs().mean(dim=0)
             by_patch = difference.view(8, difference.shape[0] // 8, 8, -1).mean(dim=(1, 3)).flatten()
             assert torch.equal(by_patch > 12, hidden_L)
 

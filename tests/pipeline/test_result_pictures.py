@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from PIL import Image
 from report_material import HOSTILE, job_of, store, write_classification_set, write_retrieval_set
 
-from pipeline.reporting.pictures import draw_result_pictures, spread
+from pipeline.reporting.inputs import read_jobs
+from pipeline.reporting.pictures import ResultPictures, draw_result_pictures, spread
+
+
+def pictures_of(output: Path) -> ResultPictures:
+    jobs, notes = read_jobs([output], checkpoints=())
+    pictures = draw_result_pictures(jobs)
+    return replace(pictures, notes=(*notes, *pictures.notes))
 
 
 def write_retrieval_output(data: Path, output: Path, step: int = 20) -> None:
@@ -34,7 +42,7 @@ def write_classification_output(data: Path, output: Path, class_names: list[str]
 
 def test_gallery_shows_the_nearest_and_marks_what_belongs_together(tmp_path: Path) -> None:
     write_retrieval_output(tmp_path / "pairs", tmp_path / "out")
-    (gallery,) = draw_result_pictures([tmp_path / "out"]).galleries
+    (gallery,) = pictures_of(tmp_path / "out").galleries
     assert "alpha, step 20" in gallery.subtitle
     assert "12 images, 24 captions" in gallery.subtitle
     for query in gallery.text_queries:
@@ -56,13 +64,13 @@ def test_features_are_found_however_the_path_of_the_set_was_written(
     monkeypatch.chdir(tmp_path)
     write_retrieval_output(Path("pairs"), Path("out"))
     monkeypatch.chdir("/")
-    assert draw_result_pictures([tmp_path / "out"]).notes == ()
+    assert pictures_of(tmp_path / "out").notes == ()
 
 
 def test_one_gallery_of_each_set_of_the_newest_checkpoint(tmp_path: Path) -> None:
     for step in (10, 30, 20):
         write_retrieval_output(tmp_path / "pairs", tmp_path / "out", step)
-    (gallery,) = draw_result_pictures([tmp_path / "out"]).galleries
+    (gallery,) = pictures_of(tmp_path / "out").galleries
     assert "step 30" in gallery.subtitle
 
 
@@ -70,7 +78,7 @@ def test_pictures_are_bounded_and_what_is_gone_is_said(tmp_path: Path) -> None:
     for index in range(5):
         write_retrieval_output(tmp_path / f"pairs{index}", tmp_path / "out")
     (tmp_path / "pairs4" / "test" / "0.tar").unlink()
-    pictures = draw_result_pictures([tmp_path / "out"])
+    pictures = pictures_of(tmp_path / "out")
     assert len(pictures.galleries) == 3
     assert len(pictures.notes) == 2
     assert any("0.tar" in note for note in pictures.notes)
@@ -80,7 +88,7 @@ def test_pictures_are_bounded_and_what_is_gone_is_said(tmp_path: Path) -> None:
 def test_features_that_are_missing_leave_a_note(tmp_path: Path) -> None:
     write_retrieval_output(tmp_path / "pairs", tmp_path / "out")
     next((tmp_path / "out" / "features").glob("*/*.safetensors")).unlink()
-    pictures = draw_result_pictures([tmp_path / "out"])
+    pictures = pictures_of(tmp_path / "out")
     assert not pictures.galleries
     assert "have no features yet" in pictures.notes[0]
 
@@ -89,7 +97,7 @@ def test_features_that_are_missing_leave_a_note(tmp_path: Path) -> None:
 def test_confusions(tmp_path: Path, count: int, has_chart: bool) -> None:
     names = [HOSTILE, "$x$", *(f"class {index}" for index in range(2, count))]
     write_classification_output(tmp_path / "classes", tmp_path / "out", names)
-    (confusion,) = draw_result_pictures([tmp_path / "out"]).confusions
+    (confusion,) = pictures_of(tmp_path / "out").confusions
     assert (confusion.chart is not None) == has_chart
     (row,) = confusion.pairs.rows
     assert row.label == f"$x$ → {HOSTILE}"

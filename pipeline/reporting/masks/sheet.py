@@ -6,17 +6,18 @@ B images, S side of an image in pixels, L patches of an image
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.ImageFont import FreeTypeFont
+from PIL import Image
 from torch import Tensor
 
 from formats.errors import UserError
 from model.masking import PatchedImages
-from pipeline.image_sources import CaptionedImage
+from pipeline.image_sources import CaptionedImage, load_image, read_images
 from pipeline.reporting.masks.anatomy import Anatomy, Clusters, dissect
 from pipeline.reporting.masks.drawing import (
     enlarge,
@@ -70,10 +71,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Rows with the same columns, the setting above them and the batch's statistics below."""
+    """Rows with the same columns, the setting and what is drawn how above them, the batch's statistics below."""
 
     title: str
     rows: tuple[Row, ...]
+    legend: tuple[Cell, ...]
     summaries: tuple[Summary, ...]
 
 
@@ -94,7 +96,51 @@ def make_sheet(setting: PreviewSetting, samples: Sequence[CaptionedImage], image
             cells.append(Cell(strategy, kept, f"{_percent(anatomy.mask_ratio_B[index])} dropped"))
         rows.append(Row(sample.caption, tuple(cells)))
     summaries = tuple(_summarize(strategy, anatomy) for strategy, anatomy in anatomies.items())
-    return Sheet(str(setting), tuple(rows), summaries)
+    return Sheet(str(setting), tuple(rows), tuple(_legend(anatomies.values(), show)), summaries)
+
+
+def load_images(source: Path, count: int, image_size: int) -> tuple[list[CaptionedImage], Tensor]:
+    """Images of a source that can be used, uint8 [B, 3, S, S]; the others are named. UserError if none is left."""
+    samples, images = [], []
+    for sample in read_images(source, count):
+        try:
+            images.append(load_image(sample.image, image_size))
+            samples.append(sample)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+    if not images:
+        raise UserError(f"none of the images chosen from {source} can be used: give another source, or more --images")
+    return samples, torch.stack(images)
+
+
+def _legend(anatomies: Iterable[Anatomy], show: str) -> Iterator[Cell]:
+    """What the drawings mean that this sheet has, each with a sample of four patches."""
+    side = 16
+    plain_CSS = torch.full((3, 2 * side, 2 * side), 150, dtype=torch.uint8)
+    four_L = torch.arange(4)
+    clusters = [anatomy.clusters for anatomy in anatomies if anatomy.clusters and show != "masks"]
+    yield Cell(
+        "grey with lines",
+        to_pillow(grey_dropped(plain_CSS, torch.ones(4, dtype=torch.bool), side)),
+        "a dropped patch, which the model does not see",
+    )
+    if clusters:
+        yield Cell(
+            "colours",
+            to_pillow(tint_clusters(plain_CSS, four_L, torch.tensor([1.0, 1.0, 0.6, 0.3]), side)),
+            "patches that are most like the same anchor; the stronger, the more alike, and the sooner dropped",
+        )
+        yield Cell(
+            "frame",
+            to_pillow(outline(plain_CSS, torch.tensor([0]), side)),
+            "an anchor, the patch that a cluster grows from (pgs calls it a candidate)",
+        )
+    if (show == "steps" and clusters) or any(one.edges_BL is not None for one in clusters):
+        yield Cell(
+            "blue to red",
+            to_pillow(heat_map(plain_CSS, four_L / 3, 0.5, side)),
+            "how like its anchor a patch is, or how strong its edges are: 0 is blue, the threshold or 0.5 white, 1 red",
+        )
 
 
 def _cluster_cells(
@@ -143,91 +189,3 @@ def _summarize(strategy: str, anatomy: Anatomy) -> Summary:
 
 def _percent(share: Tensor | float) -> str:
     return f"{100 * share:.1f} %"
-
-
-_PAPER, _INK, _SOFT_INK = "#ffffff", "#1c2129", "#5b6472"
-# A side that JPEG can hold, and a size that memory can.
-_MAX_SIDE, _MAX_PIXELS = 65_000, 200_000_000
-# Letters grow with the pictures: a large sheet is looked at from further away.
-_PICTURE_PER_FONT, _MIN_FONT = 13, 16
-
-
-def paint(sheet: Sheet) -> Image.Image:
-    """Labels above the columns, a note under each picture, the statistics at the end.
-
-    Raises UserError if the sheet would be too large.
-    """
-    side = sheet.rows[0].cells[0].picture.width
-    font = _font(max(_MIN_FONT, side // _PICTURE_PER_FONT))
-    line, gap = round(1.4 * font.size), round(0.6 * font.size)
-    margin, columns = 2 * gap, len(sheet.rows[0].cells)
-    width = 2 * margin + columns * side + (columns - 1) * gap
-    text_width = width - 2 * margin
-    title, summaries = _wrap([sheet.title], font, text_width), _wrap(map(str, sheet.summaries), font, text_width)
-    row_height = side + line + gap
-    height = 2 * margin + (len(title) + 1 + len(summaries)) * line + 2 * gap + len(sheet.rows) * row_height
-    _check_size(width, height)
-
-    canvas = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    top = _write(draw, title, margin, margin, font, line, _SOFT_INK) + gap
-    lefts = [margin + column * (side + gap) for column in range(columns)]
-    for left, cell in zip(lefts, sheet.rows[0].cells, strict=True):
-        draw.text((left, top), _elide(cell.label, font, side), _INK, font)
-    top += line
-    for row in sheet.rows:
-        for left, cell in zip(lefts, row.cells, strict=True):
-            canvas.paste(cell.picture, (left, top))
-            draw.text((left, top + side + gap // 3), _elide(cell.note, font, side), _SOFT_INK, font)
-        top += row_height
-    _write(draw, summaries, margin, top + gap, font, line, _INK)
-    return canvas
-
-
-def _font(size: int) -> FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, FreeTypeFont), "Pillow was built without FreeType"
-    return font
-
-
-def _write(
-    draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, font: FreeTypeFont, height: int, ink: str
-) -> int:
-    """Lines of text under each other; returns where the next one would be."""
-    for text in lines:
-        draw.text((left, top), text, ink, font)
-        top += height
-    return top
-
-
-def _wrap(texts: Iterable[str], font: FreeTypeFont, width: int) -> list[str]:
-    """Texts as lines that are no wider than this, broken between words."""
-    lines = []
-    for text in texts:
-        words = text.split()
-        current = words[0]
-        for word in words[1:]:
-            longer = f"{current} {word}"
-            if font.getlength(longer) > width:
-                lines.append(current)
-                current = word
-            else:
-                current = longer
-        lines.append(current)
-    return lines
-
-
-def _elide(text: str, font: FreeTypeFont, width: int) -> str:
-    """The text, or its beginning and "…" where it is too wide."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _check_size(width: int, height: int) -> None:
-    if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
-        raise UserError(
-            f"a sheet of {width} x {height} pixels is too large: take fewer --images or --strategies, or write .html"
-        )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from model.config import config_from_name
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.known import set_key
 from pipeline.evaluation.tasks import composition, linear_probe, retrieval, zero_shot
 from pipeline.recipe import Recipe
-from pipeline.reporting.inputs import Run, cost_at, device_hours_label
-from pipeline.reporting.tables.paper_tables import format_interval, group_table
-from pipeline.reporting.tables.papers import Group, Measure, Published
-from pipeline.reporting.tables.rows import by_recipe, row_label, row_note
+from pipeline.reporting.inputs import Checkpoint
+from pipeline.reporting.runs import Run, device_hours_label
+from pipeline.reporting.tables.paper_tables import format_interval, paper_table
+from pipeline.reporting.tables.papers import Measure, PaperLayout, Published
+from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, distinct, mark_places, percent
 from pipeline.training.observing.run_logger import format_duration
 
@@ -24,55 +26,60 @@ _TASK_NAMES = {
     linear_probe.TASK.name: "linear probe",
     linear_probe.FEW_SHOT_TASK.name: "linear probe on few images",
 }
+# The means that `composition` takes, and how the names end of what each is the mean of.
+_MEANS = {"acc": "", "acc/object": "_obj", "acc/attribute": "_att", "acc/relation": "_rel"}
+Measured = tuple[Checkpoint, Result]
 HEADLINES = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1", "acc")
 
 
-def dataset_tables(results: Sequence[Result]) -> list[Table]:
+def dataset_tables(checkpoints: Sequence[Checkpoint]) -> list[Table]:
     """One table per dataset and task: a row per checkpoint, a column per metric."""
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.dataset, result.task), []).append(result)
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for checkpoint, result in _measured(checkpoints):
+        groups.setdefault((result.dataset, result.task), []).append((checkpoint, result))
     return [_dataset_table(group, number) for number, group in enumerate(groups.values())]
 
 
-def headline_table(results: Sequence[Result], runs: Sequence[Run] = ()) -> Table | None:
-    """The first figure of every dataset side by side, and the cost; None where there is one dataset only."""
-    columns = headline_columns(results)
-    if len({dataset for dataset, _ in columns}) < 2:
-        return None
-    group = Group(
+def headline_table(checkpoints: Sequence[Checkpoint], runs: Sequence[Run] = ()) -> Table | None:
+    """The first figures of every dataset side by side, and the cost; None where there are none."""
+    layout = PaperLayout(
         "benchmarks",
         "Benchmarks",
         "The first figures of each dataset, in percent; of several the best is bold, the second underlined.",
         tuple(
             Measure(f"{dataset} {metric}", metric_label(metric), (set_key(dataset),), metric, heading=dataset)
-            for dataset, metric in columns
+            for dataset, metric in headline_columns(checkpoints)
         ),
     )
-    return group_table(group, by_recipe(results, runs), Published(), device_hours_label(runs))
+    return paper_table(layout, by_recipe(checkpoints), Published(), device_hours_label(runs))
 
 
-def headline_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The first figures of each dataset: (dataset, metric)."""
-    return distinct((result.dataset, metric) for result in results for metric in HEADLINES if metric in result.metrics)
+def headline_columns(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
+    """The first figures of each dataset: (dataset, metric). A set that goes by two names is one."""
+    columns: dict[tuple[str, str], tuple[str, str]] = {}
+    for _, result in _measured(checkpoints):
+        for metric in HEADLINES:
+            if metric in result.metrics:
+                columns.setdefault((set_key(result.dataset), metric), (result.dataset, metric))
+    return list(columns.values())
 
 
-def provenance_table(results: Sequence[Result]) -> Table:
-    """What each figure was measured on and with, so that results can be told apart."""
+def provenance_table(checkpoints: Sequence[Checkpoint]) -> Table | None:
+    """What each figure was measured on and with, so that results can be told apart; None where there are none."""
     rows = []
-    for result in results:
+    for checkpoint, result in _measured(checkpoints):
         versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+        hashes = (result.weights_sha256, result.content_sha256, result.template_sha256)
         fields = (
             result.dataset,
             f"{result.samples:,}",
-            (result.weights_sha256 or "")[:12],
-            (result.template_sha256 or "")[:12],
+            *((sha256 or "")[:12] for sha256 in hashes),
             versions,
             "" if result.wall_time_s is None else f"{result.wall_time_s:.1f} s",
         )
-        rows.append(Row(row_label(result), tuple(map(Cell, fields)), note=row_note(result)))
-    columns = ("dataset", "samples", "weights sha256", "templates sha256", "versions", "wall time")
-    return Table("provenance", "Provenance", "", tuple(map(Column, columns)), tuple(rows))
+        rows.append(Row(checkpoint.label, tuple(map(Cell, fields)), note=checkpoint.note))
+    columns = ("dataset", "samples", "weights sha256", "data sha256", "templates sha256", "versions", "wall time")
+    return Table("provenance", "Provenance", "", tuple(map(Column, columns)), tuple(rows)) if rows else None
 
 
 def metric_label(metric: str) -> str:
@@ -83,37 +90,62 @@ def metric_label(metric: str) -> str:
     return metric.replace("_retrieval_recall@", " R@").removeprefix("acc/")
 
 
-def _dataset_table(group: Sequence[Result], number: int) -> Table:
-    first = group[0]
-    counts = distinct(result.samples for result in group)
-    templates = distinct(result.template_sha256 for result in group)
-    warning = ""
-    if len(counts) > 1 or len(templates) > 1:
-        differing = "numbers of samples" if len(counts) > 1 else "prompt templates"
-        warning = f"These rows were measured with different {differing}: they cannot be compared."
-    metrics = distinct(name for result in group for name in result.metrics)
+def _measured(checkpoints: Sequence[Checkpoint]) -> list[Measured]:
+    return [(checkpoint, result) for checkpoint in checkpoints for result in checkpoint.results]
+
+
+def _dataset_table(group: Sequence[Measured], number: int) -> Table:
+    results = [result for _, result in group]
+    metrics = distinct(name for result in results for name in result.metrics)
+    same = _same_columns(metrics)
+    shown = [metric for metric in metrics if metric not in same]
+    notes = [f"{metric_label(one)} is {metric_label(other)} here, and not shown twice." for one, other in same.items()]
+    if any(result.intervals for result in results):
+        notes.append("In brackets: 95 % interval.")
     return Table(
-        name=f"set_{number}_{first.dataset}",
-        title=first.dataset,
-        subtitle=f"{_TASK_NAMES.get(first.task, first.task)}, {counts[0]:,} samples, in percent",
-        columns=tuple(Column(metric_label(metric)) for metric in metrics),
-        rows=tuple(mark_places(_rows(group, metrics), len(metrics))),
-        notes=("In brackets: 95 % interval.",) if any(result.intervals for result in group) else (),
-        warning=warning,
+        name=f"set_{number}_{results[0].dataset}",
+        title=results[0].dataset,
+        subtitle=f"{_TASK_NAMES.get(results[0].task, results[0].task)}, {results[0].samples:,} samples, in percent",
+        columns=tuple(Column(metric_label(metric)) for metric in shown),
+        rows=tuple(mark_places(_rows(group, shown), len(shown))),
+        notes=tuple(notes),
+        warning=_why_not_comparable(results),
     )
 
 
-def _rows(group: Sequence[Result], metrics: Sequence[str]) -> list[Row]:
+def _same_columns(metrics: Sequence[str]) -> dict[str, str]:
+    """Means over categories of which there is one: `acc/object` is `acc/replace_obj` if that is alone."""
+    categories = [one for one in metrics if one.startswith("acc/") and one not in _MEANS]
+    same = {}
+    for mean, end in _MEANS.items():
+        averaged = [category for category in categories if category.endswith(end)]
+        if mean in metrics and len(averaged) == 1:
+            same[mean] = averaged[0]
+    return same
+
+
+def _why_not_comparable(results: Sequence[Result]) -> str:
+    """How the rows of one set were measured differently; empty if they were not."""
+    differing: dict[str, set[Any]] = {
+        "numbers of samples": {result.samples for result in results},
+        "prompt templates": {result.template_sha256 for result in results},
+        "images or captions": {result.content_sha256 for result in results} - {None},
+    }
+    what = [name for name, values in differing.items() if len(values) > 1]
+    return f"These rows were measured with different {' and '.join(what)}: they cannot be compared." if what else ""
+
+
+def _rows(group: Sequence[Measured], metrics: Sequence[str]) -> list[Row]:
     """A row per checkpoint, and the chance row last."""
     rows = [
         Row(
-            row_label(result),
+            checkpoint.label,
             tuple(percent(result.metrics.get(metric), format_interval(result, metric)) for metric in metrics),
-            row_note(result),
+            checkpoint.note,
         )
-        for result in group
+        for checkpoint, result in group
     ]
-    chance = {metric: value for result in reversed(group) for metric, value in result.chance.items()}
+    chance = {metric: value for _, result in reversed(group) for metric, value in result.chance.items()}
     if chance:
         rows.append(Row("chance", tuple(percent(chance.get(metric)) for metric in metrics), kind="chance"))
     return rows
@@ -126,7 +158,10 @@ def training_table(runs: Sequence[Run]) -> Table | None:
     facts = [_training_facts(run) for run in runs]
     labels = distinct(label for fact in facts for label in fact)
     rows = tuple(Row(label, tuple(Cell(fact.get(label, "")) for fact in facts)) for label in labels)
-    return Table("training", "Training", "", tuple(Column(run.name) for run in runs), rows, corner="")
+    damaged = [run for run in runs if run.damaged_lines]
+    notes = [f"{run.damaged_lines:,} lines of the log of {run.name} cannot be read." for run in damaged]
+    columns = tuple(Column(run.name) for run in runs)
+    return Table("training", "Training", "", columns, rows, corner="", notes=tuple(notes))
 
 
 def _training_facts(run: Run) -> dict[str, str]:
@@ -142,6 +177,7 @@ def _training_facts(run: Run) -> dict[str, str]:
         facts["batch"] = _by_stage(f"{recipe.train.global_batch_size:,}" for recipe in recipes) + " pairs"
         facts["learning rate"] = _by_stage(f"{recipe.optimizer.lr:g}" for recipe in recipes)
         facts["weight decay"] = _by_stage(f"{recipe.optimizer.weight_decay:g}" for recipe in recipes)
+        facts["data"] = _by_stage(map(_data, recipes))
         facts["seed"] = str(run.recipe.train.seed)
     if run.steps:
         last = run.steps[-1]
@@ -152,7 +188,7 @@ def _training_facts(run: Run) -> dict[str, str]:
             facts["epochs"] = f"{last['epoch']:.2f}"
         if "wall_time_s" in last:
             facts["wall time"] = format_duration(last["wall_time_s"])
-        if cost := cost_at(run, last["step"]):
+        if cost := run.cost_at(last["step"]):
             facts[device_hours_label([run])] = f"{cost.device_h:.3g} on {run.world_size}"
         for metric, label in (("samples_per_s", "samples/s, median"), ("tokens_per_s", "tokens/s, median")):
             curves = [stage.curve(metric)[1] for stage in run.by_stage()]
@@ -173,6 +209,11 @@ def _by_stage(facts: Iterable[str]) -> str:
 def _masking(recipe: Recipe) -> str:
     masking = recipe.masking
     return masking.strategy if masking.strategy == "none" else f"{masking.strategy}, {masking.target_mask_ratio:.0%}"
+
+
+def _data(recipe: Recipe) -> str:
+    train = recipe.data.train
+    return train if isinstance(train, str) else " + ".join(f"{source.weight:g} × {source.path}" for source in train)
 
 
 def _image_size(recipe: Recipe) -> int:

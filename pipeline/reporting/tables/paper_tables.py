@@ -10,7 +10,7 @@ from statistics import linear_regression
 
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.known import KNOWN_SETS, set_key
-from pipeline.reporting.tables.papers import GROUPS, ROBUSTNESS, Group, Measure, Published
+from pipeline.reporting.tables.papers import LAYOUTS, ROBUSTNESS, Measure, PaperLayout, Published
 from pipeline.reporting.tables.rows import Entry
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, distinct, mark_places, percent
 
@@ -23,49 +23,52 @@ class Figure:
     spread: str = ""
 
 
-def group_tables(entries: Sequence[Entry], published: Published, cost_label: str) -> list[Table]:
-    """The groups of which we have at least one figure; columns of which we have none are left out."""
-    tables = (group_table(group, entries, published, cost_label) for group in GROUPS)
+def paper_tables(entries: Sequence[Entry], published: Published, cost_label: str) -> list[Table]:
+    """The tables of which we have at least one figure; columns of which we have none are left out."""
+    tables = (paper_table(layout, entries, published, cost_label) for layout in LAYOUTS)
     return [table for table in tables if table]
 
 
-def group_table(group: Group, entries: Sequence[Entry], published: Published, cost_label: str) -> Table | None:
-    """One group, with the cost as the last column if any is known; None if we have none of its figures."""
-    figures = [entry_figures(group, entry) for entry in entries]
-    shown = [index for index, found in enumerate(figures) if found]
-    measures = [measure for measure in group.measures if any(measure.key in figures[index] for index in shown)]
+def paper_table(layout: PaperLayout, entries: Sequence[Entry], published: Published, cost_label: str) -> Table | None:
+    """One table, with the cost as the last column if any is known; None if we have none of its figures.
+
+    cost_label: what to call hours of devices, empty where no run was given
+    """
+    entries = [entry for entry in entries if entry_figures(layout, entry)]
+    figures = [entry_figures(layout, entry) for entry in entries]
+    measures = [measure for measure in layout.measures if any(measure.key in found for found in figures)]
     if not measures:
         return None
-    means = [mean for mean in group.means if any(mean.key in figures[index] for index in shown)]
+    means = [mean for mean in layout.means if any(mean.key in found for found in figures)]
     keys = [measure.key for measure in measures] + [mean.key for mean in means]
     columns = [Column(measure.label, measure.heading) for measure in measures] + [Column(mean.label) for mean in means]
     rows = [
-        Row(entries[index].label, tuple(_cell(figures[index].get(key)) for key in keys), entries[index].note)
-        for index in shown
+        Row(entry.label, tuple(_cell(found.get(key)) for key in keys), entry.note)
+        for entry, found in zip(entries, figures, strict=True)
     ]
-    if group.name in published.tables:
-        rows += _published_rows(group, keys, published)
-    if chance := _chance(group, [entries[index] for index in shown]):
+    if layout.name in published.tables:
+        rows += _published_rows(layout, keys, published)
+    if chance := _chance(layout, entries):
         rows.append(Row("chance", tuple(percent(chance.get(key)) for key in keys), kind="chance"))
     rows = mark_places(rows, len(keys))
-    if any(entries[index].cost for index in shown):
+    if any(entry.cost for entry in entries):
         columns.append(Column(cost_label))
-        costs = [_hours(entries[index]) for index in shown] + [Cell("")] * (len(rows) - len(shown))
+        costs = [*map(_hours, entries), *[Cell("")] * (len(rows) - len(entries))]
         rows = [replace(row, cells=(*row.cells, cost)) for row, cost in zip(rows, costs, strict=True)]
     return Table(
-        group.name,
-        group.title,
-        group.subtitle,
+        layout.name,
+        layout.title,
+        layout.subtitle,
         tuple(columns),
         tuple(rows),
-        notes=(*_notes(group, figures, published), *_what_spreads_are(rows)),
-        warning=" ".join(_warnings(group, [entries[index] for index in shown], group.name in published.tables)),
+        notes=(*_notes(layout, figures, published), *_what_spreads_are(rows), *_without_cost(entries, cost_label)),
+        warning=" ".join(_warnings(layout, entries, layout.name in published.tables)),
     )
 
 
-def entry_figures(group: Group, entry: Entry) -> dict[str, Figure]:
+def entry_figures(layout: PaperLayout, entry: Entry) -> dict[str, Figure]:
     """An entry's figures and means by key; where it has several seeds, those that all of them have."""
-    by_seed = [_figures_of_seed(group, results) for results in entry.seeds]
+    by_seed = [_figures_of_seed(layout, seed.results) for seed in entry.seeds]
     if len(by_seed) == 1:
         return by_seed[0]
     figures = {}
@@ -76,13 +79,13 @@ def entry_figures(group: Group, entry: Entry) -> dict[str, Figure]:
     return figures
 
 
-def _figures_of_seed(group: Group, results: Sequence[Result]) -> dict[str, Figure]:
+def _figures_of_seed(layout: PaperLayout, results: Sequence[Result]) -> dict[str, Figure]:
     """One checkpoint's figures by key, and the means of which all figures are there."""
     figures = {}
-    for measure in group.measures:
+    for measure in layout.measures:
         if found := find_results(measure, results):
             figures[measure.key] = Figure(found[0].metrics[measure.metric], format_interval(found[0], measure.metric))
-    for mean in group.means:
+    for mean in layout.means:
         if all(key in figures for key in mean.of):
             figures[mean.key] = Figure(statistics.fmean(figures[key].share for key in mean.of))
     return figures
@@ -101,8 +104,8 @@ def find_results(measure: Measure, results: Sequence[Result]) -> list[Result]:
     ]
 
 
-def _published_rows(group: Group, keys: Sequence[str], published: Published) -> list[Row]:
-    table = published.tables[group.name]
+def _published_rows(layout: PaperLayout, keys: Sequence[str], published: Published) -> list[Row]:
+    table = published.tables[layout.name]
     rows = []
     for method in table.rows:
         figures = table.figures(method)
@@ -113,31 +116,38 @@ def _published_rows(group: Group, keys: Sequence[str], published: Published) -> 
     return rows
 
 
-def _chance(group: Group, entries: Sequence[Entry]) -> dict[str, float]:
+def _chance(layout: PaperLayout, entries: Sequence[Entry]) -> dict[str, float]:
     """Chance by key, and of the means."""
-    results = [result for entry in entries for seed in entry.seeds for result in seed]
+    results = [result for entry in entries for seed in entry.seeds for result in seed.results]
     shares = {}
-    for measure in group.measures:
+    for measure in layout.measures:
         for result in find_results(measure, results)[:1]:
             if measure.metric in result.chance:
                 shares[measure.key] = result.chance[measure.metric]
-    for mean in group.means:
+    for mean in layout.means:
         if all(key in shares for key in mean.of):
             shares[mean.key] = statistics.fmean(shares[key] for key in mean.of)
     return shares
 
 
-def _notes(group: Group, figures: Sequence[dict[str, Figure]], published: Published) -> tuple[str, ...]:
+def _notes(layout: PaperLayout, figures: Sequence[dict[str, Figure]], published: Published) -> tuple[str, ...]:
     notes = []
-    labels = {measure.key: measure.label for measure in group.measures}
-    for mean in group.means:
+    labels = {measure.key: measure.label for measure in layout.measures}
+    for mean in layout.means:
         if not any(mean.key in found for found in figures):
             missing = [labels[key] for key in mean.of if not any(key in found for found in figures)]
             what = f"missing: {', '.join(missing)}" if missing else "no row has all of them"
             notes.append(f"The {mean.label} of {len(mean.of)} sets is left out ({what}).")
-    if group.name in published.tables and published.source:
+    if layout.name in published.tables and published.source:
         notes.append(f"Published rows, not measured by us: {published.source}.")
     return tuple(notes)
+
+
+def _without_cost(entries: Sequence[Entry], cost_label: str) -> list[str]:
+    """Whose cost is unknown, if costs were to be had, which a label says."""
+    labels = distinct(entry.label for entry in entries if entry.cost is None) if cost_label else []
+    why = "no run given wrote those weights, or its log does not say how long it took"
+    return [f"No {cost_label} of {', '.join(labels)}: {why}."] if labels else []
 
 
 def _what_spreads_are(rows: Sequence[Row]) -> list[str]:
@@ -146,12 +156,12 @@ def _what_spreads_are(rows: Sequence[Row]) -> list[str]:
     return [" ".join(meanings[sign] for sign in meanings if sign in spreads)] if spreads else []
 
 
-def _warnings(group: Group, entries: Sequence[Entry], beside_published: bool) -> list[str]:
+def _warnings(layout: PaperLayout, entries: Sequence[Entry], beside_published: bool) -> list[str]:
     """Figures that are not what the column's name says: two sets for one column, or a part of a set."""
     found, parts = [], []
     for entry in entries:
-        for measure in group.measures:
-            results = find_results(measure, entry.seeds[0])
+        for measure in layout.measures:
+            results = find_results(measure, entry.seeds[0].results)
             if len(results) > 1:
                 names = " and ".join(result.dataset for result in results)
                 found.append(f"{entry.label} has results of {names}, which are the same set: the first is shown.")

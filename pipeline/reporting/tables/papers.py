@@ -32,7 +32,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Group:
+class PaperLayout:
     """A table as papers print it."""
 
     name: str
@@ -88,15 +88,15 @@ _SHIFTED = {
 }
 _SUGARCREPE = {"replace": ("obj", "att", "rel"), "swap": ("obj", "att"), "add": ("obj", "att")}
 
-ZERO_SHOT = Group(
+ZERO_SHOT = PaperLayout(
     "zero_shot",
     "Zero-shot classification, 17 sets",
     "top-1, in percent",
     tuple(Measure(key, label, (key, *names), "acc1") for key, (label, names) in _SEVENTEEN.items()),
     (Mean("mean", "mean", tuple(_SEVENTEEN)),),
 )
-RETRIEVAL = Group("retrieval", "Retrieval", "recall of texts and of images, in percent", _retrieval_measures())
-LINEAR_PROBE = Group(
+RETRIEVAL = PaperLayout("retrieval", "Retrieval", "recall of texts and of images, in percent", _retrieval_measures())
+LINEAR_PROBE = PaperLayout(
     "linear_probe",
     "Linear probe",
     "top-1, in percent",
@@ -107,7 +107,7 @@ LINEAR_PROBE = Group(
     ),
 )
 # The paper's ID mean is that of all six, its OOD mean that of the five other than ImageNet itself.
-ROBUSTNESS = Group(
+ROBUSTNESS = PaperLayout(
     "robustness",
     "Robustness",
     "zero-shot top-1, in percent; ID: mean of the six, OOD: mean of all but IN-1K",
@@ -117,7 +117,7 @@ ROBUSTNESS = Group(
     ),
     (Mean("id", "ID", ("imagenet", *_SHIFTED)), Mean("ood", "OOD", tuple(_SHIFTED))),
 )
-SUGARCREPE = Group(
+SUGARCREPE = PaperLayout(
     "sugarcrepe",
     "SugarCrepe",
     "share of images nearer to their caption than to its negative, in percent",
@@ -127,7 +127,7 @@ SUGARCREPE = Group(
         for part in parts
     ),
 )
-GROUPS = (ZERO_SHOT, RETRIEVAL, LINEAR_PROBE, ROBUSTNESS, SUGARCREPE)
+LAYOUTS = (ZERO_SHOT, RETRIEVAL, LINEAR_PROBE, ROBUSTNESS, SUGARCREPE)
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")

@@ -1,4 +1,4 @@
-"""Results as rows: one per checkpoint, or one per recipe where several seeds of it were run."""
+"""Checkpoints as rows: each its own, or one for several that nothing but the seed tells apart."""
 
 from __future__ import annotations
 
@@ -8,93 +8,64 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.evaluation.results import Result
 from pipeline.recipe import Recipe
-from pipeline.reporting.inputs import Cost, Run, cost_of, run_of
-from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
+from pipeline.reporting.inputs import Checkpoint
+from pipeline.reporting.runs import Cost
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: the results of one checkpoint, or of one for each seed."""
+    """A row to be, of one checkpoint or of one for each seed. cost: their mean, None unless that of all is known."""
 
     label: str
     note: str
-    seeds: tuple[tuple[Result, ...], ...]
+    seeds: tuple[Checkpoint, ...]
     cost: Cost | None = None
 
 
-def by_checkpoint(results: Sequence[Result], runs: Sequence[Run] = ()) -> list[Entry]:
-    """An entry per checkpoint, in the order of the results."""
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.model, result.checkpoint), []).append(result)
-    return [
-        Entry(row_label(group[0]), row_note(group[0]), (tuple(group),), cost_of(group[0], runs))
-        for group in groups.values()
-    ]
-
-
-def by_recipe(results: Sequence[Result], runs: Sequence[Run]) -> list[Entry]:
-    """The same, with checkpoints of equal steps in one entry where their recipes differ in nothing but the seed."""
-    groups: dict[str, dict[int, Entry]] = {}
-    alone: list[Entry] = []
-    for entry in by_checkpoint(results, runs):
-        run = run_of(entry.seeds[0][0], runs)
-        if run is None or run.recipe is None:
-            alone.append(entry)
+def by_recipe(checkpoints: Sequence[Checkpoint]) -> list[Entry]:
+    """Checkpoints of equal steps are one entry where their recipes differ in nothing but the seed."""
+    groups: dict[str, dict[int, Checkpoint]] = {}
+    alone: list[Checkpoint] = []
+    for checkpoint in checkpoints:
+        recipe = checkpoint.run and checkpoint.run.recipe
+        if not recipe:
+            alone.append(checkpoint)
             continue
-        by_seed, seed = groups.setdefault(_recipe_key(entry, run.recipe), {}), run.recipe.train.seed
+        by_seed, seed = groups.setdefault(_recipe_key(checkpoint, recipe), {}), recipe.train.seed
         if seed in by_seed:
-            alone.append(entry)  # the same training by two names, or twice: no further seed
+            alone.append(checkpoint)  # the same training by two names, or twice: no further seed
         else:
-            by_seed[seed] = entry
-    return [_merge(list(by_seed.values())) for by_seed in groups.values()] + alone
+            by_seed[seed] = checkpoint
+    return [_entry(list(by_seed.values())) for by_seed in groups.values()] + [_entry([one]) for one in alone]
 
 
-def row_label(result: Result) -> str:
-    """What a result's row is called."""
-    return checkpoint_label(result.checkpoint) or result.model
-
-
-def checkpoint_label(checkpoint: str) -> str:
-    """The run's name, from RUN/checkpoints/step_N, else the checkpoint's own."""
-    parts = Path(checkpoint).parts
-    if "checkpoints" in parts[1:]:
-        run = parts[parts.index("checkpoints", 1) - 1]
-        return f"{run}, averaged weights" if parts[-1] == AVERAGED_WEIGHTS else run
-    return parts[-1] if parts else ""
-
-
-def row_note(result: Result) -> str:
-    """The model and the step."""
-    return result.model if result.step is None else f"{result.model}, step {result.step:,}"
-
-
-def _recipe_key(entry: Entry, recipe: Recipe) -> str:
+def _recipe_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The same for checkpoints that only the seed tells apart."""
-    first = entry.seeds[0][0]
     fields = recipe.model_dump(mode="json", exclude={"train": {"seed", "output"}})
-    # the kind of weights counts too: RUN/checkpoints/step_N or its averaged_weights
-    return json.dumps([fields, first.step, Path(first.checkpoint).name == AVERAGED_WEIGHTS], sort_keys=True)
+    return json.dumps([fields, checkpoint.step, checkpoint.is_averaged], sort_keys=True)
 
 
-def _merge(entries: Sequence[Entry]) -> Entry:
-    if len(entries) == 1:
-        return entries[0]
-    labels = [entry.label for entry in entries]
-    shared = [
-        letters[0] for letters in itertools.takewhile(lambda some: len(set(some)) == 1, zip(*labels, strict=False))
-    ]
-    common = re.sub(r"[\W_]+(seed|s)?[\W_]*$", "", "".join(shared))
-    costs = [entry.cost for entry in entries if entry.cost]
+def _entry(seeds: Sequence[Checkpoint]) -> Entry:
+    first = seeds[0]
+    if len(seeds) == 1:
+        return Entry(first.label, first.note, (first,), first.cost)
+    costs = [seed.cost for seed in seeds if seed.cost]
     return Entry(
-        label=common or f"{labels[0]}, …",
-        note=f"{entries[0].note}, mean ± sd of {len(entries)} seeds",
-        seeds=tuple(entry.seeds[0] for entry in entries),
-        cost=Cost(statistics.fmean(c.wall_h for c in costs), statistics.fmean(c.device_h for c in costs))
-        if costs
-        else None,
+        label=_shared_label([seed.label for seed in seeds]),
+        note=f"{first.note}, mean ± sd of {len(seeds)} seeds",
+        seeds=tuple(seeds),
+        cost=_mean_cost(costs) if len(costs) == len(seeds) else None,
     )
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    return Cost(statistics.fmean(cost.wall_h for cost in costs), statistics.fmean(cost.device_h for cost in costs))
+
+
+def _shared_label(labels: Sequence[str]) -> str:
+    """How all labels begin, without "seed": `base` for `base_s0` and `base_s1`."""
+    letters = itertools.takewhile(lambda some: len(set(some)) == 1, zip(*labels, strict=False))
+    shared = "".join(some[0] for some in letters)
+    return re.sub(r"(^|[\W_]+)(seed|s)?[\W_]*$", "", shared) or f"{labels[0]}, …"

@@ -10,23 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_material import HOSTILE, result_of, write_run
+from report_material import HOSTILE, checkpoints_of, result_of, write_run
 
 from formats.errors import UserError
 from pipeline.evaluation.results import Result
 from pipeline.reporting.charts import draw_cost_charts, draw_robustness
-from pipeline.reporting.inputs import Run, read_inputs
+from pipeline.reporting.inputs import read_inputs
 from pipeline.reporting.tables.overview import dataset_tables
-from pipeline.reporting.tables.paper_tables import group_tables
-from pipeline.reporting.tables.papers import GROUPS, ZERO_SHOT, Published, read_published
+from pipeline.reporting.tables.paper_tables import paper_tables
+from pipeline.reporting.tables.papers import LAYOUTS, ZERO_SHOT, Published, read_published
 from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, mark_places, to_csv, to_latex
 
 PUBLISHED = read_published()
 
 
-def tables_of(results: list[Result], runs: tuple[Run, ...] = (), published: Published = PUBLISHED) -> dict[str, Table]:
-    return {table.name: table for table in group_tables(by_recipe(results, runs), published, "GPU-hours")}
+def tables_of(results: list[Result], published: Published = PUBLISHED) -> dict[str, Table]:
+    entries = by_recipe(checkpoints_of(results))
+    return {table.name: table for table in paper_tables(entries, published, cost_label="")}
 
 
 def column(table: Table, label: str) -> dict[str, str]:
@@ -46,7 +47,7 @@ def seventeen(run: str, leave_out: str = "") -> list[Result]:
 
 
 def test_published_columns_are_those_of_the_groups_and_their_means_fit() -> None:
-    groups = {group.name: group for group in GROUPS}
+    groups = {group.name: group for group in LAYOUTS}
     assert set(PUBLISHED.tables) == set(groups)
     unlike = set()
     for name, table in PUBLISHED.tables.items():
@@ -115,14 +116,14 @@ def test_charts_have_published_points_beside_ours(tmp_path: Path) -> None:
     accuracies = dict.fromkeys(("imagenet1k", "imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o"), 0.5)
     results = [result_of("base", name, {"acc1": value}) for name, value in accuracies.items()]
     inputs = read_inputs([write_run(tmp_path / "base", results)])
-    (chart,) = draw_cost_charts(inputs.results, inputs.runs, PUBLISHED)
+    (chart,) = draw_cost_charts(inputs.checkpoints, inputs.runs, PUBLISHED)
     assert "GPU-hours" in chart.description
     assert b"OpenCLIP ViT-B/16" in chart.light_svg
-    assert draw_cost_charts(inputs.results, inputs.runs, Published()) == []  # a single point is no chart
-    assert draw_cost_charts(inputs.results, (), PUBLISHED) == []
-    assert draw_robustness(by_recipe(inputs.results, inputs.runs), PUBLISHED) is None
+    assert draw_cost_charts(inputs.checkpoints, inputs.runs, Published()) == []  # a single point is no chart
+    assert draw_cost_charts(checkpoints_of(results), (), PUBLISHED) == []
+    assert draw_robustness(by_recipe(inputs.checkpoints), PUBLISHED) is None
     whole = [*results, result_of("base", "imagenet_sketch", {"acc1": 0.5})]
-    robustness = draw_robustness(by_recipe(whole, inputs.runs), PUBLISHED)
+    robustness = draw_robustness(by_recipe(checkpoints_of(whole)), PUBLISHED)
     assert robustness is not None
     assert b"A-CLIP" in robustness.dark_svg
     assert b"base" in robustness.dark_svg
@@ -143,7 +144,7 @@ def test_seeds_become_one_row_with_their_spread_and_mean_cost(tmp_path: Path) ->
     ]
     runs.append(write_run(tmp_path / "other", [result_of("other", "cifar10", {"acc1": 0.25})], strategy="random"))
     inputs = read_inputs(runs)
-    table = tables_of(list(inputs.results), inputs.runs)["zero_shot"]
+    table = next(iter(paper_tables(by_recipe(inputs.checkpoints), PUBLISHED, "GPU-hours")))
     ours = table.of_kind("ours")
     assert [row.label for row in ours] == ["base", "other"]
     assert "mean ± sd of 3 seeds" in ours[0].note
@@ -159,13 +160,13 @@ def test_one_seed_by_two_names_is_not_two_seeds(tmp_path: Path) -> None:
     results = [result_of("base", "cifar10", {"acc1": 0.1})]
     results.append(replace(results[0], checkpoint=f"/elsewhere/{results[0].checkpoint}"))
     inputs = read_inputs([write_run(tmp_path / "base", results)])
-    assert [len(entry.seeds) for entry in by_recipe(inputs.results, inputs.runs)] == [1, 1]
+    assert [len(entry.seeds) for entry in by_recipe(inputs.checkpoints)] == [1, 1]
 
 
 def test_intervals_stand_beside_figures_and_not_beside_means() -> None:
     metric = "text_retrieval_recall@1"
     result = replace(result_of("a", "flickr8k", {metric: 0.4}), intervals={metric: [0.351, 0.449]})
-    for table in (tables_of([result])["retrieval"], *dataset_tables([result])):
+    for table in (tables_of([result])["retrieval"], *dataset_tables(checkpoints_of([result]))):
         assert str(table.of_kind("ours")[0].cells[0]) == "40.00 [35.1, 44.9]"
         assert "In brackets: 95 % interval." in table.notes
     whole = [replace(result, intervals={"acc1": [0, 1]}) for result in seventeen("whole")]
