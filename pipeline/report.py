@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from formats.errors import UserError
@@ -102,7 +103,7 @@ def _title(names: Sequence[str]) -> str:
 def _draw_masks(source: Path, runs: Sequence[Run]) -> Sheet:
     """What masks hide at the start of the first run that has a recipe, when embeddings have no say yet."""
     recipe = next((run.recipe for run in runs if run.recipe), Recipe())
-    pixels_alone = recipe.masking.model_copy(update={"embedding_mix": 0.0})
+    pixels_alone = replace(recipe.masking, embedding_mix=0.0)
     setting = make_setting(
         recipe.model_copy(update={"masking": pixels_alone}), _MASKS_SHOWN, None, None, None, seed=0, progress=0.0
     )
