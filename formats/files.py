@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as RFC 8259 has it: a float that is not finite, which it cannot say, is null."""
+def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON as RFC 8259 has it: a float that is not finite, which it cannot say, is null; `default` is json's."""
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=default)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -34,7 +34,7 @@ def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--resize-mode", choices=modes, default="keep_ratio", help="how to scale down")
     parser.add_argument("--samples-per-shard", type=positive, default=10_000, metavar="N", help="urls tried per shard")
-    parser.add_argument("--blur-column", metavar="NAME", help="boxes to blur: [left, top, right, bottom] in 0..1")
+    parser.add_argument("--blur-column", metavar="NAME", help="column with boxes to blur, as shares or pixels")
     parser.add_argument(
         "--accept-changed", action="store_true", help="keep images whose sha256 is not the one in the list"
     )
@@ -81,11 +81,17 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--nameservers", type=words, default=(), metavar="A,B", help="to ask in place of the system's: 1.1.1.1,9.9.9.9"
     )
+    group.add_argument(
+        "--proxy",
+        metavar="URL",
+        help="ask through this HTTP proxy; `none`: directly, whatever HTTP_PROXY, HTTPS_PROXY and ALL_PROXY say",
+    )
     group.add_argument("--contact", metavar="URL", help="address for complaints, told to every host")
     group.add_argument("--allow-local", action="store_true", help="allow 127.0.0.1 and any port (for tests)")
 
 
 def _network(options: argparse.Namespace) -> Settings:
+    from data_prep.web.addresses import read_proxies
     from data_prep.web.passes import Settings
 
     return Settings(
@@ -100,6 +106,7 @@ def _network(options: argparse.Namespace) -> Settings:
         host_connections=options.host_connections,
         host_requests_per_s=options.host_requests_per_s,
         nameservers=options.nameservers,
+        proxies=tuple(read_proxies(options.proxy).items()),
         contact=options.contact,
         allow_local=options.allow_local,
     )

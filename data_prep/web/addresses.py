@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import ipaddress
+import math
+import os
 import socket
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import aiodns
 import pycares
@@ -15,11 +20,15 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from data_prep.web.ledger import DNS, REFUSED, FetchError
+from formats.errors import UserError
 
 PORTS = {"http": 80, "https": 443}
 MAX_URL_CHARACTERS = 4096
-TEMPORARY_FAILURE_S = 20.0  # how long a name that could not be asked about is not asked about again
+KEEP_NAMES_S = 600.0
+GIVEN_UP_S = 60.0  # how long a name that could not be asked about is not asked about again
 LOOKUPS_AT_ONCE = 100
+SILENT_AFTER = 20  # lookups without an answer: behind a proxy there may be no name server for the world outside
+WAIT_FOR_DESCRIPTORS_S = 0.2
 _GONE = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA, pycares.errno.ARES_EBADNAME)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -97,59 +106,154 @@ def _parse(text: str) -> tuple[URL, int | None]:
         raise FetchError(REFUSED, f"not a url: {error}") from error
 
 
+Proxies = Mapping[str, str]  # scheme, or "all" -> url of the proxy; "no" -> hosts to ask without
+
+
+def read_proxies(option: str | None) -> dict[str, str]:
+    """The proxies to use: the one of `--proxy`, none for the word `none`, or those of the usual variables.
+
+    Raises UserError for a proxy that does not speak HTTP.
+    """
+    found = {} if option == "none" else urllib.request.getproxies_environment()
+    if option and option != "none":
+        found = {"all": option, "no": found.get("no", "")}
+    proxies = {name: found[name] for name in ("http", "https", "all", "no") if found.get(name)}
+    for name in set(proxies) - {"no"}:
+        text = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
+        try:
+            url = URL(text)
+            usable = url.scheme in PORTS and bool(url.host) and url.port is not None
+        except ValueError:
+            usable = False
+        if not usable:
+            shown = text.rpartition("@")[2]  # without its password
+            raise UserError(f"the proxy {shown} is not http://HOST:PORT: give another --proxy, or --proxy none")
+        proxies[name] = text
+    return proxies
+
+
+def proxy_for(url: URL, proxies: Proxies) -> URL | None:
+    """Through which proxy a url is asked; None: directly."""
+    text = proxies.get(url.scheme) or proxies.get("all")
+    host = (url.raw_host or "").lower()
+    for entry in proxies.get("no", "").lower().split(","):
+        name = entry.strip().removeprefix("*").lstrip(".")
+        if entry.strip() == "*" or name in (host, f"{host}:{url.port}") or (name and host.endswith(f".{name}")):
+            return None
+    return URL(text) if text else None
+
+
+def lacks_descriptors(error: OSError | None = None) -> bool:
+    """Whether an error, or else an attempt to open a file, says that there are no file descriptors left."""
+    try:
+        if error is None:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as own:
+        error = own
+    return error is not None and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+@dataclasses.dataclass
+class _Lookup:
+    failures: int  # in a row, this one included
+    until_s: float = math.inf  # how long its result holds
+    task: asyncio.Task[list[str]] | None = None
+
+
 class Names(AbstractResolver):
     """Resolve each name once, through the system's name servers or the ones given (`address` or `address:port`).
 
-    Addresses that the policy refuses never leave this class. To be made and used inside one event loop.
+    Addresses that the policy refuses never leave this class, except those of the proxies, which are the user's. A name
+    that could not be asked about is asked about `tries` times, whenever somebody wants it, and then given up for a
+    minute. To be made and used inside one event loop.
     """
 
-    def __init__(self, policy: AddressPolicy, nameservers: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, policy: AddressPolicy, nameservers: Sequence[str], timeout_s: float, tries: int, proxies: Proxies
+    ) -> None:
         self._policy = policy
         # no search domains: `shop` is not `shop.your-company.example`
         self._resolver = aiodns.DNSResolver(
             nameservers or None, domains=[], timeout=timeout_s / 2, tries=2, flags=pycares.ARES_FLAG_NOSEARCH
         )
-        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
-        self._known: dict[str, asyncio.Task[list[str]]] = {}
-        self._ask_again_s: dict[str, float] = {}
+        self._tries = tries
+        self._lookups_at_once = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._known: dict[str, _Lookup] = {}
+        self._proxies = {URL(text).raw_host or "" for name, text in proxies.items() if name != "no"}
+        self._proxy_addresses = {host for host in self._proxies if is_literal(host)}
+        self._unanswered = 0  # in a row
+        self._patience = SILENT_AFTER if self._proxies else math.inf
 
     async def addresses_of(self, host: str) -> list[str]:
         """The addresses of `host` that may be asked, from memory where it is known.
 
-        Raises FetchError: `dns` when there is no such name (final) or no answer (retryable), `refused` when it
-        has addresses but none that may be asked.
+        Raises FetchError: `dns` when there is no such name (final) or no answer (retryable until it is given up),
+        `refused` when it has addresses but none that may be asked.
         """
         if is_literal(host):
             return [host]
-        if time.monotonic() > self._ask_again_s.get(host, float("inf")):
-            del self._known[host], self._ask_again_s[host]
-        if host not in self._known:
-            self._known[host] = asyncio.ensure_future(self._look_up(host))
+        known = self._known.get(host)
+        if known is None or time.monotonic() > known.until_s:
+            known = self._known[host] = _Lookup(known.failures % self._tries if known else 0)
+            known.task = asyncio.ensure_future(self._look_up(host, known))
+        assert known.task is not None
         # shielded: the name is asked for by others too
-        return await asyncio.shield(self._known[host])
+        return await asyncio.shield(known.task)
 
-    async def _look_up(self, host: str) -> list[str]:
-        async with self._lookups:
+    async def check_behind_proxy(self, host: str) -> None:
+        """Raise FetchError for a name that leads inside, as far as a name server here knows it; the proxy asks its own.
+
+        Where none answers, names are not asked for any more.
+        """
+        try:
+            await self.addresses_of(host)
+        except FetchError as error:
+            if error.outcome == REFUSED:
+                raise
+
+    def may_connect(self, address: str) -> bool:
+        """The last word on every connection."""
+        return self._policy.permits(address) or address in self._proxy_addresses
+
+    async def _look_up(self, host: str, known: _Lookup) -> list[str]:
+        async with self._lookups_at_once:
             try:
-                result = await self._resolver.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
+                found = await self._ask(host)
+                self._unanswered = 0
             except aiodns.error.DNSError as error:
                 code, message = error.args[0], str(error.args[-1])
                 if code in _GONE:
+                    known.until_s = time.monotonic() + KEEP_NAMES_S
                     raise FetchError(DNS, message) from error
-                self._ask_again_s[host] = time.monotonic() + TEMPORARY_FAILURE_S
-                raise FetchError(DNS, message, retryable=True) from error
-        addresses = [_text(node.addr[0]) for node in result.nodes]
-        permitted = [address for address in addresses if self._policy.permits(address)]
+                self._unanswered += 1
+                known.failures += 1
+                given_up = known.failures >= self._tries
+                known.until_s = time.monotonic() + (GIVEN_UP_S if given_up else 0.0)
+                raise FetchError(DNS, message, retryable=not given_up) from error
+        known.until_s = time.monotonic() + KEEP_NAMES_S
+        permitted = [address for address in found if self._policy.permits(address)]
         if not permitted:
-            raise FetchError(REFUSED, f"{host} has the address {', '.join(addresses) or 'none'}")
+            raise FetchError(REFUSED, f"{host} has the address {', '.join(found) or 'none'}")
         return permitted
+
+    async def _ask(self, host: str) -> list[str]:
+        if self._unanswered >= self._patience:
+            raise FetchError(DNS, "no name server answers")
+        while True:
+            try:
+                result = await self._resolver.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
+                return [_text(node.addr[0]) for node in result.nodes]
+            except aiodns.error.DNSError:
+                if not lacks_descriptors():  # our own fault, which says nothing about the name
+                    raise
+                await asyncio.sleep(WAIT_FOR_DESCRIPTORS_S)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         """aiohttp's interface: the addresses that it may connect to."""
         try:
-            addresses = await self.addresses_of(host)
+            addresses = await (self._addresses_of_proxy(host) if host in self._proxies else self.addresses_of(host))
         except FetchError as error:
             raise OSError(None, str(error)) from error
         return [
@@ -164,12 +268,30 @@ class Names(AbstractResolver):
             for address in addresses
         ]
 
+    async def _addresses_of_proxy(self, host: str) -> list[str]:
+        """As the system knows it: a proxy has a local name."""
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        self._proxy_addresses.update(addresses)
+        return addresses
+
+    def forget_oldest(self, keep: int) -> None:
+        """Bound the memory; not while names are being looked up."""
+        drop_oldest(self._known, keep)
+
     async def close(self) -> None:
         """End the lookups under way."""
-        for task in self._known.values():
+        tasks = [known.task for known in self._known.values() if known.task]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._known.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._resolver.close()
+
+
+def drop_oldest(known: dict[Any, Any], keep: int) -> None:
+    """Leave the `keep` entries that were made last."""
+    for key in list(known)[: max(0, len(known) - keep)]:
+        del known[key]
 
 
 def _text(address: str | bytes) -> str:

@@ -14,14 +14,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.web.ledger import COLUMNS, LISTED_HASH, MEANING, OK, count_outcomes, last_outcomes, print_outcomes
+from data_prep.web.ledger import (
+    COLUMNS,
+    LISTED_HASH,
+    OK,
+    RETRIABLE,
+    FetchError,
+    count_outcomes,
+    last_outcomes,
+    print_outcomes,
+)
 from data_prep.web.passes import FIXED, Pass, Settings, list_files, read_passes, statistics_path
 from data_prep.web.processes import check_distributor, fill_missing_shards, working_in
+from data_prep.web.web_image import read_boxes
 from formats.errors import UserError, nearest_of
 from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
 from formats.manifest import DATASET, MANIFEST, PROVENANCE
 
 __all__ = ["Settings", "download", "retry"]
+
+INGEST = "bring it into form with `data-prep ingest`"
 
 
 def download(urls: Path, directory: Path, settings: Settings, share: tuple[int, int] | None = None) -> Counter[str]:
@@ -35,8 +47,7 @@ def download(urls: Path, directory: Path, settings: Settings, share: tuple[int, 
     or not a single image could be had.
     """
     check_distributor(settings.distributor)
-    rows = _check_urls(urls, settings)
-    _claim(directory, urls, rows, settings)
+    rows = _claim(directory, urls, settings)
     first = dataclasses.replace(read_passes(directory)[0], urls=urls, share=share or (0, 1))
     with working_in(directory, first.share) as log:
         _fill(directory, first, settings, log)
@@ -60,8 +71,8 @@ def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counte
     """
     check_distributor(settings.distributor)
     for name in classes:
-        if name not in MEANING or name == OK:
-            raise UserError(f"--class {name}: no such class{nearest_of(name, [n for n in MEANING if n != OK])}")
+        if name not in RETRIABLE:
+            raise UserError(f"--class {name}: no such class{nearest_of(name, RETRIABLE)}")
     if not read_passes(directory):
         raise UserError(f"{directory}: no download was made here; start with `data-prep download`")
     settings = _as_before(directory, settings)
@@ -84,11 +95,11 @@ def retry(directory: Path, classes: Sequence[str], settings: Settings) -> Counte
 def _choose(directory: Path, classes: Sequence[str], settings: Settings) -> Pass | None:
     """Write the list of what to try again and note it as a pass of its own."""
     name = f"retry_{len(read_passes(directory)) + 1}.parquet"
-    tables = _failed(directory, classes)
-    first = next(tables, None)
-    if first is None:
+    if not any(pc.any(pc.not_equal(table["url"], "")).as_py() for table in _failed(directory, classes)):
         print(f"no url ended in {', '.join(classes)}: nothing to do")
         return None
+    tables = _failed(directory, classes)
+    first = next(tables)
     rows = 0
     with replacing(directory / name) as temporary, pq.ParquetWriter(temporary, first.schema) as writer:
         for table in itertools.chain([first], tables):
@@ -106,10 +117,12 @@ def _choose(directory: Path, classes: Sequence[str], settings: Settings) -> Pass
 
 
 def _failed(directory: Path, classes: Sequence[str]) -> Iterator[pa.Table]:
-    """The urls to try again, as a list that `download` could read."""
+    """The urls to try again, as a list that `download` could read.
+
+    Rows that `forget` blanked come along, so that every row of a class goes over to the new pass; nobody asks for them.
+    """
     for table in last_outcomes(directory):
         chosen = table.filter(pc.is_in(table["class"], pa.array(list(classes))))
-        chosen = chosen.filter(pc.not_equal(chosen["url"], ""))  # what `forget` blanked
         listed_hash = chosen[LISTED_HASH]
         chosen = chosen.drop_columns([name for name in COLUMNS.names if name in chosen.column_names])
         if chosen.num_rows:
@@ -127,31 +140,79 @@ def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None
         fill_missing_shards(directory, one, settings, log)
 
 
-def _check_urls(urls: Path, settings: Settings) -> int:
-    """The number of rows; every url must be http(s)."""
+def _check_list(urls: Path, settings: Settings) -> None:
+    """Refuse, before the first request, a list with anything that would keep a shard from being written."""
+    files = [path for path in list_files(urls) if path.is_file()]
+    boxes = 0
+    first: dict[str, pa.DataType] = {}
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+            columns = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            _check_columns(path, file.schema_arrow, settings.blur_column)
+            first = first or columns
+            other = next((name for name in {**first, **columns} if first.get(name) != columns.get(name)), None)
+            if other is not None:
+                types = f"{columns.get(other, 'absent')}, and {first.get(other, 'absent')} in {files[0].name}"
+                raise UserError(f"{path}: its column {other} is {types}: {INGEST}")
+            for batch in file.iter_batches():
+                boxes += _check_rows(path, batch, settings.blur_column)
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: {str(error).splitlines()[0]}: {INGEST}") from error
+    if settings.blur_column and not boxes:
+        raise UserError(
+            f"{urls}: all of --blur-column {settings.blur_column} is null, so that nothing would be blurred: "
+            "name the column with the boxes (an empty list says that a picture has none)"
+        )
+
+
+def _check_columns(path: Path, schema: pa.Schema, blur_column: str | None) -> None:
+    needed = ["uid", "url", "caption", *([blur_column] if blur_column else [])]
+    absent = [name for name in needed if name not in schema.names]
+    if absent:
+        raise UserError(f"{path} has no column {', '.join(absent)}: {INGEST}")
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]}: {INGEST}")
+    for name in {"url", "caption", "sha256"}.intersection(schema.names):
+        kind = schema.field(name).type
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)) and (
+            name != "sha256" or not pa.types.is_null(kind)
+        ):
+            raise UserError(f"{path}: its column {name} is {kind}, not text: {INGEST}")
+
+
+def _check_rows(path: Path, batch: pa.RecordBatch, blur_column: str | None) -> int:
+    """How many rows say which boxes to blur."""
+    batch.validate(full=True)  # text that is not UTF-8, above all
+    passes = pc.match_substring_regex(batch["url"].cast(pa.string()), r"^(?i:https?)://").fill_null(False)
+    if not pc.all(passes, min_count=0).as_py():
+        raise UserError(f"{path} has urls that are not http(s): filter them with `data-prep ingest`")
+    for name in ("uid", "caption"):
+        if batch[name].null_count:
+            raise UserError(f"{path} has rows without {name}: {INGEST}")
+    if blur_column is None:
+        return 0
+    try:
+        for value in batch[blur_column].to_pylist():
+            read_boxes(value)
+    except FetchError as error:
+        raise UserError(f"{path}: --blur-column {blur_column}: {error.message}") from error
+    return len(batch) - int(batch[blur_column].null_count)
+
+
+def _count_rows(urls: Path) -> int:
     files = [path for path in list_files(urls) if path.is_file()]
     if not files:
         raise UserError(f"{urls}: no such file, or folder of parts; make it with `data-prep ingest`")
-    rows = sum(_check_file(path, settings) for path in files)
+    try:
+        rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
+    except pa.ArrowException as error:
+        raise UserError(f"{urls}: {str(error).splitlines()[0]}: {INGEST}") from error
     if not rows:
         raise UserError(f"{urls} has no rows")
     return rows
-
-
-def _check_file(path: Path, settings: Settings) -> int:
-    needed = ["uid", "url", "caption", *([settings.blur_column] if settings.blur_column else [])]
-    try:
-        file = pq.ParquetFile(path)
-        absent = [name for name in needed if name not in file.schema_arrow.names]
-        if absent:
-            raise UserError(f"{path} has no column {', '.join(absent)}: bring it into form with `data-prep ingest`")
-        for batch in file.iter_batches(columns=["url"]):
-            passes = pc.match_substring_regex(batch["url"].cast(pa.string()), r"^(?i:https?)://").fill_null(False)
-            if not pc.all(passes, min_count=0).as_py():
-                raise UserError(f"{path} has urls that are not http(s): filter them with `data-prep ingest`")
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    return int(file.metadata.num_rows)
 
 
 def _digest(urls: Path) -> str:
@@ -162,8 +223,9 @@ def _digest(urls: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
-    """Note what is downloaded where; refuse a directory that holds something else."""
+def _claim(directory: Path, urls: Path, settings: Settings) -> int:
+    """Note what is downloaded where, and how many rows it has; refuse a directory that holds something else."""
+    rows = _count_rows(urls)
     line = {
         "step": "download",
         "urls": urls.name,
@@ -184,7 +246,9 @@ def _claim(directory: Path, urls: Path, rows: int, settings: Settings) -> None:
     elif directory.exists() and any(directory.glob("*.tar")):
         raise UserError(f"{directory} holds shards that no download made: choose another --output")
     else:
+        _check_list(urls, settings)  # once: the list of a claimed directory was checked, and has not changed
         write_json_lines(provenance, [line])
+    return rows
 
 
 def _as_before(directory: Path, settings: Settings) -> Settings:

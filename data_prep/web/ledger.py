@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ OPT_OUT = "opt-out"
 HASH = "hash"
 REFUSED = "refused"
 OTHER = "other"
+FORGOTTEN = "forgotten"
 
 MEANING = {
     OK: "image and caption in a shard",
@@ -47,9 +48,11 @@ MEANING = {
     HASH: "not the image that the list was made from",
     REFUSED: "an address that no public image has",
     OTHER: "see error_message in the shard's .parquet",
+    FORGOTTEN: "taken out by `data-prep forget`: never asked for again",
 }
 # what may be different next time; the rest of an answer is final
 TRANSIENT = (DNS, CONNECT, TIMEOUT, THROTTLED, SERVER_ERROR)
+RETRIABLE = tuple(name for name in MEANING if name not in (OK, FORGOTTEN))
 
 ADVICE = {
     DNS: (
@@ -80,10 +83,14 @@ class FetchError(Exception):
     retry_after_s: float | None = None
     elapsed_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.message = readable(self.message)
+
     def __str__(self) -> str:
         return f"{self.outcome}: {self.message}"
 
 
+MESSAGE_CHARACTERS = 300
 # columns that a url list brings along and that mean something else here: the published size and hash
 LISTED_HASH = "listed_sha256"
 _NOT_CARRIED = ("width", "height", "sha256", LISTED_HASH)
@@ -109,16 +116,31 @@ COLUMNS = pa.schema(
 )
 
 
+def readable(text: str) -> str:
+    """Text from outside as one line that every file can hold; bytes that are no UTF-8 are taken for Latin-1."""
+    try:
+        raw = text.encode("utf-8", "surrogateescape")  # what aiohttp makes of bytes
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "replace")
+    try:
+        decoded = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        decoded = raw.decode("latin-1")
+    return "".join(character if character.isprintable() else " " for character in decoded)[:MESSAGE_CHARACTERS]
+
+
 def carried_columns(schema: pa.Schema) -> list[str]:
     """The columns of a url list that go into the ledger and into the samples' json."""
     return [name for name in schema.names if name not in _NOT_CARRIED and name not in COLUMNS.names]
 
 
-def write_ledger(path: Path, listed: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the outcomes of one shard's urls: the carried columns of its list, then `COLUMNS`."""
-    fields = [listed.field(name) for name in carried_columns(listed)] + list(COLUMNS)
+def write_ledger(path: Path, listed: pa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write what became of each row of a list: its carried columns, as they are, then `COLUMNS`."""
+    table = listed.select(carried_columns(listed.schema))
+    for name, column in zip(COLUMNS.names, pa.Table.from_pylist(rows, COLUMNS).columns, strict=True):
+        table = table.append_column(COLUMNS.field(name), column)
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(rows), pa.schema(fields)), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def count_outcomes(directory: Path) -> Counter[str]:
@@ -166,7 +188,6 @@ def _is_last(one: Pass, outcome: str, passes: Sequence[Pass]) -> bool:
     return not any(outcome in later.classes for later in passes if later.attempt > one.attempt)
 
 
-FORGOTTEN = "forgotten"
 RETRY_LISTS = "retry_*.parquet"
 
 

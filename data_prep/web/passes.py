@@ -30,7 +30,7 @@ class Settings:
     image_size: int = 256
     resize_mode: str = "keep_ratio"
     samples_per_shard: int = 10_000
-    blur_column: str | None = None  # boxes [left, top, right, bottom] to blur, as shares of width and height
+    blur_column: str | None = None  # boxes to blur, see `web_image.read_boxes`
     accept_changed: bool = False  # keep images whose sha256 is not the one in the list
 
     distributor: str = "multiprocessing"
@@ -44,13 +44,15 @@ class Settings:
     host_connections: int = 20
     host_requests_per_s: float = 100.0
     nameservers: tuple[str, ...] = ()  # empty: those of the system
+    proxies: tuple[tuple[str, str], ...] = ()  # (scheme, url) of each, see `addresses.read_proxies`
     contact: str | None = None
     allow_local: bool = False
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Settings:
         """From its fields as JSON has them."""
-        return cls(**{**fields, "nameservers": tuple(fields["nameservers"])})
+        proxies = tuple((name, url) for name, url in fields["proxies"])
+        return cls(**{**fields, "nameservers": tuple(fields["nameservers"]), "proxies": proxies})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,4 +161,4 @@ def read_rows(urls: Path, start: int, stop: int) -> pa.Table:
                 skipped = max(0, start - first)
                 tables.append(file.read_row_group(group).slice(skipped, min(stop, first + count) - first - skipped))
             first += count
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="default")  # parts may differ in the order of their columns

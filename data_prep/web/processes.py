@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ from data_prep.console import progress_bar
 from data_prep.shards.publish import adding
 from data_prep.web.ledger import OK, advice_for
 from data_prep.web.passes import Pass, Settings, read_statistics
-from data_prep.web.shard_worker import PROGRESS_DIRECTORY, ShardWorker, Task, progress_path, shards_under_way
+from data_prep.web.shard_worker import DEFECT, PROGRESS_DIRECTORY, ShardWorker, Task, progress_path, shards_under_way
 from formats.errors import UserError
 
 POLL_S = 0.2
@@ -74,6 +75,8 @@ def working_in(directory: Path, share: tuple[int, int] = (0, 1)) -> Iterator[Bin
                 if time.monotonic() > give_up_s:
                     raise UserError(f"{directory}: another download is at work here; wait for it, or end it") from None
                 time.sleep(POLL_S)
+            except OSError:
+                break  # a filesystem that has no locks: see `publish`
         yield log
 
 
@@ -94,10 +97,10 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: Bin
     missing = len(one.missing(directory))
     if missing:
         reason = f"ended with {_describe(ending)}" if ending else "gave up on them"
-        reason = _last_error(Path(log.name), log_start) or reason
-        raise UserError(
-            f"{missing} of {len(one.numbers)} shards are missing: the download {reason}, see {log.name}; {RERUN}"
-        )
+        said, is_defect = _last_error(Path(log.name), log_start)
+        advice = "this is a defect, which the same command would meet again: please report it" if is_defect else RERUN
+        count = f"{missing} of {len(one.numbers)} shards are missing"
+        raise UserError(f"{count}: the download {said or reason}, see {log.name}; {advice}")
     _clean_up(directory, one)
 
 
@@ -187,12 +190,15 @@ def _shares(counts: Counter[str]) -> str:
     return ", ".join([f"{counts[OK] / total:.1%} ok", *(f"{name} {count / total:.1%}" for name, count in failures)])
 
 
-def _last_error(log: Path, start: int) -> str:
-    """What a worker said last when it could not write a shard."""
+def _last_error(log: Path, start: int) -> tuple[str, bool]:
+    """What a worker said last when it could not write a shard, and whether a rerun cannot mend it."""
     with log.open("rb") as stream:
         stream.seek(start)
-        lines = [line for line in stream.read().decode(errors="replace").splitlines() if line.startswith("error: ")]
-    return f"said {lines[-1][len('error: ') :]!r}" if lines else ""
+        lines = stream.read().decode(errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(("error: ", DEFECT))]
+    if not said:
+        return "", False
+    return f"said {said[-1].partition(': ')[2]!r}", all(line.startswith(DEFECT) for line in said)
 
 
 def _describe(returncode: int) -> str:
@@ -206,7 +212,10 @@ def _run_child(options: dict[str, Any]) -> None:
     tasks = [(shard, one.rows_of(shard)) for shard in one.missing(directory)]
     worker = ShardWorker(directory, one, settings)
     if settings.distributor == MULTIPROCESSING:
-        _on_this_machine(worker, tasks, settings.processes)
+        try:
+            _on_this_machine(worker, tasks, settings.processes)
+        except BrokenProcessPool:
+            print("error: a worker process was killed (out of memory?): use fewer --processes", flush=True)
         return
     from img2dataset.distributor import pyspark_distributor, ray_distributor
 

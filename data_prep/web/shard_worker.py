@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
 import random
 import time
 import traceback
@@ -24,8 +24,9 @@ import cv2
 import pyarrow as pa
 
 from data_prep.shards.writer import TarWriter
-from data_prep.web.http_client import HttpClient
+from data_prep.web.http_client import HttpClient, raise_descriptor_limit
 from data_prep.web.ledger import (
+    FORGOTTEN,
     HASH,
     LISTED_HASH,
     OK,
@@ -36,8 +37,8 @@ from data_prep.web.ledger import (
     write_ledger,
 )
 from data_prep.web.passes import Pass, Settings, read_rows, sample_key, shard_name, statistics_path
-from data_prep.web.web_image import WebImage, to_jpeg
-from formats.files import replacing, write_json
+from data_prep.web.web_image import WebImage, read_boxes, to_jpeg
+from formats.files import flush_to_disk, replacing, to_json, write_json
 
 Row: TypeAlias = dict[str, Any]
 Task: TypeAlias = tuple[int, tuple[int, int]]  # shard, its rows of the list
@@ -46,6 +47,7 @@ BACK_OFF_S = 0.5  # before the second try; doubled for each further one
 MAX_BACK_OFF_S = 60.0
 PROGRESS_S = 1.0
 PROGRESS_DIRECTORY = "_tmp"
+DEFECT = "defect: "  # before what no rerun can mend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +64,43 @@ class ShardWorker:
         cv2.setNumThreads(1)
         try:
             table = read_rows(self.one.urls, start, stop)
-            with _Shard(self.directory, shard, self.one, table.schema) as output:
-                asyncio.run(_fill(output, table.to_pylist(), self.settings))
-        except Exception as error:
+            loop, client = _network(self.settings)
+            with _Shard(self.directory, shard, self.one, table) as output:
+                loop.run_until_complete(_fill(output, table, client, self.settings))
+            client.forget_oldest()
+        except (OSError, MemoryError) as error:  # a full disk, for one: somebody can help
             traceback.print_exc()
             print(f"error: shard {shard}: {type(error).__name__}: {error}", flush=True)
             return False, task
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{DEFECT}shard {shard}: {type(error).__name__}: {error}", flush=True)
+            return False, task
         return True, task
+
+
+@functools.lru_cache(maxsize=1)
+def _network(settings: Settings) -> tuple[asyncio.AbstractEventLoop, HttpClient]:
+    """This process's event loop and client: what they know of names and hosts serves one shard after the other."""
+    raise_descriptor_limit()
+    loop = asyncio.new_event_loop()
+    return loop, loop.run_until_complete(_make_client(settings))
+
+
+async def _make_client(settings: Settings) -> HttpClient:
+    return HttpClient(settings)
 
 
 class _Shard:
     """The files of a shard in the making; nothing has its final name before all is written."""
 
-    def __init__(self, directory: Path, shard: int, one: Pass, listed: pa.Schema) -> None:
+    def __init__(self, directory: Path, shard: int, one: Pass, listed: pa.Table) -> None:
         self.counts: Counter[str] = Counter()
         self._directory = directory
         self._shard = shard
         self._one = one
         self._listed = listed
-        self._carried = carried_columns(listed)
+        self._carried = carried_columns(listed.schema)
         self._ledger: dict[int, Row] = {}
         self._start_s = time.time()
         self._resources = contextlib.ExitStack()
@@ -93,8 +113,7 @@ class _Shard:
     def add(self, index: int, row: Row, outcome: Row, image: WebImage | None) -> None:
         """Note what became of a url, and store the image where there is one."""
         key = sample_key(self._shard, index, self._one.samples_per_shard)
-        entry = {name: row[name] for name in self._carried}
-        entry |= {
+        entry: Row = {
             LISTED_HASH: row.get("sha256"),
             "key": key,
             "shard": f"{shard_name(self._shard)}.tar",
@@ -104,15 +123,20 @@ class _Shard:
         }
         if image is not None:
             entry |= {name: value for name, value in dataclasses.asdict(image).items() if name != "data"}
-            known = {name: value for name, value in entry.items() if value is not None}
-            description = json.dumps(known, ensure_ascii=False, default=str).encode()
-            self._tar.write(key, {"jpg": image.data, "txt": row["caption"].encode(), "json": description})
+            described = {name: row[name] for name in self._carried} | entry
+            known = {name: value for name, value in described.items() if value is not None}
+            members = {
+                "jpg": image.data,
+                "txt": row["caption"].replace("\0", " ").encode(),
+                "json": to_json(known, default=str).encode(),
+            }
+            self._tar.write(key, members)
         self._ledger[index] = entry
         self.counts[outcome["class"]] += 1
 
     def write_progress(self) -> None:
-        """Say how far this shard is."""
-        write_json(progress_path(self._directory, self._shard), self.counts)
+        """Say how far this shard is; the reader leaves out one that is half written."""
+        progress_path(self._directory, self._shard).write_text(to_json(self.counts), encoding="utf-8")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,6 +145,7 @@ class _Shard:
         if kind is None:
             rows = [row for _, row in sorted(self._ledger.items())]
             write_ledger(self._directory / f"{shard_name(self._shard)}.parquet", self._listed, rows)
+            flush_to_disk(self._directory)  # or after a power loss the statistics could speak of files without a name
             write_json(statistics_path(self._directory, self._shard), self._statistics())
 
     def _statistics(self) -> Row:
@@ -151,20 +176,29 @@ def shards_under_way(directory: Path) -> list[int]:
     return [int(path.stem) for path in (directory / PROGRESS_DIRECTORY).glob("[0-9]*.json")]
 
 
-async def _fill(output: _Shard, rows: list[Row], settings: Settings) -> None:
+async def _fill(output: _Shard, table: pa.Table, client: HttpClient, settings: Settings) -> None:
     # one decoder: the network is waited for meanwhile, and one large picture at a time is in memory
     with ThreadPoolExecutor(1) as decoder:
-        async with HttpClient(settings) as client:
-            tasks = [
-                asyncio.ensure_future(_one_url(output, index, row, client, decoder, settings))
-                for index, row in enumerate(rows)
-            ]
-            reporter = asyncio.ensure_future(_report_progress(output))
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in (*tasks, reporter):
-                    task.cancel()
+        tasks = [
+            asyncio.ensure_future(_one_url(output, index, row, client, decoder, settings))
+            for index, row in enumerate(_rows_of(table))
+        ]
+        reporter = asyncio.ensure_future(_report_progress(output))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in (*tasks, reporter):
+                task.cancel()
+            await asyncio.gather(*tasks, reporter, return_exceptions=True)
+
+
+def _rows_of(table: pa.Table) -> list[Row]:
+    try:
+        rows: list[Row] = table.to_pylist()
+    except (ValueError, OverflowError):  # times that Python cannot say
+        text = [field.with_type(pa.string()) if pa.types.is_temporal(field.type) else field for field in table.schema]
+        rows = table.cast(pa.schema(text)).to_pylist()
+    return rows
 
 
 async def _report_progress(output: _Shard) -> None:
@@ -191,6 +225,8 @@ async def _try_once(
     """The ledger's columns, and the image or why there is none."""
     outcome: Row = {}
     try:
+        if not row["url"]:
+            raise FetchError(FORGOTTEN, FORGOTTEN)
         async with client.image(row["url"]) as body:
             outcome = {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
             loop = asyncio.get_running_loop()
@@ -216,5 +252,5 @@ def _finish(data: bytes, row: Row, settings: Settings) -> tuple[str, WebImage]:
     listed = row.get("sha256")
     if listed and listed.lower() != digest and not settings.accept_changed:
         raise FetchError(HASH, f"sha256 {digest}")
-    boxes = row[settings.blur_column] if settings.blur_column else None
-    return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes or ())
+    boxes = read_boxes(row[settings.blur_column]) if settings.blur_column else []
+    return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes)

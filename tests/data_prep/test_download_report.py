@@ -22,7 +22,7 @@ def write_download(directory: Path, outcomes: list[tuple[str, str, str | None]],
         {"uid": url, "url": url, "caption": "x", "class": outcome, "error_message": message, "elapsed_s": 0.1}
         for url, outcome, message in outcomes
     ]
-    write_ledger(directory / "00000.parquet", LISTED, rows)
+    write_ledger(directory / "00000.parquet", pa.Table.from_pylist(rows, LISTED), rows)
     counts: dict[str, int] = {}
     for _, outcome, _ in outcomes:
         counts[outcome] = counts.get(outcome, 0) + 1

@@ -160,7 +160,7 @@ def write_download(directory: Path) -> None:
         }
         for n in range(lines[0]["samples"] + 2)
     ]
-    write_ledger(directory / "00000.parquet", listed, rows)
+    write_ledger(directory / "00000.parquet", pa.Table.from_pylist(rows, listed), rows)
     (directory / "download.html").write_text("https://host1.example.org/1.jpg")
 
 

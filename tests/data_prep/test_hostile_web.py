@@ -246,7 +246,7 @@ def test_retry_fetches_the_failed_urls_only_and_into_further_shards(tmp_path: Pa
 
     assert retry(shards, ["5xx"], settings) == {"ok": 8, "4xx": 1}  # nothing left: nothing done
     assert (shards / "manifest.jsonl").exists()
-    with pytest.raises(UserError, match=r"no such class .*did you mean '5xx'"):
+    with pytest.raises(UserError, match=r"no such class.*did you mean '5xx'"):
         retry(shards, ["5x"], settings)
     with pytest.raises(UserError, match="no download was made here"):
         retry(tmp_path, ["5xx"], settings)

@@ -194,9 +194,9 @@ def test_the_user_agent_says_who_asks() -> None:
     assert "Mozilla" not in user_agent(None)
 
 
-def lookups(dns: SmallDns, hosts: list[str]) -> list[list[str] | str]:
+def lookups(dns: SmallDns, hosts: list[str], tries: int = 3) -> list[list[str] | str]:
     async def ask() -> list[list[str] | str]:
-        resolver = Names(AddressPolicy(), [dns.address], timeout_s=0.6)
+        resolver = Names(AddressPolicy(), [dns.address], timeout_s=0.6, tries=tries, proxies={})
         found: list[list[str] | str] = []
         for host in hosts:
             try:
@@ -210,28 +210,28 @@ def lookups(dns: SmallDns, hosts: list[str]) -> list[list[str] | str]:
 
 
 def test_names_are_asked_once_and_checked(dns: SmallDns) -> None:
-    dns.names = {
-        "a.example": ["8.8.8.8"],
-        "mixed.example": ["10.0.0.1", "8.8.4.4"],
-        "inside.example": ["192.168.0.1"],
-        "ill.example": SERVER_FAILURE,
-        "mute.example": None,
-    }
-    hosts = ["a.example", "mixed.example", "inside.example", "ill.example", "mute.example", "gone.example", "8.8.8.8"]
-    expected = [["8.8.8.8"], ["8.8.4.4"], "refused!", "dns?", "dns?", "dns!", ["8.8.8.8"]]
+    dns.names = {"a.example": ["8.8.8.8"], "mixed.example": ["10.0.0.1", "8.8.4.4"], "inside.example": ["192.168.0.1"]}
+    hosts = ["a.example", "mixed.example", "inside.example", "gone.example", "8.8.8.8"]
+    expected = [["8.8.8.8"], ["8.8.4.4"], "refused!", "dns!", ["8.8.8.8"]]
     assert lookups(dns, hosts) == expected
     questions = dns.questions.copy()
     assert lookups(dns, hosts * 3) == expected * 3
     assert dns.questions - questions == questions  # the second run asks what the first one did, and nothing twice
 
 
-def test_a_name_that_failed_for_a_moment_is_asked_again_later(dns: SmallDns, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "TEMPORARY_FAILURE_S", 0.0)
-    dns.names = {"ill.example": SERVER_FAILURE}
-    assert lookups(dns, ["ill.example"]) == ["dns?"]
+@pytest.mark.parametrize("answer", [SERVER_FAILURE, None])
+def test_each_retry_of_a_name_sends_a_question_until_it_is_given_up(dns: SmallDns, answer: int | None) -> None:
+    dns.names = {"ill.example": answer}
+    assert lookups(dns, ["ill.example"], tries=1) == ["dns!"]
     once = dns.questions["ill.example"]
-    assert lookups(dns, ["ill.example"] * 3) == ["dns?"] * 3
-    assert dns.questions["ill.example"] == 4 * once
+    assert lookups(dns, ["ill.example"] * 5, tries=3) == ["dns?", "dns?", "dns!", "dns!", "dns!"]
+    assert dns.questions["ill.example"] == (1 + 3) * once
+
+
+def test_a_name_that_was_given_up_is_asked_about_again_later(dns: SmallDns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "GIVEN_UP_S", 0.0)
+    dns.names = {"ill.example": SERVER_FAILURE}
+    assert lookups(dns, ["ill.example"] * 4, tries=2) == ["dns?", "dns!", "dns?", "dns!"]
 
 
 def test_an_answer_that_changes_is_not_asked_for_again(dns: SmallDns, web: SmallWeb) -> None:
