@@ -64,38 +64,28 @@ def add_pack(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _pack(options: argparse.Namespace) -> int:
     from data_prep.packing import pack
-    from data_prep.packing.local_sources import Columns
+    from data_prep.packing.local_sources import Columns, open_source
 
-    labels = (options.label_column, options.classnames, options.templates)
-    labelled = all(labels)
-    if any(labels) and not labelled:
-        raise UserError("labels need all of --label-column, --classnames and --templates")
-    if options.layout == "classification" and not labelled:
-        raise UserError("--as classification needs --label-column, --classnames and --templates")
-    if options.layout == "retrieval" and labelled:
+    classes = (options.label_column, options.classnames, options.templates)
+    is_labelled = options.layout == "classification" or any(classes)
+    if options.layout == "retrieval" and is_labelled:
         raise UserError("--as retrieval takes captions: drop --label-column, --classnames and --templates")
-    columns = Columns(options.image_column, options.caption_column, options.label_column)
-    classnames = pack.read_lines(options.classnames) if labelled else None
-    templates = pack.read_lines(options.templates) if labelled else None
+    source = open_source(options.source, Columns(options.image_column, options.caption_column, options.label_column))
+    labels = None
+    if is_labelled:
+        if source.classes is None and options.label_column is None:
+            raise UserError(f"{options.source} is a table: say with --label-column which column holds the class")
+        labels = pack.make_labels(source, *(pack.read_lines(file) if file else None for file in classes[1:]))
     if options.layout == "retrieval":
-        pack.pack_retrieval(options.source, options.output, columns, overwrite=options.overwrite)
-    elif options.layout == "classification" and classnames and templates:
-        pack.pack_classification(
-            options.source,
-            options.output,
-            columns,
-            classnames=classnames,
-            templates=templates,
-            overwrite=options.overwrite,
-        )
+        pack.pack_retrieval(source, options.output, overwrite=options.overwrite)
+    elif options.layout == "classification" and labels:
+        pack.pack_classification(source, options.output, labels, overwrite=options.overwrite)
     else:
         pack.pack_training(
-            options.source,
+            source,
             options.output,
-            columns,
             each_caption=options.captions == "each",
-            classnames=classnames,
-            templates=templates,
+            labels=labels,
             seed=options.seed,
             samples_per_shard=options.samples_per_shard,
             overwrite=options.overwrite,

@@ -44,6 +44,9 @@ class Refused:
     text: str
 
 
+NO_TEXT = Refused(NOT_UTF8, "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """Rows of a table, texts as bytes, and those that were refused."""
@@ -70,38 +73,41 @@ def read_chunks(
 def read_rows(
     kind: str, stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]
 ) -> Iterator[Row | Refused]:
-    """The same one by one. Texts are bytes, from JSON str; JSON and parquet also give other values."""
+    """The same one by one, as Python values: texts are str, and only parquet gives bytes."""
     if kind in ROW_READERS:
-        yield from ROW_READERS[kind](stream, part, names, columns)
-        return
-    for chunk in (
-        _read_parquet(stream, part, columns, ROWS_PER_BATCH)
-        if kind == "parquet"
-        else read_tsv(stream, part, names, columns)
-    ):
+        records = ROW_READERS[kind](stream, part, names, columns)
+    elif kind == "parquet":
+        records = _records(_read_parquet(stream, part, columns, ROWS_PER_BATCH))
+    else:
+        records = _records(CHUNK_READERS[kind](stream, part, names, columns))
+    for record in records:
+        if isinstance(record, Refused):
+            yield record
+            continue
+        try:
+            yield record if kind == "parquet" else {name: _as_text(value) for name, value in record.items()}
+        except UnicodeError:
+            yield NO_TEXT
+
+
+def _as_text(value: Any) -> Any:
+    """Bytes as text, anything else as it is. Raises UnicodeError for bytes, or a str of JSON, that are not UTF-8."""
+    if isinstance(value, str):
+        value.encode()
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _records(chunks: Iterable[Chunk]) -> Iterator[Row | Refused]:
+    for chunk in chunks:
         yield from chunk.refused
-        values = [_values(chunk.table[name]) for name in columns]
-        for row in zip(*values, strict=True):
-            bad = any(isinstance(value, UnicodeDecodeError) for value in row)
-            yield Refused(NOT_UTF8, "") if bad else dict(zip(columns, row, strict=True))
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    """Python values; an error stands for a nested text that is not UTF-8."""
-    if is_text(column.type):
-        column = as_bytes(column)
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        values = [_value(item) for item in column]
-    return values
-
-
-def _value(item: pa.Scalar) -> Any:
-    try:
-        return item.as_py()
-    except UnicodeDecodeError as error:
-        return error
+        try:
+            yield from chunk.table.to_pylist()
+        except UnicodeDecodeError:  # what parquet calls text need not be UTF-8
+            for row in range(chunk.table.num_rows):
+                try:
+                    yield chunk.table.slice(row, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield NO_TEXT
 
 
 def is_text(kind: pa.DataType) -> bool:
