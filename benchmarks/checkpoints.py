@@ -36,7 +36,7 @@ from pipeline.training.checkpoints.checkpoint import TrainingState, checkpoint_d
 from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
 from pipeline.training.checkpoints.resume import restore, verify
 from pipeline.training.engines.engine import make_engine
-from pipeline.training.engines.engine_config import deepspeed_config, precision_of
+from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.progress import Progress
 
 
@@ -56,7 +56,7 @@ def make_trained_engine(model: str, template: str, ranks: Ranks) -> tuple[Any, A
     plan = BatchPlan(1024, ranks.world_size, 1, ranks.world_size)
     engine = make_engine(clip, recipe, deepspeed_config(recipe, plan, template), ranks)
     engine.backward(torch.stack([parameter.float().square().sum() for parameter in engine.module.parameters()]).sum())
-    engine.step()
+    engine.update(None, torch.zeros(()))
     return engine, recipe, tokenizer
 
 
@@ -73,7 +73,7 @@ def size_bytes(directory: Path) -> int:
 def measure(engine: Any, recipe: Any, tokenizer: Any, rounds: int, ranks: Ranks) -> dict[str, float]:
     """Seconds, and the sizes."""
     place = Path(ranks.from_main(lambda: tempfile.mkdtemp()))
-    state = TrainingState(engine, precision_of(engine.config), recipe.masking, carried=[])
+    state = TrainingState(engine, recipe.masking)
     writer = CheckpointWriter(place / "ours", recipe, tokenizer, ranks)
     times: dict[str, list[float]] = {}
 
@@ -89,14 +89,17 @@ def measure(engine: Any, recipe: Any, tokenizer: Any, rounds: int, ranks: Ranks)
         time_of("ours_restore", lambda ours=ours: restore(state, ours, ranks))
 
         def save_theirs(theirs: Path = theirs) -> None:
-            engine.save_checkpoint(str(theirs.parent), tag=theirs.name, save_latest=False)
+            engine.deepspeed.save_checkpoint(str(theirs.parent), tag=theirs.name, save_latest=False)
 
         def flush_theirs(theirs: Path = theirs) -> None:
             flush_all(theirs, ranks)
 
         time_of("deepspeed_save", save_theirs)
         time_of("deepspeed_flush", flush_theirs)
-        time_of("deepspeed_load", lambda theirs=theirs: engine.load_checkpoint(str(theirs.parent), tag=theirs.name))
+        time_of(
+            "deepspeed_load",
+            lambda theirs=theirs: engine.deepspeed.load_checkpoint(str(theirs.parent), tag=theirs.name),
+        )
         sizes = {"ours_bytes": size_bytes(ours), "deepspeed_bytes": size_bytes(theirs)}
         ranks.barrier()
         if ranks.is_main:

@@ -58,7 +58,7 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
     from pipeline.recipe_files import load_recipe
     from pipeline.training.engines.engine import make_engine
     from pipeline.training.engines.engine_config import deepspeed_config
-    from pipeline.training.objectives.objective import make_objective
+    from pipeline.training.step_loss import make_step_loss
 
     recipe = load_recipe("base", [*options, f"model.name={model}"])
     plan = BatchPlan(1000, PAIRS * ranks.world_size, PAIRS, ranks.world_size)
@@ -66,16 +66,16 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
     vision, end = config.vision, config.text.eot_token_id
     with TensorMemory() as memory:
         engine = make_engine(CLIP(config), recipe, deepspeed_config(recipe, plan, template), ranks)
-        objective = make_objective(recipe.loss, ranks)
+        step_loss = make_step_loss(recipe.loss, ranks)
         for _ in range(2):
             patches = torch.randn(PAIRS * vision.num_patches, 3 * vision.patch_size**2)
             tokens = torch.tensor([[1] * (TOKENS - 1) + [end]] * PAIRS)
             output = engine(
                 patches, keep_all(PAIRS, vision.num_patches, patches.device), PackedTokens.from_padded(tokens, end)
             )
-            loss = objective.pairs(*output)
+            loss = step_loss.pairs(*output)
             engine.backward(loss)
-            engine.step()
+            engine.update(None, torch.zeros(()))
             del patches, tokens, output, loss
     return {"states_bytes": living_bytes(), "peak_bytes": memory.peak_bytes}
 

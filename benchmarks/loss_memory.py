@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from record import record
 from torch import Tensor
 
-from model.loss import Objective
+from model.loss import ContrastiveLoss
 
 Loss = Callable[..., Tensor]
 K = 1024
@@ -42,8 +42,8 @@ def open_clip_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, _: Tensor) 
 
 
 LOSSES: dict[str, Loss] = {
-    "info_nce": lambda image, text, scale, _: Objective("info_nce")(image, text, scale),
-    "sigmoid": Objective("sigmoid"),
+    "info_nce": lambda image, text, scale, _: ContrastiveLoss("info_nce")(image, text, scale),
+    "sigmoid": ContrastiveLoss("sigmoid"),
     "open_clip": open_clip_loss,
 }
 PEAKS = [("info_nce", 8), ("info_nce", 16), ("info_nce", 32), ("sigmoid", 16), ("open_clip", 8), ("open_clip", 16)]

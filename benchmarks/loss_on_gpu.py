@@ -23,7 +23,7 @@ from loss_memory import Loss, make_leaves, open_clip_loss
 from record import record
 from torch import Tensor
 
-from model.loss import Objective
+from model.loss import ContrastiveLoss
 from model.loss_tiles import TorchTiles, make_tiles
 
 
@@ -37,8 +37,8 @@ def arms(device: torch.device) -> dict[str, Loss]:
     """What is compared."""
     info_nce = {"info_nce": make_tiles(device), "info_nce_torch": TorchTiles(4096)}
     return {
-        **{name: lambda *x, tiles=tiles: Objective(tiles=tiles)(*x[:3]) for name, tiles in info_nce.items()},
-        "sigmoid": Objective("sigmoid", tiles=make_tiles(device)),
+        **{name: lambda *x, tiles=tiles: ContrastiveLoss(tiles=tiles)(*x[:3]) for name, tiles in info_nce.items()},
+        "sigmoid": ContrastiveLoss("sigmoid", tiles=make_tiles(device)),
         "open_clip": open_clip_loss,
         "open_clip_bf16": open_clip_bf16,
     }

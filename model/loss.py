@@ -62,7 +62,7 @@ class PairLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class ContrastiveLoss:
     """A loss of image and text features: which one, how columns are exchanged, how tiles are computed."""
 
     kind: LossKind = "info_nce"
@@ -172,4 +172,4 @@ def attach_gradients(pair_loss: PairLoss, *inputs: Tensor | None) -> Tensor:
 
 
 # InfoNCE of a single process.
-contrastive_loss = Objective()
+contrastive_loss = ContrastiveLoss()

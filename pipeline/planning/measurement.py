@@ -17,12 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.training.engines.engine import make_engine, release
-from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objectives.objective import make_objective
 from pipeline.training.stage_plan import Stage
-from pipeline.training.train_step import train_step
-from pipeline.training.weights.stage_model import make_model, speed_up
+from pipeline.training.train_step import make_learner, train_step
+from pipeline.training.weights.stage_model import make_model
 
 _MARK = "planning/"
 _OPERATIONS = {
@@ -165,21 +162,18 @@ def try_steps(stage: Stage, config: dict[str, Any], ranks: Ranks, steps: Sequenc
     start_s = time.perf_counter()
     with TensorMemory() as memory:
         clip = make_model(stage, None, ranks.device)
-        speed_up(clip, stage)
-        engine = make_engine(clip, stage.recipe, config, ranks)
-        masks = MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, ranks)
-        objective = make_objective(stage.recipe.loss, ranks)
+        learner = make_learner(stage, clip, config, ranks)
         setup_s = time.perf_counter() - start_s
         for step, micro_batches in enumerate(steps, start=stage.first_step):
             memory.mark("rest")
             start_s = time.perf_counter()
             with CollectiveVolume() as volume:
-                train_step(engine, micro_batches, masks, objective, ranks, step, stage.progress(step))
+                train_step(learner, micro_batches, step, stage.progress(step))
             step_s = time.perf_counter() - start_s
             memory.mark("step")
     weight_bytes = sum(parameter.nbytes for parameter in clip.parameters())
-    del masks, objective
-    release(engine)
+    learner.engine.release()
+    del learner
     resting, stepped = [mark for mark in memory.marks if mark.name in ("rest", "step")][-2:]
     return Trial(
         weight_bytes,

@@ -77,7 +77,7 @@ def _weights_and_gradients(load: Workload) -> list[Traffic]:
 
 
 def _features(load: Workload) -> list[Traffic]:
-    """The loss's exchange of columns and of what is found at them (training/objectives/feature_exchange.py)."""
+    """The loss's exchange of columns and of what is found at them (training/feature_exchange.py)."""
     times = 1 if load.cache_gradients else load.accumulation_steps
     B = load.micro_batch_size * (load.accumulation_steps if load.cache_gradients else 1)
     G, E = B * load.world_size, load.model.embed_dim

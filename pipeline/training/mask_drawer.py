@@ -53,8 +53,8 @@ class MaskDrawer:
         )
         return images, choose_patches(images, self.config, self._generator, guidance)
 
-    def follow(self) -> None:
-        """After an update of the weights: let the copy that `attentive` looks through move towards them."""
+    def update_copy(self) -> None:
+        """After an update of the weights: move the copy that `attentive` looks through towards them."""
         if self.copy:
             with gathered_weights(self._visual) as weights:
                 self.copy.update(weights, self.config.ema_decay)

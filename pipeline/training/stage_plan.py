@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from model.flops import step_flops
 from model.masking import MaskingConfig
 from pipeline.data.data_loader import BATCHES_AHEAD
 from pipeline.data.sample_order import BatchPlan
-from pipeline.recipe import Recipe
+from pipeline.recipe import OptimizerSection, Recipe
 from pipeline.training.progress import Progress, StageStart
 
 # The length of captions is known once they are read; where stages are compared, all have this many tokens.
@@ -110,6 +111,10 @@ class Stage:
         So they go on where they were if a run continues with another batch size.
         """
         return (self.batches.position(step) - self.first_position) / self.starts[-1].global_batch_size
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step of the run, before the shares that groups of parameters have of it."""
+        return learning_rate(self.schedule_step(step), self.schedule_steps, self.recipe.optimizer)
 
     def progress(self, step: int) -> float:
         """How far through this stage a step is: 0 at the first, 1 at the last."""
@@ -220,6 +225,18 @@ def steps_left(stages: Sequence[Stage], step: int) -> float:
     current = stage_of(stages, step)
     later = sum(stage.flops for stage in stages if stage.first_step > current.first_step)
     return current.end_step - step + later / current.step_flops
+
+
+def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> float:
+    """Linear warm-up to `lr`, then half a cosine down to `lr * final_lr_ratio` at the last step.
+
+    Steps count from 0; where a run went on with other batches than it began with, they come in fractions.
+    """
+    if step < section.warmup_steps:
+        return min(section.lr, section.lr * (step + 1) / section.warmup_steps)
+    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return section.lr * (section.final_lr_ratio + (1 - section.final_lr_ratio) * cosine)
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

@@ -1,29 +1,29 @@
-"""One training step: a batch becomes masked images and packed captions, features, a loss, and an update.
+"""One training step: a batch becomes masked images and packed captions, features, a loss, and new weights.
 
-B pairs of this rank, L patches of an image
+B pairs of this rank, L patches of an image, R values of a report
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.clip import CLIPOutput
+from model.clip import CLIP, CLIPOutput
 from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
-from pipeline.training.faults.step_guard import spread_non_finite
+from pipeline.training.engines.engine import Engine, make_engine
+from pipeline.training.engines.weight_average import WeightAverage
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objectives.objective import TrainingObjective
-from pipeline.training.observing.phase_clock import PhaseClock
+from pipeline.training.observing.step_observer import StepObserver
+from pipeline.training.stage_plan import Stage
+from pipeline.training.step_loss import StepLoss, make_step_loss
+from pipeline.training.weights.stage_model import speed_up
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-# What a step reports, all on the device: nothing here makes the host wait.
 REPORT_NAMES = (
     "loss",
     "logit_scale",
@@ -38,58 +38,116 @@ REPORT_NAMES = (
 OPTIONAL_NAMES = ("mask_threshold", "flat_patches")
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What the steps of a stage work with: what is trained, and what becomes of a batch until there is a loss."""
+
+    engine: Engine
+    masks: MaskDrawer
+    loss: StepLoss
+    max_grad_norm: float
+    average: WeightAverage | None
+    ranks: Ranks
+
+
+def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks) -> Learner:
+    """Give the stage's model to DeepSpeed, with all that belongs to it."""
+    speed_up(clip, stage)
+    section = stage.recipe.optimizer
+    engine = make_engine(clip, stage.recipe, config, ranks)
+    decay = section.ema_decay
+    return Learner(
+        engine,
+        MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, ranks),
+        make_step_loss(stage.recipe.loss, ranks),
+        section.max_grad_norm,
+        None if decay is None else WeightAverage(engine, decay, stage.first_step, ranks),
+        ranks,
+    )
+
+
 class Encoded(NamedTuple):
     """A micro-batch on the device, the patches chosen of its images, and the features of both towers."""
 
     batch: Batch
     images: PatchedImages
-    masks: Masks
+    chosen: Masks
     output: CLIPOutput
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What became of a step, all on the device: nothing here makes the host wait.
+
+    means_R: of the micro-batches, of REPORT_NAMES, on this rank
+    grad_norm: of all gradients on all ranks, before clipping
+    skipped: 1 if the step changed nothing, else 0; the same on all ranks
+    finite_B: of every pair of this rank, whether its features are finite
+    """
+
+    means_R: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    finite_B: Tensor
+
+
 def train_step(
-    engine: DeepSpeedEngine,
+    learner: Learner,
     micro_batches: Sequence[Batch],
-    masks: MaskDrawer,
-    objective: TrainingObjective,
-    ranks: Ranks,
     step: int,
     progress: float,
-    clock: PhaseClock | None = None,
-) -> Tensor:
-    """Accumulate the micro-batches' gradients and update the weights; means over micro-batches of REPORT_NAMES.
+    observer: StepObserver | None = None,
+) -> StepReport:
+    """Accumulate the micro-batches' gradients and update the weights, or nothing where a gradient is not finite.
 
-    progress: through training, from 0 at the first step to 1 at the last
-    clock: told where the phases of the step end, if somebody wants to know
+    step: counted from 0 over the run
+    progress: through the stage, from 0 at the first step to 1 at the last
+    observer: measures the step, if it is to
     """
-    clock = clock or PhaseClock(ranks.device)
+    engine, masks = learner.engine, learner.masks
+    observer = observer or StepObserver(learner.ranks)
 
     def encode(number: int) -> Encoded:
-        batch = micro_batches[number].to(ranks.device)
+        batch = micro_batches[number].to(learner.ranks.device)
         images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
         patches_KP = images.gather(chosen.selection.kept_K)
-        clock.end("masks")
+        observer.end("masks")
         output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT)
-        clock.end("forward")
+        observer.end("forward")
         return Encoded(batch, images, chosen, output)
 
-    reports = []
-    loss_of = objective.for_step(lambda number: encode(number).output, len(micro_batches))
+    means, finite = [], []
+    loss_of = learner.loss.begin(lambda number: encode(number).output, len(micro_batches))
     for number in range(len(micro_batches)):
         encoded = encode(number)
         loss = loss_of(number, encoded.output)
-        clock.end("loss")
-        engine.backward(spread_non_finite(loss))  # divides by the number of micro-batches
-        clock.end("backward")
-        engine.step()  # updates at the last of them
-        clock.end("update")
-        reports.append(_report(loss, encoded))
-    masks.follow()
-    return torch.stack(reports).mean(dim=0)
+        observer.see_features(encoded.output)
+        observer.end("loss")
+        engine.backward(spread_non_finite(loss))
+        observer.end("backward")
+        means.append(_means(loss, encoded))
+        finite.append(_finite(encoded.output))
+
+    grad_norm = engine.gradient_norm()  # of all ranks: where one has a loss or gradient that is not finite, nor is this
+    skipped = (~grad_norm.isfinite()).float()
+    divide_by = (grad_norm / learner.max_grad_norm).clamp(min=1.0) if learner.max_grad_norm else None
+    observer.before_update(engine)
+    engine.update(divide_by, skipped)
+    observer.after_update()
+    if learner.average:
+        learner.average.update(step)
+    masks.update_copy()
+    observer.end("update")
+    return StepReport(torch.stack(means).mean(dim=0), grad_norm, skipped, torch.cat(finite))
+
+
+def spread_non_finite(loss: Tensor) -> Tensor:
+    """The loss itself, to be differentiated: where it is not finite all its gradients are NaN, otherwise unchanged."""
+    return loss + 0 * loss.detach() * loss
 
 
 @torch.no_grad()
-def _report(loss: Tensor, encoded: Encoded) -> Tensor:
+def _means(loss: Tensor, encoded: Encoded) -> Tensor:
     batch, images, chosen, output = encoded
     kept_B = chosen.selection.cu_seqlens_B1.diff()
     masked_share_B = 1 - kept_B / images.num_patches
@@ -106,3 +164,8 @@ def _report(loss: Tensor, encoded: Encoded) -> Tensor:
             torch.full_like(loss, batch.tokens_N.numel()),
         ]
     )
+
+
+@torch.no_grad()
+def _finite(output: CLIPOutput) -> Tensor:
+    return (output.image_features.sum(-1) + output.text_features.sum(-1)).isfinite()

@@ -21,14 +21,12 @@ from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
 from pipeline.training.checkpoints.resume import choose_checkpoint, set_aside_later
 from pipeline.training.engines.engine_config import check_config, deepspeed_config, precision_of, zero_stage
 from pipeline.training.engines.optimizer import check_optimizer
-from pipeline.training.faults.bad_samples import BadSamples
-from pipeline.training.faults.fault_log import FaultLog
-from pipeline.training.faults.rank_check import check_same_start
-from pipeline.training.faults.stop_request import StopRequest
-from pipeline.training.faults.watchdog import Watchdog
-from pipeline.training.observing.live_evaluation import LiveEvaluation
-from pipeline.training.observing.profile_window import ProfileWindow
+from pipeline.training.faults.agreement import check_same_start
+from pipeline.training.faults.guard import BadSamples, FaultLog
+from pipeline.training.faults.liveness import StopRequest, Watchdog
+from pipeline.training.live_evaluation import LiveEvaluation
 from pipeline.training.observing.run_logger import RunLogger, timestamp
+from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages

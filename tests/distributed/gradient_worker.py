@@ -27,7 +27,7 @@ from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine import make_engine
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objectives.objective import make_objective
+from pipeline.training.step_loss import make_step_loss
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
     patches = batch["patches"][mine].flatten(0, 1)[kept]
     output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
-    loss = make_objective(recipe.loss, ranks).pairs(*output)
+    loss = make_step_loss(recipe.loss, ranks).pairs(*output)
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())
@@ -64,7 +64,7 @@ def main() -> None:
     drawn = {}
     for name, settings in options.masking.items():
         masks = MaskDrawer(MaskingConfig(**settings), clip.visual, 8, 0, ranks)
-        masks.follow()
+        masks.update_copy()
         _, chosen = masks.draw(batch["images"][mine], step=5, micro_batch=0, progress=0.5)
         drawn[name] = chosen.selection.kept_K
     save_file(drawn, options.output / f"masks_{ranks.rank}.safetensors")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,9 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engines.engine import make_engine
+from pipeline.training.engines.engine import Engine, make_engine
 from pipeline.training.engines.engine_config import check_config, deepspeed_config
-from pipeline.training.objectives.objective import make_objective
+from pipeline.training.step_loss import make_step_loss
 
 G, L, P, T = 12, 16, 192, 9
 
@@ -60,24 +59,26 @@ def reference_step(clip: CLIP, step: int, max_grad_norm: float) -> float:
     return loss.item()
 
 
-def start_engine(ranks: Ranks, template: str, options: Sequence[str]) -> Any:
-    """DeepSpeed's engine for the small model; every rank has an equal part of the batch."""
+def start_engine(ranks: Ranks, template: str, options: Sequence[str]) -> Engine:
+    """The engine for the small model; every rank has an equal part of the batch."""
     recipe = load_recipe("demo", options)
     config = deepspeed_config(recipe, BatchPlan(G, G, G // ranks.world_size, ranks.world_size), template)
     check_config(config, ranks)
     return make_engine(make_clip(), recipe, config, ranks)
 
 
-def train_engine(engine: Any, ranks: Ranks, steps: int) -> Iterator[float]:
+def train_engine(engine: Engine, ranks: Ranks, steps: int, max_grad_norm: float = 1.0) -> Iterator[float]:
     """Train; the loss of the whole batch after each step."""
     B = G // ranks.world_size
     mine = slice(ranks.rank * B, (ranks.rank + 1) * B)
-    objective = make_objective(LossSection(), ranks)
+    step_loss = make_step_loss(LossSection(), ranks)
     for step in range(steps):
         patches_GLP, tokens_GT = make_batch(step)
         patches_BLP, tokens_BT = patches_GLP[mine].to(ranks.device), tokens_GT[mine].to(ranks.device)
         output: CLIPOutput = engine(*inputs(patches_BLP, tokens_BT))
-        loss = objective.pairs(*output)
+        loss = step_loss.pairs(*output)
         engine.backward(loss)
-        engine.step()
+        norm = engine.gradient_norm()
+        divide_by = (norm / max_grad_norm).clamp(min=1.0) if max_grad_norm else None
+        engine.update(divide_by, (~norm.isfinite()).float())
         yield ranks.mean(loss.detach().clone()).item()

@@ -15,7 +15,6 @@ from forked_ranks import run_ranks
 from small_problem import make_clip, reference_step, start_engine, train_engine
 
 from pipeline.ranks import Ranks, init_ranks
-from pipeline.training.engines.engine import release
 
 STEPS = 3
 
@@ -74,7 +73,7 @@ def reference_losses() -> list[float]:
 def train(ranks: Ranks, case: Case) -> list[float]:
     engine = start_engine(ranks, case.template, [*OPTIONS, *case.options])
     losses = list(train_engine(engine, ranks, STEPS))
-    release(engine)
+    engine.release()
     return losses
 
 

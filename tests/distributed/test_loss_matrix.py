@@ -30,11 +30,11 @@ from pipeline.data.data_loader import Batch
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine import make_engine
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objectives.objective import make_objective
-from pipeline.training.train_step import train_step
+from pipeline.training.step_loss import make_step_loss
+from pipeline.training.train_step import Learner, train_step
 
 B, T, STEP, PROGRESS = 3, 7, 5, 0.5
 # Masks of the second pass are drawn again: from pixels, through the model's embedding, through a copy of the model.
@@ -103,23 +103,22 @@ def losses_and_gradients(ranks: Ranks, case: Case) -> Iterator[tuple[bool, float
     engine = make_engine(clip, recipe, config, ranks)
     masks = MaskDrawer(MASKS[case.masks], clip.visual, 8, seed=0, ranks=ranks)
     gradients: dict[str, Tensor] = {}
-    engine_step = engine.step
+    engine.set_learning_rate(0.0)
+    update = engine.update
 
-    def note_and_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
-            for group in engine.optimizer.param_groups:
-                group["lr"] = 0.0
-            gradients.update({name: safe_get_full_grad(p).clone() for name, p in clip.named_parameters()})
-        engine_step()
+    def note_and_update(divide_by: Tensor | None, skip: Tensor) -> None:
+        gradients.update({name: safe_get_full_grad(p).clone() for name, p in clip.named_parameters()})
+        update(divide_by, skip)
 
-    engine.step = note_and_step
+    engine.update = note_and_update  # type: ignore[method-assign]
     batches = [make_batch(ranks.rank, number) for number in range(case.accumulation)]
     for exchange, cache in WAYS:
         options = {"kind": case.kind, "exchange": exchange, "cache_gradients": cache, "tile_size": 16}
-        objective = make_objective(recipe.loss.model_copy(update=options), ranks)
-        report = train_step(engine, batches, masks, objective, ranks, STEP, PROGRESS)
-        yield cache, ranks.mean(report[0]).item(), dict(gradients)
-    release(engine)
+        step_loss = make_step_loss(recipe.loss.model_copy(update=options), ranks)
+        learner = Learner(engine, masks, step_loss, max_grad_norm=0.0, average=None, ranks=ranks)
+        report = train_step(learner, batches, STEP, PROGRESS)
+        yield cache, ranks.mean(report.means_R[0]).item(), dict(gradients)
+    engine.release()
 
 
 def run_cases(ranks: Ranks, cases: list[Case]) -> dict[str, list[Any]]:

@@ -22,15 +22,13 @@ from pipeline.data.data_loader import Batch
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.engines.engine import make_engine, release
+from pipeline.training.engines.engine import make_engine
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.engines.optimizer import make_optimizer
 from pipeline.training.mask_drawer import MaskDrawer
-from pipeline.training.objectives.objective import make_objective
-from pipeline.training.observing.batch_accuracy import batch_accuracy
-from pipeline.training.observing.phase_clock import PHASES
-from pipeline.training.observing.step_observer import StepObserver
-from pipeline.training.train_step import train_step
+from pipeline.training.observing.step_observer import PHASES, StepObserver, batch_accuracy
+from pipeline.training.step_loss import make_step_loss
+from pipeline.training.train_step import Learner, train_step
 
 G = 8
 OPTIONS = ["optimizer.lr=0.01", "optimizer.max_grad_norm=0.05", "optimizer.weight_decay=0.3", "optimizer.eps=1e-4"]
@@ -62,20 +60,19 @@ def observe(ranks: Ranks, stages: list[int], directory: str) -> list[list[dict[s
         clip = make_clip()
         engine = make_engine(clip, recipe, config, ranks)
         masks = MaskDrawer(MASKING, clip.visual, 8, 0, ranks)
-        objective = make_objective(recipe.loss, ranks)
-        observer = StepObserver(engine, ranks)
+        step_loss = make_step_loss(recipe.loss, ranks)
+        learner = Learner(engine, masks, step_loss, recipe.optimizer.max_grad_norm, average=None, ranks=ranks)
+        observer = StepObserver(ranks)
         read = []
         for step in range(3):
             if step != 1:
                 observer.begin()
-            observer.clock.end("data")
+            observer.end("data")
             batches = [make_batch(slice(B * ranks.rank, B * (ranks.rank + 1)))]
-            train_step(engine, batches, masks, objective, ranks, step, 0.5, observer.clock)
-            norm = float(engine.get_global_grad_norm())
+            norm = float(train_step(learner, batches, step, 0.5, observer).grad_norm)
             read.append({"grad_norm": norm, **observer.read(norm)})
         found.append(read)
-        observer.close()
-        release(engine)
+        engine.release()
     return found
 
 
@@ -132,7 +129,7 @@ def test_norms_are_those_of_plain_torch(world_size: int, tmp_path: Path) -> None
 
 
 def test_accuracy_within_a_batch_is_that_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.observing.batch_accuracy._ROWS", 7)
+    monkeypatch.setattr("pipeline.training.observing.step_observer._ACCURACY_ROWS", 7)
     generator = Generator().manual_seed(3)
     text_BD: Tensor = F.normalize(torch.randn(40, 6, generator=generator), dim=1)
     image_BD = F.normalize(text_BD + 0.4 * torch.randn(40, 6, generator=generator), dim=1)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from formats.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
-from pipeline.training.engines.engine import release
+from pipeline.training.checkpoints.rank_state import load_optimizer_state, optimizer_state
+from pipeline.training.engines.engine import Engine
 from pipeline.training.engines.fragments import full_weights, load_full_weights
 
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -110,7 +110,7 @@ def write_all(ranks: Ranks, directory: Path) -> None:
             save_file(before, place / "seen")
             save_file(after, place / "seen_after")
         ranks.barrier()
-        release(engine)
+        Engine(engine, "fp32").release()
 
 
 def read_all(ranks: Ranks, directory: Path, precisions: Sequence[str]) -> int:
@@ -141,7 +141,7 @@ def read_all(ranks: Ranks, directory: Path, precisions: Sequence[str]) -> int:
         if ranks.world_size == 1:  # which needs all of it
             with pytest.raises(UserError, match="elements that are this rank's"):
                 load_optimizer_state(engine, [directory / "2-1-fp32" / "rank_1.safetensors"])
-        release(engine)
+        Engine(engine, "fp32").release()
     return count
 
 

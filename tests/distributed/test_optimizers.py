@@ -14,8 +14,6 @@ from small_problem import make_clip, reference_step, start_engine, train_engine
 from torch import Tensor, nn
 
 from pipeline.ranks import Ranks
-from pipeline.training.engines.engine import release
-from pipeline.training.engines.optimizer import set_learning_rate
 
 STEPS, LR, DECAY = 3, 2e-3, 0.3
 FP32 = ["train.precision=fp32", f"optimizer.lr={LR}", f"optimizer.weight_decay={DECAY}", "optimizer.max_grad_norm=1"]
@@ -83,12 +81,12 @@ def weights_after_training(ranks: Ranks, cases: Sequence[str]) -> dict[str, dict
     for case in cases:
         template, options = CASES[case]
         engine = start_engine(ranks, template, [*FP32, *options])
-        set_learning_rate(engine.optimizer.param_groups, LR)
+        engine.set_learning_rate(LR)
         for _ in train_engine(engine, ranks, STEPS):
             pass
         full = {name: (safe_get_full_fp32_param(p), p.detach()) for name, p in engine.module.named_parameters()}
         found[case] = {name: (p if whole is None else whole).clone() for name, (whole, p) in full.items()}
-        release(engine)
+        engine.release()
     return found
 
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from formats.errors import UserError
 from pipeline.ranks import Ranks
-from pipeline.training.faults.rank_check import RankCheck, bit_sums, check_same_start
-from pipeline.training.faults.step_vote import StepVote
+from pipeline.training.faults.agreement import RankCheck, StepVote, bit_sums, check_same_start
 
 
 def vote(ranks: Ranks) -> tuple[list[bool], str]:
@@ -57,7 +56,7 @@ def compare_weights(ranks: Ranks) -> list[str]:
         if ranks.rank == ranks.world_size - 1:
             module[1].weight.data.view(torch.int16)[0, 0] += change
         try:
-            check.look(step)
+            check.compare(step)
             found.append("")
         except UserError as error:
             found.append(str(error))

@@ -49,7 +49,7 @@ def save_with_one_disk_full(ranks: Ranks, directory: Path, tokenizer_file: Path)
     clip = CLIP(recipe.clip_config(tokenizer.encoder.vocab_size, tokenizer.encoder.end_token_id))
     config = deepspeed_config(recipe, BatchPlan(96, 16, 8, ranks.world_size), "zero1_fp32")
     engine = make_engine(clip, recipe, config, ranks)
-    state = TrainingState(engine, "fp32", recipe.masking, carried=[])
+    state = TrainingState(engine, recipe.masking)
     writer = CheckpointWriter(directory, recipe, tokenizer, ranks)
     story = []
     for step, is_full, must_succeed in [

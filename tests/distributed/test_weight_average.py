@@ -10,7 +10,6 @@ from small_problem import start_engine, train_engine
 from torch import Tensor
 
 from pipeline.ranks import Ranks
-from pipeline.training.engines.engine import release
 from pipeline.training.engines.fragments import full_weights
 from pipeline.training.engines.weight_average import WeightAverage
 
@@ -30,15 +29,15 @@ def average_weights(ranks: Ranks) -> dict[str, dict[str, tuple[Tensor, Tensor]]]
     found = {}
     for case, (template, options) in CASES.items():
         engine = start_engine(ranks, template, ["optimizer.lr=0.01", *options])
-        average = WeightAverage(engine, DECAY, ranks)
-        expected = full_weights(engine, ranks)
+        average = WeightAverage(engine, DECAY, 0, ranks)
+        expected = full_weights(engine.deepspeed, ranks)
         for step, _ in enumerate(train_engine(engine, ranks, STEPS), start=1):
-            average.follow(step)
+            average.update(step - 1)
             decay = min(DECAY, step / (step + 9))  # 0.1, 0.18, then 0.2
-            for name, weights in full_weights(engine, ranks).items():
+            for name, weights in full_weights(engine.deepspeed, ranks).items():
                 expected[name] = decay * expected[name] + (1 - decay) * weights
-        before, state = full_weights(engine, ranks), average.state()
-        assert all(torch.equal(before[name], after) for name, after in full_weights(engine, ranks).items())
+        before, state = full_weights(engine.deepspeed, ranks), average.state()
+        assert all(torch.equal(before[name], after) for name, after in full_weights(engine.deepspeed, ranks).items())
 
         shared = [{name: value + 1 for name, value in state.items()}]
         torch.distributed.broadcast_object_list(shared)
@@ -47,7 +46,7 @@ def average_weights(ranks: Ranks) -> dict[str, dict[str, tuple[Tensor, Tensor]]]
         for name, value in average.state().items():
             assert torch.equal(value, shared[0][name] if name in trained else before[name])
         found[case] = {name: (value, expected[name]) for name, value in state.items()}
-        release(engine)
+        engine.release()
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import LossKind, Objective
+from model.loss import ContrastiveLoss, LossKind
 from model.loss_tiles import TorchTiles, make_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -36,7 +36,7 @@ def test_values_and_gradients(kind: LossKind, B: int, D: int, kernel: str) -> No
     leaves = [leaf.detach().float().requires_grad_() for leaf in exact][: 4 if kind == "sigmoid" else 3]
     tiles = make_tiles(torch.device("cuda")) if kernel == "triton" else TorchTiles(256)
     assert isinstance(tiles, TorchTiles) == (kernel == "torch")
-    losses = [Objective(kind, tiles=tiles)(*leaves) for _ in range(2)]
+    losses = [ContrastiveLoss(kind, tiles=tiles)(*leaves) for _ in range(2)]
     gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
     assert losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
     for first, second, exact_gradient in zip(*gradients, expected_gradients, strict=False):

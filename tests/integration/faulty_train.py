@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline import train
 from pipeline.data import data_loader
+from pipeline.training.train_step import Learner, StepReport
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,22 +33,22 @@ def main(arguments: Sequence[str]) -> int:
     faults = {kind: [tuple(at) for at in places] for kind, places in json.loads(os.environ["FAULTS"]).items()}
     rank, undisturbed_step = int(os.environ["RANK"]), trainer.train_step
 
-    def train_step(engine: Any, *others: Any) -> Tensor:
-        step = next(value for value in others if isinstance(value, int))
+    def train_step(learner: Learner, micro_batches: Any, step: int, *others: Any) -> StepReport:
+        clip = learner.engine.module
         hooks = []
         if (step, rank) in faults.get("nan", []):
-            hooks.append(engine.module.visual.register_forward_hook(_nan_in_second_row))
+            hooks.append(clip.visual.register_forward_hook(_nan_in_second_row))
         if (step, rank) in faults.get("spike", []):
             with torch.no_grad():
-                engine.module.logit_scale.fill_(4.6)
-                engine.module.visual.proj.mul_(-1)
+                clip.logit_scale.fill_(4.6)
+                clip.visual.proj.mul_(-1)
         for kind, number in (("kill", signal.SIGKILL), ("freeze", signal.SIGSTOP)):
             if (step, rank) in faults.get(kind, []):
                 os.kill(os.getpid(), number)
-        report = undisturbed_step(engine, *others)
+        report = undisturbed_step(learner, micro_batches, step, *others)
         if (step, rank) in faults.get("flip", []):
             with torch.no_grad():
-                next(engine.module.parameters()).mul_(1.01)
+                next(clip.parameters()).mul_(1.01)
         for hook in hooks:
             hook.remove()
         return report

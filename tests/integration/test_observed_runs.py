@@ -100,7 +100,7 @@ def test_what_cannot_be_observed_is_one_line(
         train.main([*options, "log.profile_steps=[3,2]"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     from pipeline.recipe import LogSection
-    from pipeline.training.observing.wandb_run import WandbRun
+    from pipeline.training.observing.run_logger import WandbRun
 
     with pytest.raises(UserError, match=r"log\.wandb=online needs wandb: pip install 'cluster-clip\[wandb\]'"):
         WandbRun(tmp_path, LogSection(wandb="online"))

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.loss import LossKind, Objective, contrastive_loss
+from model.loss import ContrastiveLoss, LossKind, contrastive_loss
 from model.loss_tiles import TorchTiles
 
 KINDS: tuple[LossKind, ...] = ("info_nce", "sigmoid")
@@ -70,7 +70,7 @@ def test_value_and_gradients_equal_the_slow_loop_for_any_tiles(
 ) -> None:
     given = leaves(seed, B, 5, scale)
     expected = loss_and_gradients(lambda *x: slow_loss(kind, *x), given)
-    found = loss_and_gradients(Objective(kind, tiles=TorchTiles(tile)), arguments(kind, given))
+    found = loss_and_gradients(ContrastiveLoss(kind, tiles=TorchTiles(tile)), arguments(kind, given))
     for value, slow in zip(found, expected, strict=False):
         assert torch.allclose(value, slow, rtol=1e-10, atol=1e-12)
 
@@ -82,7 +82,7 @@ def test_single_precision_is_exact_to_its_rounding_even_under_autocast(kind: Los
     expected = loss_and_gradients(lambda *x: slow_loss(kind, *x), exact)
     rounded = [leaf.detach().float().requires_grad_() for leaf in exact]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss_and_gradients(Objective(kind, tiles=TorchTiles(5)), arguments(kind, rounded))
+        found = loss_and_gradients(ContrastiveLoss(kind, tiles=TorchTiles(5)), arguments(kind, rounded))
     for value, slow in zip(found, expected, strict=False):
         assert value.dtype == torch.float32
         assert (value - slow).abs().max() < 2e-5 * max(1.0, float(slow.abs().max()))
@@ -108,7 +108,7 @@ def test_logits_that_differ_by_more_than_an_exponential_can_hold(kind: LossKind)
 
 
 def contrastive_loss_of(kind: LossKind, given: Sequence[Tensor]) -> Tensor:
-    return Objective(kind)(*arguments(kind, given))
+    return ContrastiveLoss(kind)(*arguments(kind, given))
 
 
 @dataclass
@@ -140,7 +140,7 @@ def test_mean_over_ranks_is_the_loss_of_the_whole_batch(kind: LossKind, ranks: i
     for rank in range(ranks):
         rows = slice(rank * b, rank * b + b)
         columns = PretendedColumns(image, rows, lse, [])
-        objective = Objective(kind, exchange=lambda _, columns=columns: columns)
+        objective = ContrastiveLoss(kind, exchange=lambda _, columns=columns: columns)
         losses.append(objective(*arguments(kind, [image[rows], text[rows], scale, bias])).item())
     assert math.fsum(losses) / ranks == pytest.approx(whole, rel=1e-6)
     assert len({round(loss, 6) for loss in losses}) == ranks
@@ -155,4 +155,4 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 def test_the_sigmoid_loss_asks_for_its_bias() -> None:
     with pytest.raises(ValueError, match="needs a logit bias"):
-        Objective("sigmoid")(*leaves(4, 3, 4, 5.0)[:3])
+        ContrastiveLoss("sigmoid")(*leaves(4, 3, 4, 5.0)[:3])

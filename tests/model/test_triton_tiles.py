@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.loss import LossKind, Objective, PairLoss
+from model.loss import ContrastiveLoss, LossKind, PairLoss
 from model.loss_tiles import Tiles, TorchTiles
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -72,7 +72,9 @@ def test_interpreted_kernels_equal_torch(
 
 
 def loss_on(tiles: Tiles, kind: LossKind) -> PairLoss:
-    return Objective(kind, tiles=tiles).evaluate(*features(24, 24, 16), torch.tensor([20.0]), torch.tensor([-3.0]))
+    return ContrastiveLoss(kind, tiles=tiles).evaluate(
+        *features(24, 24, 16), torch.tensor([20.0]), torch.tensor([-3.0])
+    )
 
 
 def fused_loss(kind: LossKind) -> PairLoss:

@@ -7,8 +7,7 @@ import random
 import pytest
 
 from pipeline.recipe import FaultsSection
-from pipeline.training.faults.fault_policy import FaultPolicy
-from pipeline.training.faults.step_guard import StepOutcome
+from pipeline.training.faults.guard import FaultPolicy, StepOutcome
 
 
 def losses(*values: float, first_step: int = 1) -> list[StepOutcome]:
@@ -20,13 +19,13 @@ def skipped(*steps: int) -> list[StepOutcome]:
 
 
 def actions(policy: FaultPolicy, outcomes: list[StepOutcome]) -> list[tuple[int, str]]:
-    return [(fault.outcome.step, fault.action) for fault in policy.judge(outcomes)]
+    return [(fault.outcome.step, fault.action) for fault in policy.find(outcomes)]
 
 
 def test_more_skipped_steps_than_the_window_may_hold_stop_the_run() -> None:
     policy = FaultPolicy(FaultsSection(max_skipped_steps=2, skip_window_steps=10))
     assert actions(policy, skipped(1, 5, 12)) == [(1, "go_on"), (5, "go_on"), (12, "go_on")]
-    (fault,) = policy.judge(skipped(14))
+    (fault,) = policy.find(skipped(14))
     assert fault.action == "stop"
     assert "3 such steps among 10 (faults.max_skipped_steps)" in fault.text
 
@@ -42,7 +41,7 @@ def test_roll_backs_are_counted_and_end_in_a_stop() -> None:
     policy = FaultPolicy(FaultsSection(on_non_finite="roll_back", max_roll_backs=1))
     assert actions(policy, skipped(3)) == [(3, "roll_back")]
     policy.rolled_back(3)
-    (fault,) = policy.judge(skipped(4))
+    (fault,) = policy.find(skipped(4))
     assert fault.action == "stop"
     assert "faults.max_roll_backs" in fault.text
 

@@ -18,13 +18,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.faults.bad_samples import BadSamples
-from pipeline.training.faults.fault_log import FaultLog
-from pipeline.training.faults.fault_policy import Fault
-from pipeline.training.faults.step_guard import StepOutcome
-from pipeline.training.observing.curves import Curves
-from pipeline.training.observing.profile_window import ProfileWindow
-from pipeline.training.observing.run_logger import RunLogger
+from pipeline.training.faults.guard import BadSamples, Fault, FaultLog, StepOutcome
+from pipeline.training.observing.run_logger import Curves, RunLogger
+from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.side_files import LineFile
 from pipeline.training.stage_plan import plan_stages
 
@@ -179,7 +175,7 @@ def test_curves_lose_points_and_go_on(
 def test_output_on_a_full_disk_is_dropped() -> None:
     code = """if True:
         import sys
-        from pipeline.training.faults.stop_request import StopRequest
+        from pipeline.training.faults.liveness import StopRequest
         StopRequest().listen()
         for _ in range(100):
             print("a line of progress " * 100, flush=True)

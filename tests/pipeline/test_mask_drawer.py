@@ -21,7 +21,7 @@ from model.vision import embed_patches
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer, seed_masks
-from pipeline.training.train_step import REPORT_NAMES, Encoded, _report
+from pipeline.training.train_step import REPORT_NAMES, Encoded, _means
 
 B, L = 6, 16
 LENGTHS = [5, 3, 8, 4, 7, 5]
@@ -103,10 +103,10 @@ def test_attentive_copy_follows_at_its_own_pace(clip: CLIP, pixels: Tensor) -> N
         clip.visual.proj.add_(1)
     assert drawer.copy is not None
     assert torch.equal(drawer.copy.visual.proj, before)
-    drawer.follow()
+    drawer.update_copy()
     assert torch.allclose(drawer.copy.visual.proj, before + 0.25)
     plain = MaskDrawer(MaskingConfig("cluster"), clip.visual, 8, seed=1, ranks=rank())
-    plain.follow()  # nothing to do
+    plain.update_copy()  # nothing to do
     assert plain.copy is None
 
 
@@ -158,7 +158,7 @@ def test_what_a_step_reports_of_its_masks(strategy: str, clip: CLIP, pixels: Ten
     kept_K = masks.selection.kept_K
     output = clip(images.gather(kept_K), masks.selection, text, masks.visible_BT)
     report = dict(
-        zip(REPORT_NAMES, _report(torch.tensor(2.5), Encoded(batch, images, masks, output)).tolist(), strict=True)
+        zip(REPORT_NAMES, _means(torch.tensor(2.5), Encoded(batch, images, masks, output)).tolist(), strict=True)
     )
     dropped = 1 - np.bincount(kept_K.numpy() // L, minlength=B) / L
     assert report["loss"] == 2.5

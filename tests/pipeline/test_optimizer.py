@@ -17,11 +17,11 @@ from pipeline.training.engines.muon import MuonAdamW, orthogonalized
 from pipeline.training.engines.optimizer import (
     check_optimizer,
     freeze_towers,
-    learning_rate,
     make_optimizer,
     parameter_groups,
 )
 from pipeline.training.engines.template import TEMPLATES_DIRECTORY
+from pipeline.training.stage_plan import learning_rate
 
 
 def test_warm_up_then_cosine() -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,10 +20,8 @@ from torch import Tensor
 from formats.errors import UserError
 from formats.files import sha256_of
 from model.masking import MaskingConfig
+from pipeline.training.engines.engine import Engine
 from pipeline.training.progress import Progress
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 FORMAT_VERSION = 2
 COMPLETE = "COMPLETE.json"
@@ -47,12 +45,21 @@ class Carried(Protocol):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a stage trains, as far as a checkpoint keeps it; `precision` is that of the engine."""
+    """What a stage trains, as far as a checkpoint keeps it.
 
-    engine: DeepSpeedEngine
-    precision: str
+    weights: what follows the engine's weights, and goes back with them when a run rolls back
+    counters: what counts on, whatever happens to weights
+    """
+
+    engine: Engine
     masking: MaskingConfig
-    carried: Sequence[Carried]
+    weights: Sequence[Carried] = ()
+    counters: Sequence[Carried] = ()
+
+    @property
+    def carried(self) -> tuple[Carried, ...]:
+        """All that a checkpoint keeps beside the engine and its place."""
+        return (*self.weights, *self.counters)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Saving: by all ranks at once, published by one; a failure costs the new checkpoint and never an old one."""
+"""Saving: when, and by all ranks at once, published by one; a failure costs the new checkpoint and never an old one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.clip import CLIP
 from model.masking import MaskingConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, TrainSection
 from pipeline.training.checkpoints.checkpoint import (
     COMPLETE,
     MODEL_CARD,
@@ -35,8 +35,7 @@ from pipeline.training.checkpoints.checkpoint import (
     rank_file,
     step_of,
 )
-from pipeline.training.checkpoints.optimizer_state import optimizer_state
-from pipeline.training.checkpoints.rng_state import rng_state
+from pipeline.training.checkpoints.rank_state import optimizer_state, rng_state
 from pipeline.training.engines.fragments import full_weights
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import versions
@@ -47,6 +46,31 @@ _MAX_FAILURES = 3
 FileRecords = dict[str, FileRecord]
 
 
+class SaveSchedule:
+    """When to save: every so many steps, and when this long nothing was saved.
+
+    The same answer on every rank: steps are counted by all, the clock is the main rank's.
+    """
+
+    def __init__(self, train: TrainSection, ranks: Ranks) -> None:
+        self._train = train
+        self._ranks = ranks
+        self._saved_s = time.monotonic()
+
+    def is_due(self, step: int, is_logged: bool) -> bool:
+        """Whether to save after `step` steps. The clock is asked at logged steps, where all ranks meet anyway."""
+        if step % self._train.save_every_steps == 0:
+            return True
+        if self._train.save_every_minutes is None or not is_logged:
+            return False
+        minutes = (time.monotonic() - self._saved_s) / 60
+        return self._ranks.any(self._ranks.is_main and minutes >= self._train.save_every_minutes)
+
+    def saved(self) -> None:
+        """Count the minutes from now on."""
+        self._saved_s = time.monotonic()
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run, all stages together.
 
@@ -55,7 +79,6 @@ class CheckpointWriter:
 
     def __init__(self, run_directory: Path, recipe: Recipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
         self.total_save_s = 0.0
-        self._reported_save_s = 0.0
         self._run_directory = run_directory
         self._recipe = recipe
         self._tokenizer = tokenizer
@@ -86,11 +109,6 @@ class CheckpointWriter:
             raise UserError(message)
         self._print(f"warning: {message}, and the next save tries again")
 
-    def take_save_s(self) -> float:
-        """Time spent saving since this was last asked."""
-        before, self._reported_save_s = self._reported_save_s, self.total_save_s
-        return self.total_save_s - before
-
     def _save(self, directory: Path, state: TrainingState, progress: Progress) -> str | None:
         """What went wrong on any rank; None if the checkpoint is published."""
         ranks = self._ranks
@@ -101,8 +119,8 @@ class CheckpointWriter:
             contents = Contents(
                 progress=progress,
                 world_size=ranks.world_size,
-                zero_stage=state.engine.zero_optimization_stage(),
-                precision=state.precision,
+                zero_stage=state.engine.stage,
+                precision=state.engine.precision,
                 versions=versions(),
                 recipe=self._recipe.model_dump(mode="json"),
                 files=records,
@@ -118,8 +136,8 @@ class CheckpointWriter:
         """Each rank its own files, all at once; returns the records of all, and what went wrong on any."""
         ranks = self._ranks
         # what is collective comes first, so that no rank waits for one that failed
-        weights = full_weights(state.engine, ranks)
-        own = {rank_file(ranks.rank): optimizer_state(state.engine, ranks) | rng_state(ranks.device)}
+        weights = full_weights(state.engine.deepspeed, ranks)
+        own = {rank_file(ranks.rank): optimizer_state(state.engine.deepspeed, ranks) | rng_state(ranks.device)}
         carried = {carried_file(thing): thing.state() for thing in state.carried}
         records: FileRecords = {}
         problem = None

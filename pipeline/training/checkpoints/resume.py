@@ -25,8 +25,7 @@ from pipeline.training.checkpoints.checkpoint import (
     step_of,
     what_is_missing,
 )
-from pipeline.training.checkpoints.optimizer_state import load_optimizer_state
-from pipeline.training.checkpoints.rng_state import load_rng_state
+from pipeline.training.checkpoints.rank_state import load_optimizer_state, load_rng_state
 from pipeline.training.engines.fragments import load_full_weights
 from pipeline.training.observing.run_logger import METRICS
 
@@ -131,22 +130,22 @@ def set_aside_later(run_directory: Path, step: int) -> None:
             print(f"{later} is later than step {step:,}: now {aside.name}", flush=True)
 
 
-def restore(state: TrainingState, checkpoint: Path, ranks: Ranks) -> None:
+def restore(state: TrainingState, checkpoint: Path, ranks: Ranks, with_counters: bool = True) -> None:
     """Put weights, optimizer, generators and what is carried where the checkpoint has them (collective).
 
-    Of any ZeRO stage, number of ranks and precision; also in the middle of training. Raises UserError for files that
-    cannot be read or belong to another model.
+    Of any ZeRO stage, number of ranks and precision; also in the middle of training, where counters may count on.
+    Raises UserError for files that cannot be read or belong to another model.
     """
     try:
-        load_full_weights(state.engine, checkpoint / WEIGHTS)
+        load_full_weights(state.engine.deepspeed, checkpoint / WEIGHTS)
         own = checkpoint / rank_file(ranks.rank)
         # this rank's own first: with as many ranks as before, the others have nothing for it
         files = sorted(checkpoint.glob("rank_*"), key=lambda file: (file != own, file))
-        load_optimizer_state(state.engine, files)
+        load_optimizer_state(state.engine.deepspeed, files)
         if own.exists():
             load_rng_state(own, ranks.device)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{checkpoint} cannot be read: {' '.join(str(error).split())}") from error
-    for thing in state.carried:
+    for thing in state.carried if with_counters else state.weights:
         if (checkpoint / carried_file(thing)).exists():  # else it has nothing to keep in this run
             thing.load_state(read_tensors(checkpoint / carried_file(thing)))

@@ -1,4 +1,7 @@
-"""The DeepSpeed engine; with fragments.py and template.py the only ones that know DeepSpeed."""
+"""What DeepSpeed is asked to do; with fragments.py and template.py the only ones that know it.
+
+A step calls `backward` for each micro-batch, then `gradient_norm`, then `update`.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,94 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model.clip import CLIP
+from model.clip import CLIP, CLIPOutput
 from pipeline.ranks import Ranks
-from pipeline.recipe import OptimizerSection, Recipe
-from pipeline.training.engines.engine_config import offload_device
-from pipeline.training.engines.gradient_norm import clip_gradients
+from pipeline.recipe import OptimizerSection, Precision, Recipe
+from pipeline.training.engines.engine_config import offload_device, precision_of
+from pipeline.training.engines.fragments import find_gradients
 from pipeline.training.engines.optimizer import freeze_towers, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> DeepSpeedEngine:
+class Engine:
+    """A model, its optimizer and how ranks share them.
+
+    deepspeed: for what reads and writes its shares of the weights (fragments.py)
+    module: the model; under ZeRO stage 3 a rank has its parameters only while they are used
+    """
+
+    def __init__(self, deepspeed: DeepSpeedEngine, precision: Precision) -> None:
+        self.deepspeed = deepspeed
+        self.precision: Precision = precision
+        self.module: CLIP = deepspeed.module
+        self.stage: int = deepspeed.zero_optimization_stage()
+        self._optimizer: Any = deepspeed.basic_optimizer
+
+    def __call__(self, *inputs: Any) -> CLIPOutput:
+        """The model's forward pass."""
+        output: CLIPOutput = self.deepspeed(*inputs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients; with the step's last, they are the means over micro-batches and ranks."""
+        is_last = self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.backward(loss)
+        if not is_last:
+            self.deepspeed.step()  # counts the micro-batch
+
+    def gradient_norm(self) -> Tensor:
+        """Of the step's gradients on all ranks, fp32 scalar; infinite or NaN where one of them is. Collective."""
+        gradients = [piece for _, pieces in find_gradients(self.deepspeed) for piece in pieces]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        if self.stage > 0:  # a rank has a share of them
+            square = norm.square().to(self.deepspeed.device)
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        return norm / self.loss_scale if self.precision == "fp16" else norm
+
+    def update(self, divide_by: Tensor | None, skip: Tensor) -> None:
+        """Update the weights with gradients divided by a scalar; where `skip` is 1 and not 0, nothing changes.
+
+        Both are on the device and the host does not look at them: this is how torch tells its own optimizers.
+        """
+        self._optimizer.grad_scale, self._optimizer.found_inf = divide_by, skip
+        self.deepspeed.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Of the updates to come; each group of parameters has its share (optimizer.py)."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss, and so gradients, are multiplied by while fp16 has them."""
+        return float(self.deepspeed.optimizer.loss_scale)
+
+    def release(self) -> None:
+        """Give back the memory of weights, gradients, optimiser state. The engine cannot be used any more."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        optimizer = self.deepspeed.optimizer
+        self.deepspeed.destroy()
+        # ZeRO stage 3 ties parameters, optimiser and autograd nodes into cycles that Python's collector cannot see
+        # through, and keeps every model in this list: so what holds memory is taken away from them
+        parameter_offload.FWD_MODULE_STACK.clear()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        optimizer.__dict__.clear()
+        for parameter in self.module.parameters():
+            parameter.__dict__.clear()
+            parameter.data, parameter.grad = parameter.new_empty(0), None
+
+
+def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> Engine:
     """Wrap the model and its optimizer; the process group must exist."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,8 +113,7 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     freeze_towers(clip, recipe.optimizer)
     optimizer = _make_optimizer(clip, recipe.optimizer, config)
     engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
-    clip_gradients(engine, recipe.optimizer.max_grad_norm)
-    return engine
+    return Engine(engine, precision_of(config))
 
 
 def _make_optimizer(clip: CLIP, section: OptimizerSection, config: dict[str, Any]) -> Optimizer:
@@ -47,28 +122,27 @@ def _make_optimizer(clip: CLIP, section: OptimizerSection, config: dict[str, Any
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     # both are AdamW unless told otherwise, and compiled at their first start on a machine, which takes minutes
-    kind = DeepSpeedCPUAdam if offload_device(config, "optimizer") == "cpu" else FusedAdam
+    kind = asking_first(DeepSpeedCPUAdam if offload_device(config, "optimizer") == "cpu" else FusedAdam)
     betas = (section.beta1, section.beta2)
     optimizer: Optimizer = kind(parameter_groups(clip, section), lr=section.lr, betas=betas, eps=section.eps)
     return optimizer
 
 
-def release(engine: DeepSpeedEngine) -> None:
-    """Give back the memory of an engine: weights, gradients, optimiser state. It cannot be used any more."""
-    from deepspeed.runtime.zero import parameter_offload
+def asking_first(kind: type[Optimizer]) -> Any:
+    """An optimizer that heeds `grad_scale` and `found_inf`, as torch's fused ones do; the host waits for them."""
 
-    module, optimizer = engine.module, engine.optimizer
-    engine.destroy()
-    # ZeRO stage 3 ties parameters, optimiser and autograd nodes into cycles that Python's collector cannot see through,
-    # and keeps every model in this list: so what holds memory is taken away from them
-    parameter_offload.FWD_MODULE_STACK.clear()
-    adamw = getattr(optimizer, "optimizer", optimizer)  # stage 0 does not wrap it
-    adamw.state.clear()
-    adamw.param_groups.clear()
-    optimizer.__dict__.clear()
-    for parameter in module.parameters():
-        parameter.__dict__.clear()
-        parameter.data, parameter.grad = parameter.new_empty(0), None
+    class AskingFirst(kind):  # type: ignore[valid-type, misc]
+        def step(self, *args: Any, **kwargs: Any) -> None:
+            if self.found_inf.item():
+                return
+            if self.grad_scale is not None:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.div_(self.grad_scale)
+            super().step(*args, **kwargs)
+
+    return AskingFirst
 
 
 @contextlib.contextmanager

@@ -30,10 +30,11 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, template: str) -> dict[str
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": 0.0,  # gradient_norm.py clips, on the device
+        "gradient_clipping": 0.0,  # train_step.py clips, on the device
         "zero_allow_untested_optimizer": True,  # torch's AdamW is the client optimizer
         "zero_force_ds_cpu_optimizer": False,  # on a CPU too: DeepSpeed's own would be compiled at the first start
         "steps_per_print": 1 << 62,  # the trainer reports its own progress
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device around every micro-batch
     }
 
 
@@ -47,7 +48,7 @@ def _with_precision(config: dict[str, Any], precision: Precision | None) -> dict
 
 
 def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
-    """Have DeepSpeed not ask the host, in every step, about what step_guard.py and gradient_norm.py see to."""
+    """Have DeepSpeed not ask the host, in every step, about what train_step.py sees to."""
     precision, zero = precision_of(config), dict(config.get("zero_optimization", {}))
     if precision == "bf16":
         config = config | {"bf16": {"check_grad_overflow": False} | config["bf16"]}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,21 +87,3 @@ def make_optimizer(clip: CLIP, section: OptimizerSection) -> torch.optim.Optimiz
         groups = [group | {"momentum": section.muon_momentum} for group in groups]
     kind = MuonAdamW if section.name == "muon" else torch.optim.AdamW
     return kind(groups, lr=section.lr, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
-
-
-def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `lr * final_lr_ratio` at the last step.
-
-    Steps count from 0; where a run went on with other batches than it began with, they come in fractions.
-    """
-    if step < section.warmup_steps:
-        return min(section.lr, section.lr * (step + 1) / section.warmup_steps)
-    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return section.lr * (section.final_lr_ratio + (1 - section.final_lr_ratio) * cosine)
-
-
-def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Each group's share of the schedule's learning rate."""
-    for group in groups:
-        group["lr"] = lr * group["lr_ratio"]

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
+from pipeline.training.engines.engine import Engine
 from pipeline.training.engines.fragments import find_fragments, full_weights
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 class WeightAverage:
-    """Follows the fp32 weights that the optimizer updates, in the same shares and on the same device. A `Carried`.
+    """Of the fp32 weights that the optimizer updates, in the same shares and on the same device. A `Carried`.
 
     Of a frozen parameter there is no share: its average is itself.
+
+    first_step: of the stage; the average of few weights forgets faster
     """
 
     name = AVERAGED_WEIGHTS.removesuffix(".safetensors")
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float, ranks: Ranks) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, decay: float, first_step: int, ranks: Ranks) -> None:
+        self._engine = engine.deepspeed
         self._decay = decay
+        self._first_step = first_step
         self._ranks = ranks
-        holders = {id(fragment.holder): fragment.holder.detach() for fragment in find_fragments(engine).values()}
+        holders = {id(fragment.holder): fragment.holder.detach() for fragment in find_fragments(self._engine).values()}
         self._weights = list(holders.values())
         self._averages = [holder.clone() for holder in self._weights]
         self._average_of = dict(zip(holders, self._averages, strict=True))
 
-    def follow(self, updates: int) -> None:
-        """After an update, the so manieth of the stage: the average of few weights forgets faster. Nobody waits."""
+    def update(self, step: int) -> None:
+        """After the weights' update in a step, counted from 0 over the run. Nobody waits."""
+        updates = step + 1 - self._first_step
         decay = min(self._decay, updates / (updates + 9))
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 

@@ -1,21 +1,26 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and a line on the terminal."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases, and a line on the terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
+from formats.errors import UserError
 from formats.files import write_atomically
 from pipeline.recipe import LogSection
-from pipeline.training.observing.curves import Curves
-from pipeline.training.observing.wandb_run import WandbRun
-from pipeline.training.side_files import LineFile
+from pipeline.training.side_files import LineFile, Unwritable
 from pipeline.training.stage_plan import Stage, steps_left
 
 METRICS = "metrics.jsonl"
+_WANDB_ID = "wandb_id"
 
 
 class RunLogger:
@@ -90,3 +95,87 @@ def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
 def timestamp() -> str:
     """Now, in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Curves:
+    """TensorBoard's event files in RUN/tensorboard; what earlier starts wrote of steps after `first_step` is not shown.
+
+    Points that cannot be written are lost, and nothing else is.
+    """
+
+    def __init__(self, run_directory: Path, first_step: int) -> None:
+        self._directory = run_directory / "tensorboard"
+        self._unwritable = Unwritable(self._directory, "points of its curves are lost")
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+        self._writer: SummaryWriter | None = SummaryWriter(str(self._directory), purge_step=first_step + 1)
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """A point on each curve."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is None:  # the thread of the one before died of an error
+                writer = SummaryWriter(str(self._directory))
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name not in ("step", "time"):
+                    writer.add_scalar(name if name.startswith("eval/") else f"train/{name}", value, metrics["step"])
+        except OSError as error:
+            self._unwritable.say(error)
+            return
+        self._writer = writer
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        threading.excepthook = self._hook
+
+    def _on_thread_error(self, raised: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands its error to `add`, and would print it as well."""
+        is_its_own = type(raised.thread).__module__.startswith("tensorboard.")
+        if not (is_its_own and isinstance(raised.exc_value, OSError)):
+            self._hook(raised)
+
+
+class WandbRun:
+    """Weights & Biases: the same figures as in metrics.jsonl, one run there for one run directory.
+
+    A resumed run goes on with the same id, kept in RUN/wandb_id.
+
+    Raises UserError if wandb is not installed or refuses.
+    """
+
+    def __init__(self, run_directory: Path, section: LogSection) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"log.wandb={section.wandb} needs wandb: pip install 'cluster-clip[wandb]'") from None
+        id_file = run_directory / _WANDB_ID
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=section.wandb_project,
+                name=run_directory.resolve().name,
+                id=run_id,
+                resume="allow",
+                dir=str(run_directory),
+                mode="offline" if section.wandb == "offline" else "online",
+            )
+        except Exception as error:  # of its own kinds, by version
+            reason = " ".join(str(error).split())
+            raise UserError(f"wandb cannot start: {reason}; log.wandb=offline needs no network") from error
+        write_atomically(id_file, run_id + "\n")
+        self._unwritable = Unwritable(run_directory / "wandb", "figures are missing there")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One logged step."""
+        try:
+            self._run.log({name: value for name, value in metrics.items() if value is not None}, step=metrics["step"])
+        except OSError as error:
+            self._unwritable.say(error)
+
+    def close(self) -> None:
+        """Send what is left."""
+        with contextlib.suppress(OSError):
+            self._run.finish()

@@ -1,38 +1,70 @@
-"""What is measured closely at logged steps, and only there: norms, accuracy within the batch, phases, memory."""
+"""What is measured closely, at logged steps or where asked for: norms, accuracy in the batch, phases, memory, traces.
+
+B pairs of a micro-batch, D columns of a feature, R rows of a block
+T towers, 3 sums of squares: gradients, weights, updates
+"""
 
 from __future__ import annotations
 
 import resource
-from typing import TYPE_CHECKING, Any
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from model.clip import CLIPOutput
 from pipeline.ranks import Ranks
-from pipeline.training.observing.batch_accuracy import batch_accuracy
-from pipeline.training.observing.phase_clock import PhaseClock
-from pipeline.training.observing.tower_norms import TowerNorms
+from pipeline.training.engines.engine import Engine
+from pipeline.training.engines.fragments import Fragment, find_fragments, find_gradients
+from pipeline.training.side_files import Unwritable
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+PHASES = ("data", "masks", "forward", "loss", "backward", "update")
+# First parts of parameters' names; what is in no tower, temperature and bias, has a norm of its own.
+_TOWERS = {"visual": "image", "text": "text"}
+TOWERS = (*_TOWERS.values(), "temperature")
+_GRADIENT, _WEIGHT, _UPDATE = range(3)
+_ACCURACY_ROWS = 1024
+PROFILE = "profile"
+_PROFILE_ROWS = 30
 
 
 class StepObserver:
     """Watches the step between `begin` and `read`; a step without `begin` costs nothing."""
 
-    def __init__(self, engine: DeepSpeedEngine, ranks: Ranks) -> None:
-        self.clock = PhaseClock(ranks.device)
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._norms = TowerNorms(engine, ranks)
-        self._is_on = False
+        self._clock: PhaseClock | None = None
+        self._norms: TowerNorms | None = None
         self._accuracies: list[Tensor] = []
-        self._hook = engine.module.register_forward_hook(self._after_forward)
 
     def begin(self) -> None:
         """Watch the step that comes next."""
-        self._is_on = True
-        self._norms.begin()
-        self.clock.begin()
+        self._clock = PhaseClock(self._ranks.device)
+
+    def end(self, phase: str) -> None:
+        """What happened since the phase before was this one."""
+        if self._clock:
+            self._clock.end(phase)
+
+    def see_features(self, output: CLIPOutput) -> None:
+        """Those of a micro-batch."""
+        if self._clock:
+            self._accuracies.append(torch.stack(batch_accuracy(output.image_features, output.text_features)))
+
+    def before_update(self, engine: Engine) -> None:
+        """Gradients are averaged, weights as they were."""
+        if self._clock:
+            self._norms = TowerNorms(engine, self._ranks)
+
+    def after_update(self) -> None:
+        """Weights are new."""
+        if self._norms:
+            self._norms.after_update()
 
     def read(self, grad_norm: float | None) -> dict[str, Any]:
         """What was measured of the step; without `begin`, memory alone. Collective; waits for the device.
@@ -40,22 +72,15 @@ class StepObserver:
         grad_norm: of all gradients, before clipping
         """
         figures: dict[str, Any] = {}
-        if self._is_on:
-            figures |= self._norms.read(grad_norm) | self.clock.read()
-            if self._accuracies:
-                accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
-                figures |= dict(zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True))
-        self._is_on, self._accuracies = False, []
+        if self._norms:
+            figures |= self._norms.read(grad_norm)
+        if self._clock:
+            figures |= self._clock.read()
+        if self._accuracies:
+            accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
+            figures |= dict(zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True))
+        self._clock, self._norms, self._accuracies = None, None, []
         return figures | self._memory()
-
-    def close(self) -> None:
-        """Let go of the engine."""
-        self._norms.close()
-        self._hook.remove()
-
-    def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._is_on and torch.is_grad_enabled():
-            self._accuracies.append(torch.stack(batch_accuracy(output.image_features, output.text_features)))
 
     def _memory(self) -> dict[str, int]:
         """Peak of this rank: of the device since the last line, or of the process since its start."""
@@ -64,3 +89,150 @@ class StepObserver:
             torch.cuda.reset_peak_memory_stats(self._ranks.device)
             return {"memory_peak_bytes": peak}
         return {"memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+class PhaseClock:
+    """Where the time of a step goes: stretches between marks, on the device's own clock where it has one.
+
+    Work that is still queued on a GPU when the step begins belongs to its first phase.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks = [("", self._now())]
+
+    def end(self, phase: str) -> None:
+        """What happened since the mark before was this phase."""
+        self._marks.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Share of the time so far that each phase took. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in pairwise(self._marks):
+            seconds[phase] += _seconds_between(before, after)
+        total_s = sum(seconds.values())
+        return {f"{phase}_share": value / total_s for phase, value in seconds.items()} if total_s else {}
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds_between(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float)
+        assert isinstance(after, float)
+        return after - before
+    return float(before.elapsed_time(after)) / 1000
+
+
+class TowerNorms:
+    """Norms of gradients, weights and updates of each tower, from what every rank's optimizer updates anyway.
+
+    Made between a step's last backward pass and its update, when activations are gone: it keeps a copy of the weights.
+    """
+
+    def __init__(self, engine: Engine, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._sums_T3 = torch.zeros(len(TOWERS), 3, device=ranks.device)
+        gradients = {
+            id(holder): torch.cat([piece.reshape(-1) for piece in pieces])
+            for holder, pieces in find_gradients(engine.deepspeed)
+        }
+        self._before: list[tuple[Fragment, Tensor]] = []
+        for fragment in find_fragments(engine.deepspeed).values():
+            weights = fragment.of_holder(fragment.holder).clone()
+            self._before.append((fragment, weights))
+            self._add(fragment, _WEIGHT, weights)
+            if id(fragment.holder) in gradients:
+                self._add(fragment, _GRADIENT, fragment.of_holder(gradients[id(fragment.holder)]))
+
+    def after_update(self) -> None:
+        """The update is what changed against the copy."""
+        for fragment, before in self._before:
+            self._add(fragment, _UPDATE, fragment.of_holder(fragment.holder) - before)
+        self._before = []
+
+    def read(self, grad_norm: float | None) -> dict[str, float]:
+        """Norms over all ranks. Collective; waits for the device.
+
+        grad_norm: of all gradients, before clipping and without loss scaling; the towers' have their shares of it
+        """
+        if self._ranks.world_size > 1:
+            dist.all_reduce(self._sums_T3)
+        total = float(self._sums_T3[:, _GRADIENT].sum())
+        norms: dict[str, float] = {}
+        for tower, (gradient, weight, update) in zip(TOWERS, self._sums_T3.tolist(), strict=True):
+            if grad_norm is not None and total > 0:
+                norms[f"grad_norm_{tower}"] = grad_norm * (gradient / total) ** 0.5
+            norms[f"weight_norm_{tower}"] = weight**0.5
+            norms[f"update_norm_{tower}"] = update**0.5
+        return norms
+
+    def _add(self, fragment: Fragment, column: int, values: Tensor) -> None:
+        tower = TOWERS.index(_TOWERS.get(fragment.name.partition(".")[0], TOWERS[-1]))
+        square = torch.linalg.vector_norm(values, dtype=torch.float32).square()
+        # without ZeRO every rank has all of it
+        self._sums_T3[tower, column] += square if fragment.is_only_copy else square / self._ranks.world_size
+
+
+@torch.no_grad()
+def batch_accuracy(image_features_BD: Tensor, text_features_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of images whose caption, and of captions whose image, is the nearest of the B; never B x B at once."""
+    return _found(image_features_BD, text_features_BD), _found(text_features_BD, image_features_BD)
+
+
+def _found(queries_BD: Tensor, candidates_BD: Tensor) -> Tensor:
+    hits = []
+    for start in range(0, len(queries_BD), _ACCURACY_ROWS):
+        scores_RB = queries_BD[start : start + _ACCURACY_ROWS] @ candidates_BD.T
+        hits.append(scores_RB.argmax(1) == torch.arange(start, start + len(scores_RB), device=scores_RB.device))
+    return torch.cat(hits).float().mean()
+
+
+class ProfileWindow:
+    """A trace of some steps by torch's profiler, for chrome://tracing or ui.perfetto.dev, and a table of operators.
+
+    steps: `first` to `last`, counted from 1 as the log does; None: nothing
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, run_directory: Path, ranks: Ranks) -> None:
+        self._steps = steps if ranks.is_main else None  # ranks do the same: one trace is enough
+        self._directory = run_directory / PROFILE
+        self._is_cuda = ranks.device.type == "cuda"
+        self._profiler: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Start if this is the first of the steps."""
+        if self._steps is not None and step == self._steps[0]:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])]
+            self._profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def after(self, step: int) -> None:
+        """Stop and write if this was the last of them."""
+        if self._profiler is None or self._steps is None or step < self._steps[1]:
+            return
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        try:
+            trace = self._write(profiler, self._directory / f"steps_{self._steps[0]}_to_{self._steps[1]}.json.gz")
+        except OSError as error:
+            Unwritable(self._directory, "the trace is lost").say(error)
+        else:
+            print(f"trace of the steps in {trace}", flush=True)
+
+    def _write(self, profiler: profile, trace: Path) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        by = "self_device_time_total" if self._is_cuda else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=_PROFILE_ROWS)
+        trace.with_suffix("").with_suffix(".txt").write_text(table)
+        return trace

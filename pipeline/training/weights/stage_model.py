@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from formats.errors import UserError
@@ -12,7 +14,6 @@ from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
-from pipeline.training.checkpoints.rng_state import seed_generators
 from pipeline.training.engines.engine_config import precision_of, zero_stage
 from pipeline.training.stage_plan import Stage
 
@@ -30,11 +31,18 @@ def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> C
 
     checkpoint: the last one of the stage before; of another image size, if its positional embeddings are resized
     """
-    seed_generators(stage.seed)
+    _seed_generators(stage.seed)
     clip = CLIP(stage.model)
     if checkpoint is not None:
         _load_weights(clip, checkpoint / WEIGHTS)
     return clip.to(device)
+
+
+def _seed_generators(seed: int) -> None:
+    """Begin: python's, numpy's and torch's generators, the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _load_weights(clip: CLIP, file: Path) -> None:

@@ -1,17 +1,23 @@
-"""The optimizer's state by parameter name: what one cut of the weights wrote, another reads.
+"""What each rank keeps of its own, `rank_00000.safetensors`: its part of the optimizer's state, and its generators.
 
-An optimizer keeps, for each parameter, tensors of its size (AdamW's moments, Muon's momentum) and numbers (steps
-taken). Each rank gives what it has of the former as `KIND/PARAMETER@START`, the elements from START on; a number has no
-shape. Beside them are the numbers of a dynamic loss scaler, if there is one.
+The state is kept by parameter name: what one cut of the weights wrote, another reads. An optimizer keeps, for each
+parameter, tensors of its size (AdamW's moments, Muon's momentum) and numbers (steps taken). Each rank gives what it has
+of the former as `KIND/PARAMETER@START`, the elements from START on; a number has no shape. Beside them are the numbers
+of a dynamic loss scaler, if there is one.
+
+Nothing that training computes draws from the generators: masks, crops and captions have some of their own, by their
+place in the run. They are kept so that whatever comes to use them goes on where it stood.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
 _SCALER = "loss_scaler/"
 # What changes in DeepSpeed's dynamic loss scalers while they work.
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_RNG = "rng/"
 
 
 def optimizer_state(engine: DeepSpeedEngine, ranks: Ranks) -> dict[str, Tensor]:
@@ -124,3 +131,38 @@ def _set_scaler(engine: DeepSpeedEngine, field: str, value: Any) -> None:
     scaler = _dynamic_scaler(engine)
     if scaler is not None and hasattr(scaler, field):
         setattr(scaler, field, value)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of python's, numpy's, torch's and the device's generator."""
+    _, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
+    assert name == "MT19937", name
+    state = {
+        "python": torch.tensor(numbers, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached_gauss] if has_gauss else [], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return {_RNG + name: tensor for name, tensor in state.items()}
+
+
+def load_rng_state(file: Path, device: torch.device) -> None:
+    """Set the generators to what `rng_state` returned, now in a file with other tensors."""
+    with safe_open(file, framework="pt") as tensors:
+        state = {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(_RNG)}  # noqa: SIM118
+    _set_generators({key.removeprefix(_RNG): tensor for key, tensor in state.items()}, device)
+
+
+def _set_generators(state: Mapping[str, Tensor], device: torch.device) -> None:
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    *keys, position = state["numpy"].tolist()
+    gauss = state["numpy_gauss"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, len(gauss), gauss[0] if gauss else 0.0))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

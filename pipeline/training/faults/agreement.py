@@ -1,4 +1,4 @@
-"""Whether ranks began with the same, and still hold the same weights.
+"""Whether ranks agree: on what they began with, on where they stand, on the weights they hold.
 
 P parameters, W ranks
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.errors import UserError
-from pipeline.ranks import Ranks
+from pipeline.ranks import PendingMaximum, Ranks
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES_SHOWN = 3
@@ -37,6 +37,43 @@ def _different_line(value: str, other: str) -> str:
     return next((line.strip() for line, others in pairs if line != others), "")
 
 
+class StepVote:
+    """After every step ranks tell each other what each wants and where it stands; the host waits for none of it.
+
+    What one step's votes came to is known after the next step, on all ranks alike.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._pending: PendingMaximum | None = None
+
+    def cast(self, step: int, samples_seen: int, stop: bool) -> bool:
+        """Whether any rank wanted to stop when the step before this one was over.
+
+        Raises UserError if ranks were not at the same step or the same place in the data then.
+        """
+        before = self._pending
+        place = [step, samples_seen]
+        self._pending = self._ranks.start_maximum([int(stop), *place, *(-value for value in place)])
+        return before is not None and _read(before)
+
+    def close(self) -> None:
+        """Wait for the last votes, which nobody reads."""
+        if self._pending is not None:
+            self._pending.read()
+            self._pending = None
+
+
+def _read(pending: PendingMaximum) -> bool:
+    stop, last_step, most_samples, first_step, fewest_samples = pending.read()
+    if (last_step, most_samples) != (-first_step, -fewest_samples):
+        raise UserError(
+            f"ranks have run apart: they stand at steps {-first_step} to {last_step} and at samples {-fewest_samples} "
+            f"to {most_samples}; nothing is saved, the last checkpoint is intact"
+        )
+    return bool(stop)
+
+
 class RankCheck:
     """Compares the weights that a forward pass uses, every so many steps; collective, waits for the device.
 
@@ -51,7 +88,7 @@ class RankCheck:
         is_sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
         self._is_needed = ranks.world_size > 1 and not is_sharded
 
-    def look(self, step: int) -> None:
+    def compare(self, step: int) -> None:
         """Compare if it is time; raises UserError that names the first parameters that differ, and the ranks."""
         if not self._is_needed or step < self._next_step:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from pipeline.evaluation.tasks.registry import tasks_of
 from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 _BATCHES_AHEAD = 2
 
@@ -50,13 +47,11 @@ class LiveEvaluation:
         return bool(self._jobs) and step % self._section.every_steps == 0
 
     @torch.no_grad()
-    def figures(self, engine: DeepSpeedEngine) -> dict[str, float]:
+    def figures(self, clip: CLIP) -> dict[str, float]:
         """`eval/SET/METRIC` of all sets, the same on all ranks. Collective."""
         figures: dict[str, float] = {}
         for dataset, task in self._jobs:
-            features = {
-                name: self._encode(engine.module, collection) for name, collection in task.collections(dataset).items()
-            }
+            features = {name: self._encode(clip, collection) for name, collection in task.collections(dataset).items()}
             metrics = task.score(dataset, features).metrics
             figures |= {f"eval/{dataset.name}/{name}": value for name, value in metrics.items()}
         return figures

@@ -1,1 +1,0 @@
-"""The loss over all ranks: what is exchanged, what is cached."""

@@ -1,0 +1,58 @@
+"""The data of a stage: its order of samples, the batches that this rank reads of it, and what was seen of each set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from formats.errors import UserError
+from pipeline.data.coverage import describe_coverage
+from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.training_data import TrainingData
+from pipeline.ranks import Ranks
+from pipeline.training.stage_plan import Stage
+
+
+class StageData:
+    """What one stage reads."""
+
+    def __init__(self, stage: Stage, data: TrainingData, tokenizer: Tokenizer, ranks: Ranks) -> None:
+        self._stage = stage
+        self._data = data
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+        self._order = data.order(stage.recipe.data, stage.seed)
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from a step of the run to the stage's end."""
+        recipe, plan = self._stage.recipe, self._stage.batches
+        captions = TextMasker(self._tokenizer, recipe.text_masking)
+        image_size = self._stage.model.vision.image_size
+        shards = ShardReader(self._data.shards, make_cache(recipe.data))
+        dataset = TrainingSet(shards, self._order, self._stage.seed, captions, image_size, recipe.data.crop_min_area)
+        places = MicroBatches(plan, self._ranks.rank, first_step, self._stage.end_step)
+        loader = make_loader(dataset, places, recipe.data.workers, self._ranks.device.type == "cuda")
+        try:
+            yield from loader
+        except UserError as error:
+            # a worker's error arrives with its traceback in the message; the last line is ours
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+    def samples_seen_by_set(self, step: int) -> dict[str, int]:
+        """In the first `step` steps of the run; empty where there is one set only."""
+        if len(self._data.sets) == 1:
+            return {}
+        counts = self._order.samples_by_set(self._stage.positions(step))
+        return dict(zip(self._data.names, counts, strict=True))
+
+    def coverage_of_epochs(self, step: int) -> list[str]:
+        """What was seen of each epoch that a step, counted from 0, completed."""
+        plan = self._stage.batches
+        size = plan.num_samples
+        return [
+            describe_coverage(f"epoch {epoch + 1}", self._data, self._order, [range(epoch * size, (epoch + 1) * size)])
+            for epoch in range(plan.position(step) // size, plan.position(step + 1) // size)
+        ]
