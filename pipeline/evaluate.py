@@ -14,21 +14,28 @@ if __name__ == "__main__":
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+
+import torch
 
 from formats.errors import UserError
 from formats.files import location_argument, path_argument
 from formats.programs import add_launcher_argument, run
 from formats.word_counts import read_word_frequencies
-from pipeline.evaluation.features import FeatureEncoder, Slice
-from pipeline.evaluation.jobs import Job, encode_slice, make_job, score_job
+from pipeline.evaluation.features import FeatureEncoder
+from pipeline.evaluation.jobs import Failure, Job, Slice, encode_slice, make_job, raise_first, score_job
 from pipeline.evaluation.masked_images import check_maskable
-from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
+from pipeline.evaluation.results import RESULTS_FILE, format_table, read_results, write_results
 from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
 from pipeline.evaluation.sweep import read_sweep
 from pipeline.evaluation.tasks.registry import TASKS, tasks_of
 from pipeline.inference import load_any_model
-from pipeline.ranks import Ranks, init_ranks
+from pipeline.ranks import Ranks, init_ranks, part_ranks
+
+# Of what a rank has to encode, much may be there already: it then waits for the others.
+_PATIENCE = timedelta(days=7)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,35 +45,59 @@ def main(argv: Sequence[str]) -> int:
     datasets = _open(arguments.data, options)
     if arguments.word_counts:
         read_word_frequencies(arguments.word_counts)  # what is wrong with it shows before anything is encoded
-    ranks = init_ranks()
-    for checkpoint in arguments.checkpoint:
+    if (arguments.output / RESULTS_FILE).exists():
+        read_results(arguments.output / RESULTS_FILE)  # likewise
+    ranks = init_ranks(_PATIENCE)
+
+    def load(checkpoint: str) -> FeatureEncoder:
         model = load_any_model(checkpoint, ranks.device, arguments.tokenizer, arguments.model)
         masking = model.masking if arguments.mask_images else None
         if masking is not None:
             check_maskable(masking)
-        encoder = FeatureEncoder(model, ranks, arguments.workers, masking)
+        return FeatureEncoder(model, ranks, arguments.workers, masking)
+
+    encoded: list[Job] = []
+    failures: list[Failure] = []
+    for checkpoint in arguments.checkpoint:
+        try:
+            encoder = ranks.together(partial(load, checkpoint))
+        except UserError as error:
+            failures.append(error)
+            continue
+        model, masking = encoder.model.identity, encoder.masking
         for data, dataset in datasets.items():
-            job = make_job(model.identity, data, dataset, options, arguments.batch_size, masking, arguments.word_counts)
-            _run(job, encoder, arguments.slice, arguments.output)
+            job = make_job(model, data, dataset, options, arguments.batch_size, masking, arguments.word_counts)
+            tasks = ", ".join(task.option for task in job.tasks)
+            _print(ranks, f"{model.checkpoint}: {dataset.name}, {tasks}, {len(dataset.samples):,} samples")
+            try:
+                encode_slice(job, encoder, arguments.slice or Slice(), arguments.output)
+                encoded.append(job)
+            except (UserError, OSError) as error:  # the other sets can still be evaluated
+                failures.append(error)
+    # scoring may take long, of a probe above all: nobody waits for it
+    part_ranks(ranks)
+    if ranks.is_main:
+        failures += _finish(encoded, arguments.slice, arguments.output, ranks.device)
+    raise_first(failures)
     return 0
 
 
-def _run(job: Job, encoder: FeatureEncoder, part: Slice | None, output: Path) -> None:
-    ranks, name = encoder.ranks, job.dataset.name
-    tasks = ", ".join(task.option for task in job.tasks)
-    _print(ranks, f"{job.model.checkpoint}: {name}, {tasks}, {len(job.dataset.samples):,} samples")
-    encode_slice(job, encoder, part or Slice(), output)
-    if not ranks.is_main:
-        return
-    if part is not None:
-        print(
-            f"slice {part} of {name} is encoded; when all are: python pipeline/report.py collect {output}", flush=True
-        )
-        return
-    results = score_job(job, output)
-    # one by one: what is measured stays, whatever happens to the next data set
-    write_results(output, results)
-    print(f"{format_table(results)}\n\nresults in {output / RESULTS_FILE}", flush=True)
+def _finish(jobs: Sequence[Job], part: Slice | None, output: Path, device: torch.device) -> Iterator[Failure]:
+    """Score what is encoded, or say what to do when all slices are; gives the errors of what cannot be scored."""
+    for job in jobs:
+        name = job.dataset.name
+        if part is not None:
+            hint = f"python pipeline/report.py collect {output}"
+            print(f"slice {part} of {name} is encoded; when all are: {hint}", flush=True)
+            continue
+        try:
+            results = score_job(job, output, device, is_checked=True)
+            # one by one: what is measured stays, whatever happens to the next data set
+            write_results(output, results)
+        except (UserError, OSError) as error:
+            yield error
+        else:
+            print(f"{format_table(results)}\n\nresults in {output / RESULTS_FILE}", flush=True)
 
 
 def _print(ranks: Ranks, text: str) -> None:
@@ -79,6 +110,9 @@ def _open(directories: Sequence[Path], options: Sequence[str] | None) -> dict[Pa
     check_names(directories)
     opened = {directory: open_evaluation_set(directory) for directory in directories}
     fitting = {directory: tasks_of(dataset, options) for directory, dataset in opened.items()}
+    for directory, tasks in fitting.items():
+        for task in tasks:
+            task.collections(opened[directory])  # what it cannot use shows before anything is encoded
     for option in options or ():
         if not any(TASKS[option] in tasks for tasks in fitting.values()):
             raise UserError(f"no dataset for task {option}: none of {', '.join(map(str, directories))} fits")

@@ -7,7 +7,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
 from pipeline.data.image_transform import Preprocessing
 from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
+from pipeline.evaluation.results import ModelIdentity
 from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
 from pipeline.training.checkpoints.checkpoint import (
     MODEL_CARD,
@@ -28,27 +28,6 @@ from pipeline.training.checkpoints.checkpoint import (
     read_tensors,
 )
 from pipeline.training.weights.run_weights import find_model, is_ours, read_card
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model it is that gave some features: what results say of it.
-
-    settings_sha256: of a model of another library, whose configuration and preprocessing lie beside its weights
-    """
-
-    name: str
-    checkpoint: str
-    step: int | None
-    samples_seen: int | None
-    image_size: int
-    weights_sha256: str
-    tokenizer_sha256: str
-    settings_sha256: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """Its fields, without those that it has no value of."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True)

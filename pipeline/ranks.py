@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -128,6 +129,22 @@ class Ranks:
             raise UserError(error_text)
         return cast(T, result)
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What each rank makes by itself. If one meets a UserError or OSError, all raise (collective; `work` is not).
+
+        A rank that left alone would keep the others waiting.
+        """
+        made, failure = None, None
+        try:
+            made = work()
+        except UserError as error:
+            failure = error
+        except OSError as error:
+            failure = UserError(describe_os_error(error) or str(error))
+        if self.any(failure is not None):
+            raise failure or UserError("another rank could not do its share: its message says why")
+        return cast(T, made)
+
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""
         if self.world_size == 1:
@@ -184,8 +201,11 @@ def _environment_from_launcher() -> None:
         raise UserError("MASTER_PORT is not set: export the same free port on every rank")
 
 
-def init_ranks() -> Ranks:
-    """Join the other processes started by `deepspeed`, `torchrun` or `srun`; a plain process is a world of one."""
+def init_ranks(patience: timedelta | None = None) -> Ranks:
+    """Join the other processes started by `deepspeed`, `torchrun` or `srun`; a plain process is a world of one.
+
+    `patience`: how long a rank waits for others in a collective, where the backend's 10 or 30 minutes are too short.
+    """
     _environment_from_launcher()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -201,6 +221,15 @@ def init_ranks() -> Ranks:
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" else None  # tells NCCL which GPU is this rank's before first use
         # alone there is nobody to meet: a port that is free now could be taken by the time it is listened at
-        store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+        store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size))[0]  # type: ignore[attr-defined]
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, device_id=device_id, timeout=patience
+        )
     return Ranks(rank, local_rank, world_size, device)
+
+
+def part_ranks(ranks: Ranks) -> None:
+    """End what the processes did together: from here on each is on its own, and may leave. Collective."""
+    if ranks.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()

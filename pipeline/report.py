@@ -22,7 +22,7 @@ from formats.errors import UserError
 from formats.files import path_argument, write_atomically
 from formats.pages import render
 from formats.programs import run
-from pipeline.evaluation.jobs import read_jobs, score_job
+from pipeline.evaluation.jobs import Failure, job_files, raise_first, read_job, score_job
 from pipeline.evaluation.results import RESULTS_FILE, format_table, write_results
 from pipeline.recipe import Recipe
 from pipeline.reporting.charts import draw_cost_charts, draw_curves, draw_robustness
@@ -118,21 +118,22 @@ def _collect(argv: Sequence[str]) -> int:
     parser.add_argument(
         "output", nargs="+", type=path_argument, metavar="OUTPUT", help="the --output of pipeline/evaluate.py"
     )
-    failures: list[UserError] = []
+    failures: list[Failure] = []
     for output in parser.parse_args(argv).output:
-        for job in read_jobs(output):
+        files = job_files(output)
+        if not files:
+            failures.append(UserError(f"nothing to collect in {output}: no slice of an evaluation has ended there"))
+        for file in files:
             try:
+                job = read_job(file)
                 results = score_job(job, output)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 failures.append(error)
                 continue
             write_results(output, results)
             print(f"{job.model.checkpoint}\n{format_table(results)}\n", flush=True)
         print(f"results in {output / RESULTS_FILE}", flush=True)
-    if failures:
-        for failure in failures[1:]:
-            print(f"error: {failure}", file=sys.stderr)
-        raise failures[0]
+    raise_first(failures)
     return 0
 
 

@@ -1,14 +1,14 @@
 """Features on disk: computed once per model and collection, in pieces by any number of jobs, read back whole or not.
 
 A collection is cut into batches of fixed extent, and whoever encodes a batch gets the same bits: figures depend neither
-on slices nor on ranks. A piece is a file of consecutive batches, named by its first row and the one after its last.
+on slices nor on ranks. A piece is a file of consecutive batches, named by its first row and the one after its last. It
+holds the hash of each item's content too: features of what is no longer in the set are never taken for its own.
 
 N rows of a collection, n rows of a piece, D embed_dim, S size of the square image
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,19 +27,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from formats.errors import UserError
-from formats.files import write_atomically, write_json
-from formats.pictures import ImageError
+from formats.files import make_folder, write_atomically, write_json
+from formats.pictures import ImageError, why_unusual
+from model.clip import CLIP
 from model.masking import MaskingConfig
-from pipeline.data.image_transform import decode_image
+from pipeline.data.image_transform import Preprocessing, decode_image
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.masked_images import encode_masked
+from pipeline.evaluation.results import ModelIdentity
 from pipeline.evaluation.sets.files import Collection, ImageFile
-from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 
 _PIECE = re.compile(r"(\d+)-(\d+)\.safetensors")
 _BATCHES_AHEAD = 2
 # Of a job that is killed, so many batches are encoded again.
 _BATCHES_OF_A_PIECE = 32
+_READERS = 16
+# Pieces without this mark are older: they saw turned, transparent and 16-bit pictures otherwise.
+_DECODER = "formats.pictures"
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -52,12 +57,16 @@ class Piece(NamedTuple):
     end: int
     path: Path
 
+    def damaged(self, problem: object) -> UserError:
+        """What to say of it, and do, if it is not what was written."""
+        return UserError(f"{self.path} {problem}: delete it and evaluate again")
+
 
 class FeatureStore:
     """The features of one collection by one model, under OUTPUT/features/."""
 
     def __init__(self, output: Path, collection: Collection, model: Mapping[str, Any], batch_size: int) -> None:
-        """`model` names what computes the features: weights, tokenizer, image size, masking."""
+        """`model` names what computes the features: weights, tokenizer, preprocessing, masking."""
         self.collection = collection
         self.batch_size = batch_size
         self._identity = {
@@ -82,31 +91,32 @@ class FeatureStore:
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.collection)))
 
     def missing(self, batches: Iterable[int]) -> list[int]:
-        """Those of the batches that no piece holds yet."""
-        held: set[int] = set()
+        """Those of the batches that no piece holds; a piece of other content than the set has now is removed."""
+        wanted, held = list(batches), set[int]()
         for piece in self.pieces():
-            held.update(range(piece.first // self.batch_size, -(-piece.end // self.batch_size)))
-        return [batch for batch in batches if batch not in held]
+            its_batches = range(piece.first // self.batch_size, -(-piece.end // self.batch_size))
+            if not held.issuperset(its_batches) and not set(its_batches).isdisjoint(wanted):
+                if self._is_current(piece):
+                    held.update(its_batches)
+                else:
+                    piece.path.unlink(missing_ok=True)  # another rank may have been faster
+        return [batch for batch in wanted if batch not in held]
 
     def pieces(self) -> list[Piece]:
         """All pieces, in order."""
-        found = []
-        for path in self.directory.glob("*.safetensors") if self.directory.is_dir() else ():
-            match = _PIECE.fullmatch(path.name)
-            if match:
-                found.append(Piece(int(match[1]), int(match[2]), path))
-        return sorted(found)
+        matches = [(_PIECE.fullmatch(path.name), path) for path in self.directory.glob("*.safetensors")]
+        return sorted(Piece(int(match[1]), int(match[2]), path) for match, path in matches if match)
 
     def write(self, first_batch: int, features_nD: Tensor, item_sha256: Sequence[bytes]) -> None:
         """Store the features of consecutive batches, and a hash of each item's content; atomic."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         if not (self.directory / "collection.json").exists():
             write_json(self.directory / "collection.json", self._identity)
         first = first_batch * self.batch_size
         digests_n32 = torch.frombuffer(bytearray(b"".join(item_sha256)), dtype=torch.uint8).view(-1, 32)
         tensors = {"features": features_nD.float().cpu().contiguous(), "sha256": digests_n32}
         name = f"{first:09d}-{first + len(features_nD):09d}.safetensors"
-        write_atomically(self.directory / name, save(tensors))
+        write_atomically(self.directory / name, save(tensors, {"decoder": _DECODER}))
 
     def gaps(self) -> list[range]:
         """Rows that no piece holds. Raises UserError if pieces overlap or reach beyond the collection."""
@@ -124,10 +134,11 @@ class FeatureStore:
             found.append(range(end, len(self.collection)))
         return found
 
-    def load(self) -> tuple[Tensor, str]:
+    def load(self, is_checked: bool = False) -> tuple[Tensor, str]:
         """All features, fp32 [N, D] on the CPU, and the hash of all items' content.
 
-        Raises UserError if rows are missing, there twice, not readable or not finite.
+        `is_checked`: `missing` has just compared the pieces with what the set holds.
+        Raises UserError if rows are missing, there twice, not readable, not finite or of another content.
         """
         gaps = self.gaps()
         if gaps:
@@ -138,77 +149,93 @@ class FeatureStore:
             )
         parts, digest = [], hashlib.sha256()
         for piece in self.pieces():
-            try:
-                with safe_open(piece.path, framework="pt") as file:  # maps the file: a page is read when it is used
-                    parts.append(file.get_tensor("features"))
-                    digest.update(file.get_tensor("sha256").numpy().tobytes())
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{piece.path} cannot be read ({error}): delete it and evaluate again") from error
-            if len(parts[-1]) != piece.end - piece.first:
-                raise UserError(f"{piece.path} does not hold the rows of its name: delete it and evaluate again")
-            if not parts[-1].isfinite().all():
-                raise UserError(f"{piece.path} holds features that are not finite: delete it and evaluate again")
+            if not is_checked and not self._is_current(piece):
+                raise UserError(f"{self.collection.name} has changed since the features in {piece.path} were computed")
+            features_nD, digests_n32, _ = self._read(piece)
+            if not features_nD.isfinite().all():
+                raise piece.damaged("holds features that are not finite")
+            parts.append(features_nD)
+            digest.update(digests_n32.numpy().tobytes())
+        if len({part_nD.shape[1] for part_nD in parts}) > 1:
+            raise UserError(f"the pieces in {self.directory} are of several models: delete them and evaluate again")
         return torch.cat(parts), digest.hexdigest()
 
+    def _read(self, piece: Piece) -> tuple[Tensor, Tensor, str | None]:
+        """Features [n, D], digests [n, 32], decoder. UserError: it is damaged; FileNotFoundError: it is gone."""
+        try:
+            with safe_open(piece.path, framework="pt") as file:  # maps the file: a page is read when it is used
+                features_nD, digests_n32 = file.get_tensor("features"), file.get_tensor("sha256")
+                decoder = (file.metadata() or {}).get("decoder")
+        except FileNotFoundError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise piece.damaged(f"cannot be read ({error})") from error
+        n = piece.end - piece.first
+        if features_nD.dtype != torch.float32 or features_nD.dim() != 2 or len(features_nD) != n:
+            raise piece.damaged("does not hold the rows of its name")
+        if digests_n32.dtype != torch.uint8 or digests_n32.shape != (n, 32):
+            raise piece.damaged("does not say which content its rows are of")
+        return features_nD, digests_n32, decoder
 
-@dataclass(frozen=True)
-class Slice:
-    """Part `index` of `count`, counted from 0."""
+    def _is_current(self, piece: Piece) -> bool:
+        """Whether its features are of what the collection holds now, and of the right pixels."""
+        if self.collection.kind == "texts":
+            return True  # the store's name has their hash
+        try:
+            _, digests_n32, decoder = self._read(piece)
+        except FileNotFoundError:  # removed by another rank
+            return False
 
-    index: int = 0
-    count: int = 1
+        def is_current(image: ImageFile, digest_32: Tensor) -> bool:
+            data = image.read()
+            is_same = hashlib.sha256(data).digest() == bytes(digest_32.tolist())
+            return is_same and (decoder == _DECODER or why_unusual(data) is None)
 
-    @staticmethod
-    def parse(text: str) -> Slice:
-        """Read "i/n"; raises argparse.ArgumentTypeError for anything else."""
-        index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise argparse.ArgumentTypeError(f"{text!r} is no slice: give i/n with 0 <= i < n, e.g. 0/4")
-        return Slice(int(index), int(count))
+        with ThreadPoolExecutor(_READERS) as pool:
+            return all(pool.map(is_current, self.collection.items[piece.first : piece.end], digests_n32))
 
-    def share(self, total: int, ranks: Ranks) -> range:
-        """This slice's and rank's share of `total` things: contiguous, sizes differ by one at most within a slice."""
-        first, end = total * self.index // self.count, total * (self.index + 1) // self.count
-        size = end - first
-        return range(first + size * ranks.rank // ranks.world_size, first + size * (ranks.rank + 1) // ranks.world_size)
 
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
+class EncodingModel(Protocol):
+    """What an encoder needs of a model (`pipeline.inference.InferenceModel`)."""
+
+    @property
+    def clip(self) -> CLIP: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def identity(self) -> ModelIdentity: ...
 
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """Encodes with one model what is missing of this slice's and rank's share of a collection.
+    """Encodes with one model what is missing of a share of a collection.
 
     `workers` threads decode images: the decoder and the resize release the interpreter's lock.
     `masking`, on request, hides patches of the images as training did; an evaluation looks at whole images otherwise.
     """
 
-    model: InferenceModel
+    model: EncodingModel
     ranks: Ranks
     workers: int
     masking: MaskingConfig | None = None
 
-    def encode(self, store: FeatureStore, part: Slice) -> int:
-        """Store what is missing of the share; returns the number of rows encoded on this rank (collective).
+    def encode(self, store: FeatureStore, share: Iterable[int]) -> int:
+        """Store what is missing of a share of the batches, ascending; returns the number of rows encoded.
 
-        Raises UserError, on all ranks, if one meets an image that does not decode or features that are not finite.
+        Raises UserError for an image that does not decode and for features that are not finite.
         """
-        batches = store.missing(part.share(store.num_batches, self.ranks))
+        batches = store.missing(share)
         total = sum(len(store.rows(batch)) for batch in batches)
-        failure: UserError | None = None
         description = f"{store.collection.name} {store.collection.kind}"
         hidden = not self.ranks.is_main or not batches
         with tqdm(total=total, desc=description, unit="", disable=hidden, leave=False) as progress:
-            try:
-                if batches:
-                    with ThreadPoolExecutor(self.workers) as pool:
-                        self._encode(store, batches, pool, progress.update)
-            except UserError as error:
-                failure = error
-        # a rank that left alone would keep the others waiting
-        if self.ranks.any(failure is not None):
-            raise failure or UserError("another rank could not encode its share: its message says why")
+            if batches:
+                with ThreadPoolExecutor(self.workers) as pool:
+                    self._encode(store, batches, pool, progress.update)
         return total
 
     @torch.inference_mode()

@@ -6,29 +6,76 @@ every slice that has ended.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
 
 from formats.errors import UserError
-from formats.files import write_json
+from formats.files import make_folder, read_json, write_json
 from formats.word_counts import read_word_frequencies
 from model.masking import MaskingConfig
-from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
-from pipeline.evaluation.results import Result
+from pipeline.evaluation.features import FeatureEncoder, FeatureStore
+from pipeline.evaluation.results import ModelIdentity, Result
 from pipeline.evaluation.sets.files import Collection
 from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, open_evaluation_set
 from pipeline.evaluation.tasks.registry import TASKS, tasks_of
 from pipeline.evaluation.tasks.task import Task
-from pipeline.inference import ModelIdentity
-from pipeline.training.run_record import versions
+from pipeline.ranks import Ranks
+from pipeline.versions import versions
+
+CPU = torch.device("cpu")
+Failure: TypeAlias = UserError | OSError
 
 JOBS, JOB_FILE = "jobs", "job.json"
+_NOTE = re.compile(r"slice_(\d{1,9})_of_(\d{1,9})\.json")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part `index` of `count`, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Slice:
+        """Read "i/n"; raises argparse.ArgumentTypeError for anything else."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no slice: give i/n with 0 <= i < n, e.g. 0/4")
+        return Slice(int(index), int(count))
+
+    def share(self, total: int, ranks: Ranks) -> range:
+        """This slice's and rank's share of `total` things: contiguous, sizes differ by one at most within a slice."""
+        first, end = total * self.index // self.count, total * (self.index + 1) // self.count
+        size = end - first
+        return range(first + size * ranks.rank // ranks.world_size, first + size * (ranks.rank + 1) // ranks.world_size)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """job.json."""
+
+    model: ModelIdentity
+    data: str
+    tasks: list[str]
+    batch_size: Annotated[int, Field(gt=0)]
+    masking: MaskingConfig | None = None
+    word_counts: str | None = None
+    format_version: Literal[1] = 1
 
 
 @dataclass(frozen=True)
@@ -52,15 +99,10 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """What collecting needs to know, as plain values."""
-        return {
-            "format_version": 1,
-            "model": self.model.record(),
-            "data": str(self.data.resolve()),
-            "tasks": [task.option for task in self.tasks],
-            "batch_size": self.batch_size,
-            "masking": None if self.masking is None else asdict(self.masking),
-            "word_counts": self.word_counts,
-        }
+        options = [task.option for task in self.tasks]
+        data = str(self.data.resolve())
+        record = _Record(self.model, data, options, self.batch_size, self.masking, self.word_counts)
+        return asdict(record) | {"model": self.model.record()}
 
     def directory(self, output: Path) -> Path:
         """Where its record and its slices' are."""
@@ -88,28 +130,35 @@ class Job:
 
 
 def encode_slice(job: Job, encoder: FeatureEncoder, part: Slice, output: Path) -> None:
-    """The map step: what is missing of a slice's features, then a note that it has ended (collective)."""
+    """The map step: what is missing of a slice's features, then a note that it has ended.
+
+    Collective: whatever a rank cannot encode, of an image, a split or a disk, is a UserError of all.
+    """
     start_s = time.monotonic()
-    stores = {store.directory: store for named in job.stores(output).values() for store in named.values()}
-    rows = sum(encoder.encode(store, part) for store in stores.values())
-    encoder.ranks.barrier()
-    if encoder.ranks.is_main:
-        directory = job.directory(output)
-        directory.mkdir(parents=True, exist_ok=True)
+    ranks = encoder.ranks
+
+    def encode_share() -> int:
+        stores = {store.directory: store for named in job.stores(output).values() for store in named.values()}
+        return sum(encoder.encode(store, part.share(store.num_batches, ranks)) for store in stores.values())
+
+    rows = ranks.together(encode_share)
+    if ranks.is_main:
+        directory = make_folder(job.directory(output))
         write_json(directory / JOB_FILE, job.record())
         note = {
             "rows_of_main_rank": rows,
             "seconds": round(time.monotonic() - start_s, 3),
-            "world_size": encoder.ranks.world_size,
-            "device": str(encoder.ranks.device),
+            "world_size": ranks.world_size,
+            "device": str(ranks.device),
         }
         write_json(directory / f"slice_{part.index}_of_{part.count}.json", note)
-    encoder.ranks.barrier()
 
 
-def score_job(job: Job, output: Path) -> list[Result]:
+def score_job(job: Job, output: Path, device: torch.device = CPU, is_checked: bool = False) -> list[Result]:
     """The reduce step: results of a job whose features are complete.
 
+    device: for tasks that fit something to the features
+    is_checked: the features have just been compared with what the set holds
     Raises UserError that names the collection and the slices that have not ended, if they are not.
     """
     stores = job.stores(output)
@@ -118,10 +167,11 @@ def score_job(job: Job, output: Path) -> list[Result]:
     for task in job.tasks:
         start_s = time.monotonic()
         try:
-            loaded = {name: store.load() for name, store in stores[task.option].items()}
+            loaded = {name: store.load(is_checked) for name, store in stores[task.option].items()}
         except UserError as error:
             raise UserError(f"{job.dataset.name}: {error}; {_what_to_run(job, output)}") from None
-        scores = task.score(dataset, {name: features for name, (features, _) in loaded.items()})
+        where = device if task.on_device else CPU
+        scores = task.score(dataset, {name: features.to(where) for name, (features, _) in loaded.items()})
         content = hashlib.sha256("".join(sha256 for _, sha256 in loaded.values()).encode()).hexdigest()
         results.append(
             Result(
@@ -154,40 +204,23 @@ def _with_words(dataset: EvaluationSet, word_counts: str | None) -> EvaluationSe
     return replace(dataset, words=read_word_frequencies(word_counts))
 
 
-def read_jobs(output: Path) -> list[Job]:
-    """The jobs whose slices wrote into an output directory, their data sets opened again.
-
-    Raises UserError if there is none, or if a data set is gone or no longer fits.
-    """
-    files = job_files(output)
-    if not files:
-        raise UserError(f"nothing to collect in {output}: no slice of an evaluation has ended there")
-    return [read_job(file) for file in files]
-
-
 def job_files(output: Path) -> list[Path]:
-    """The records of the jobs of an output directory."""
+    """The records of the jobs whose slices wrote into an output directory."""
     return sorted((output / JOBS).glob(f"*/{JOB_FILE}"))
 
 
 def read_job(file: Path) -> Job:
-    """The job of a record, its data set opened again; raises UserError as `read_jobs` does."""
+    """The job of a record, its data set opened again; raises UserError if it is gone or no longer fits."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        masking = record["masking"]
-        return Job(
-            model=ModelIdentity(**record["model"]),
-            data=Path(record["data"]),
-            dataset=open_evaluation_set(Path(record["data"])),
-            tasks=tuple(TASKS[option] for option in record["tasks"]),
-            batch_size=int(record["batch_size"]),
-            masking=None if masking is None else MaskingConfig(**masking),
-            word_counts=record.get("word_counts"),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} does not describe an evaluation job ({error!r}): delete it and evaluate again"
-        ) from error
+        record = TypeAdapter(_Record).validate_python(read_json(file))
+        tasks = tuple(TASKS[option] for option in record.tasks)
+    except (ValidationError, KeyError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"unknown task {error}"
+        raise UserError(f"{file} describes no evaluation job ({problem}): delete it and evaluate again") from None
+    data = Path(record.data)
+    return Job(
+        record.model, data, open_evaluation_set(data), tasks, record.batch_size, record.masking, record.word_counts
+    )
 
 
 def make_job(
@@ -203,21 +236,29 @@ def make_job(
     return Job(model, data, dataset, tasks_of(dataset, options), batch_size, masking, word_counts)
 
 
-def _ended_slices(directory: Path) -> Mapping[int, set[int]]:
-    """Which slices have ended, by how many there are in all."""
-    ended: dict[int, set[int]] = {}
-    for path in directory.glob("slice_*_of_*.json"):
-        index, _, count = path.stem.removeprefix("slice_").partition("_of_")
-        ended.setdefault(int(count), set()).add(int(index))
-    return ended
+def raise_first(failures: Sequence[Failure]) -> None:
+    """End a program that did what it could: the first error is raised, the others are said on stderr."""
+    for failure in failures[1:]:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    if failures:
+        raise failures[0]
+
+
+def _slice_notes(directory: Path) -> Iterator[tuple[re.Match[str], Path]]:
+    for path in directory.glob("slice_*.json"):
+        if match := _NOTE.fullmatch(path.name):
+            yield match, path
 
 
 def _slice_seconds(directory: Path) -> float:
-    return sum(float(json.loads(path.read_text())["seconds"]) for path in directory.glob("slice_*_of_*.json"))
+    seconds = [read_json(path).get("seconds") for _, path in _slice_notes(directory)]
+    return sum(value for value in seconds if isinstance(value, int | float))
 
 
 def _what_to_run(job: Job, output: Path) -> str:
-    ended = _ended_slices(job.directory(output))
+    ended: dict[int, set[int]] = {}  # by how many there are in all
+    for match, _ in _slice_notes(job.directory(output)):
+        ended.setdefault(int(match[2]), set()).add(int(match[1]))
     count = max(ended, default=1)
     open_slices = [f"{index}/{count}" for index in range(count) if index not in ended.get(count, set())]
     if not open_slices:

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
+import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from formats.errors import UserError
-from formats.files import write_atomically, write_json
+from formats.files import make_folder, read_text, to_json, write_atomically, write_json
+from formats.locks import open_exclusive
 
 RESULTS_FILE = "results.jsonl"
+
+Share = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model it is that gave some features: what results say of it.
+
+    settings_sha256: of a model of another library, whose configuration and preprocessing lie beside its weights
+    """
+
+    name: str
+    checkpoint: str
+    step: int | None
+    samples_seen: int | None
+    image_size: int
+    weights_sha256: str
+    tokenizer_sha256: str
+    settings_sha256: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Its fields, without those that it has no value of."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -30,10 +54,10 @@ class Result:
     checkpoint: str
     dataset: str
     task: str
-    metrics: dict[str, float]
+    metrics: dict[str, Share]
     samples: int
-    chance: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, list[float]] = field(default_factory=dict)
+    chance: dict[str, Share] = field(default_factory=dict)
+    intervals: dict[str, list[Share]] = field(default_factory=dict)
     expected_samples: int | None = None
     template_sha256: str | None = None
     content_sha256: str | None = None
@@ -46,14 +70,16 @@ class Result:
     wall_time_s: float | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """A newer result replaces an older one of the same key."""
-        return self.model, self.checkpoint, self.dataset, self.task
+    def key(self) -> tuple[str, ...]:
+        """A newer result replaces an older one of the same key; two runs may be called alike, seen from two folders."""
+        return self.model, self.checkpoint, self.dataset, self.task, self.weights_sha256 or ""
 
     def to_json(self) -> str:
         """One line of JSON, without the fields that are unknown."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        return to_json({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+
+_RESULT = TypeAdapter(Result)
 
 
 def read_results(file: Path) -> list[Result]:
@@ -62,23 +88,19 @@ def read_results(file: Path) -> list[Result]:
     Raises UserError for a missing file and for a line that is not a result.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).split("\n")
     except FileNotFoundError as error:
         raise UserError(f"no results at {file}: make them with pipeline/evaluate.py") from error
     return [_parse_result(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse_result(line: str, where: str) -> Result:
-    known = {item.name for item in dataclasses.fields(Result)}
     try:
-        fields: dict[str, Any] = json.loads(line)
-        result = Result(**{name: value for name, value in fields.items() if name in known})
-        numbers = [*result.metrics.values(), *result.chance.values()]
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is not a result: {error}") from error
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise UserError(f"{where} is not a result: its metrics must be numbers")
-    return result
+        return _RESULT.validate_json(line, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} is not a result: {f'{field_name}: ' if field_name else ''}{first['msg']}") from None
 
 
 def write_results(directory: Path, results: Iterable[Result]) -> Path:
@@ -88,8 +110,10 @@ def write_results(directory: Path, results: Iterable[Result]) -> Path:
     Raises UserError, and leaves the file as it is, if it holds something else than results.
     """
     file = directory / RESULTS_FILE
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / f".{RESULTS_FILE}.lock"):
+    make_folder(directory)
+    lock = open_exclusive(directory / f".{RESULTS_FILE}.lock")
+    assert lock is not None  # it waits
+    with lock:
         merged = {result.key: result for result in (read_results(file) if file.exists() else [])}
         merged.update({result.key: result for result in results})
         # in the order of their keys: the same file, and report, whichever job was the first
@@ -100,8 +124,7 @@ def write_results(directory: Path, results: Iterable[Result]) -> Path:
 
 def write_clip_benchmark_files(directory: Path, results: Iterable[Result]) -> None:
     """One file per result under DIRECTORY/clip_benchmark/, as `clip_benchmark eval` writes and `build` reads them."""
-    folder = directory / "clip_benchmark"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(directory / "clip_benchmark")
     for result in results:
         fields = {
             "dataset": result.dataset,
@@ -112,14 +135,11 @@ def write_clip_benchmark_files(directory: Path, results: Iterable[Result]) -> No
             "language": "en",
         }
         name = f"{result.dataset}_{result.checkpoint}_{result.model}_en_{result.task}"
-        write_json(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[-200:]}.json", fields)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+        # the slug alone, which was once the name, does not tell a/b from a_b
+        digest = hashlib.sha256("\0".join(result.key).encode()).hexdigest()
+        write_json(folder / f"{slug[-180:]}-{digest[:16]}.json", fields)
+        (folder / f"{slug[-200:]}.json").unlink(missing_ok=True)
 
 
 def format_table(results: Sequence[Result]) -> str:

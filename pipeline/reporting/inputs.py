@@ -13,10 +13,9 @@ from pathlib import Path
 
 from formats.errors import UserError
 from pipeline.evaluation.jobs import Job, job_files, read_job
-from pipeline.evaluation.results import RESULTS_FILE, Result, read_results
+from pipeline.evaluation.results import RESULTS_FILE, ModelIdentity, Result, read_results
 from pipeline.evaluation.sets.layouts import EvaluationSet
 from pipeline.evaluation.tasks.task import Features, Task
-from pipeline.inference import ModelIdentity
 from pipeline.reporting.runs import CHECKPOINTS, Cost, Run, read_run
 from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS, WEIGHTS
 from pipeline.training.observing.run_logger import METRICS

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,6 @@ from pipeline.recipe_files import OPTIONS, read_recipe_file
 from pipeline.recipe_options import Change
 
 RECIPE, RECORD = "recipe.yaml", "run.json"
-
-_PACKAGES = ("cluster-clip", "torch", "deepspeed", "numpy", "simplejpeg", "sentencepiece", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)}
-    return {"python": platform.python_version(), **found}
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def write_record(run_directory: Path, recipe: Recipe, record: dict[str, Any]) -> None:

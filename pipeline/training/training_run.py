@@ -28,11 +28,12 @@ from pipeline.training.live_evaluation import LiveEvaluation
 from pipeline.training.observing.run_logger import RunLogger, timestamp
 from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.progress import Progress
-from pipeline.training.run_record import RECORD, check_unchanged, read_record, versions, write_record
+from pipeline.training.run_record import RECORD, check_unchanged, read_record, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
 from pipeline.training.trainer import RunContext, StageTrainer
 from pipeline.training.weights.stage_model import check_computable, count_parameters, make_model
 from pipeline.training.weights.start_weights import RECORD_KEY, check_start_weights, load_start_weights
+from pipeline.versions import versions
 
 # Asks whoever started the run to start it again: EX_TEMPFAIL of sysexits.h, on which slurm/train.sbatch requeues.
 EXIT_INTERRUPTED = 75

@@ -19,7 +19,7 @@ from model.config import config_from_name
 from model.masking import MaskingConfig
 from pipeline import evaluate as program
 from pipeline.data.image_transform import Preprocessing
-from pipeline.evaluation.features import FeatureEncoder, FeatureStore, Slice
+from pipeline.evaluation.features import FeatureEncoder, FeatureStore
 from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
@@ -74,7 +74,7 @@ def encode(encoder: FeatureEncoder, items: Sequence[ImageFile] | Sequence[str], 
     kind = "texts" if isinstance(items[0], str) else "images"
     with tempfile.TemporaryDirectory() as output:
         store = FeatureStore(Path(output), Collection("some", kind, items), {"name": "m"}, batch_size)
-        encoder.encode(store, Slice())
+        encoder.encode(store, range(store.num_batches))
         return store.load()[0].clone()
 
 
@@ -106,5 +106,5 @@ def retrieval_set(directory: Path, images: Sequence[ImageFile]) -> Path:
 def run_program(monkeypatch: pytest.MonkeyPatch, model: InferenceModel, *arguments: str) -> int:
     """evaluate.py in this process, where any checkpoint is the model."""
     monkeypatch.setattr(program, "load_any_model", lambda path, device, tokenizer, name: model)
-    monkeypatch.setattr(program, "init_ranks", lambda: Ranks(0, 0, 1, CPU))
+    monkeypatch.setattr(program, "init_ranks", lambda patience: Ranks(0, 0, 1, CPU))
     return program.main(["--checkpoint", "runs/test", *arguments])

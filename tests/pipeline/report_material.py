@@ -15,9 +15,8 @@ from PIL import Image
 
 from formats.files import write_json
 from pipeline.evaluation.jobs import JOB_FILE, Job, make_job
-from pipeline.evaluation.results import Result, write_results
+from pipeline.evaluation.results import ModelIdentity, Result, write_results
 from pipeline.evaluation.sets.layouts import open_evaluation_set
-from pipeline.inference import ModelIdentity
 from pipeline.recipe_files import parse_recipe
 from pipeline.reporting.inputs import Checkpoint, name_checkpoints
 from pipeline.reporting.runs import Run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,7 @@ from PIL import Image
 from formats.errors import UserError
 from pipeline import evaluate as program
 from pipeline import report
-from pipeline.evaluation.features import Slice
-from pipeline.evaluation.jobs import encode_slice, make_job, score_job
+from pipeline.evaluation.jobs import Slice, encode_slice, make_job, score_job
 from pipeline.evaluation.results import read_results
 from pipeline.evaluation.sets.composition import CompositionSample, CompositionSet
 from pipeline.evaluation.sets.files import ImageFile
@@ -160,7 +160,7 @@ def test_a_sweep_file_stands_for_options(
     write_composition_set(tmp_path / "crepe")
     loaded = []
     monkeypatch.setattr(program, "load_any_model", lambda path, *_: loaded.append(path) or replace(model, name=path))
-    monkeypatch.setattr(program, "init_ranks", lambda: Ranks(0, 0, 1, CPU))
+    monkeypatch.setattr(program, "init_ranks", lambda patience: Ranks(0, 0, 1, CPU))
     sweep = tmp_path / "sweep.yaml"
     content = {"checkpoint": ["a", "b"], "data": [str(data), str(tmp_path / "crepe")], "output": str(tmp_path / "out")}
     sweep.write_text(yaml.safe_dump(content | {"tasks": "retrieval"}))
@@ -183,6 +183,43 @@ def test_a_sweep_file_stands_for_options(
             program.main(["--sweep", str(sweep)])
     with pytest.raises(SystemExit):
         program.main(["--data", str(data), "--output", "x"])
+
+
+def padded(images: Sequence[ImageFile]) -> list[ImageFile]:
+    """The same pictures in files of one size: what follows the end of a PNG is not part of it."""
+    for image in images:
+        image.path.write_bytes(image.read().ljust(10_000, b"\0"))
+    return [ImageFile.whole(image.path) for image in images]
+
+
+def test_a_set_corrected_in_place_gets_features_of_its_own(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither names nor places nor sizes tell the pictures apart."""
+    images = padded(images)
+    data = classification_set(tmp_path / "animals", images)
+    arguments = ("--data", str(data), "--batch-size", "3", "--output")
+    assert run_program(monkeypatch, model, *arguments, str(tmp_path / "out")) == 0
+    untouched = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")}
+    assert run_program(monkeypatch, model, *arguments, str(tmp_path / "out")) == 0
+    assert untouched == {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")
+    }
+    (before,) = read_results(tmp_path / "out" / "results.jsonl")
+
+    shutil.rmtree(data)
+    first, second = images[0].read(), images[1].read()
+    images[0].path.write_bytes(second)
+    images[1].path.write_bytes(first)
+    classification_set(data, images)
+    with pytest.raises(UserError, match=r"animals has changed since the features in .* were computed; run evaluate"):
+        report.main(["collect", str(tmp_path / "out")])
+    assert read_results(tmp_path / "out" / "results.jsonl") == [before]
+    for output in ("out", "afresh"):
+        assert run_program(monkeypatch, model, *arguments, str(tmp_path / output)) == 0
+    (corrected,), (afresh,) = (read_results(tmp_path / name / "results.jsonl") for name in ("out", "afresh"))
+    assert replace(corrected, wall_time_s=None) == replace(afresh, wall_time_s=None)
+    assert corrected.content_sha256 != before.content_sha256
 
 
 def write_labelled(split: Path, images: Sequence[ImageFile], labels: Sequence[int]) -> None:

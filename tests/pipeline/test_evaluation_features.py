@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_material import CPU, encode, encoder_of, letter_model, write_noise
+from evaluation_material import CPU, encode, encoder_of, letter_model, retrieval_set, write_noise
 
 from formats.errors import UserError
 from formats.files import write_atomically
@@ -16,8 +16,10 @@ from model.clip import CLIP
 from model.masking import MaskingConfig
 from model.patches import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.evaluation.features import FeatureStore, Slice
+from pipeline.evaluation.features import FeatureStore
+from pipeline.evaluation.jobs import Slice, encode_slice, job_files, make_job
 from pipeline.evaluation.sets.files import Collection, ImageFile
+from pipeline.evaluation.sets.layouts import open_evaluation_set
 from pipeline.evaluation.tasks.task import distinct
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
@@ -82,18 +84,22 @@ def test_features_that_are_not_finite_stop_the_evaluation(model: InferenceModel,
         encode(encoder_of(replace(model, clip=broken)), images)
 
 
-def test_a_rank_stops_when_another_fails(model: InferenceModel, images: list[ImageFile]) -> None:
+def test_a_rank_stops_when_another_fails(tmp_path: Path, model: InferenceModel, images: list[ImageFile]) -> None:
     class FailingElsewhere(Ranks):
         def any(self, flag: bool) -> bool:
             return True
 
+    data = retrieval_set(tmp_path / "pictures", images)
+    job = make_job(model.identity, data, open_evaluation_set(data), None, batch_size=2, masking=None)
+    encoder = replace(encoder_of(model), ranks=FailingElsewhere(0, 0, 1, CPU))
     with pytest.raises(UserError, match="another rank"):
-        encode(replace(encoder_of(model), ranks=FailingElsewhere(0, 0, 1, CPU)), images)
+        encode_slice(job, encoder, Slice(), tmp_path / "out")
+    assert not job_files(tmp_path / "out")
 
 
 def test_pieces_that_overlap_are_no_number(tmp_path: Path, model: InferenceModel, images: list[ImageFile]) -> None:
     store = FeatureStore(tmp_path, Collection("some", "images", images), {"name": "m"}, 2)
-    encoder_of(model).encode(store, Slice())
+    encoder_of(model).encode(store, range(store.num_batches))
     (piece,) = store.pieces()
     store.write(1, torch.zeros(4, 64), [b"\0" * 32] * 4)
     with pytest.raises(UserError, match="there twice"):
@@ -102,7 +108,7 @@ def test_pieces_that_overlap_are_no_number(tmp_path: Path, model: InferenceModel
     whole = piece.path.read_bytes()
     store.write(0, torch.full((8, 64), torch.nan), [b"\0" * 32] * 8)
     with pytest.raises(UserError, match=r"000000000-000000008\.safetensors holds features that are not finite"):
-        store.load()
+        store.load(is_checked=True)
     piece.path.write_bytes(whole)
     piece.path.write_bytes(piece.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read"):

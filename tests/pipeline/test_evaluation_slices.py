@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 
 from formats.errors import UserError
 from pipeline import report
-from pipeline.evaluation.features import Slice, consecutive
-from pipeline.evaluation.jobs import encode_slice, make_job, read_jobs
+from pipeline.evaluation.features import consecutive
+from pipeline.evaluation.jobs import Slice, encode_slice, job_files, make_job
 from pipeline.evaluation.sets.files import ImageFile
-from pipeline.evaluation.sets.layouts import (
-    open_evaluation_set,
-)
+from pipeline.evaluation.sets.layouts import open_evaluation_set
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks
 
@@ -117,4 +115,4 @@ def test_collecting_looks_at_the_set_again(
     (data / "test" / "nshards.txt").write_text("1\n")
     with pytest.raises(UserError, match="have no features yet"):  # of the set as it is now
         report.main(["collect", str(output)])
-    assert len(read_jobs(output)) == 1
+    assert len(job_files(output)) == 1

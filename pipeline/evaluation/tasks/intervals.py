@@ -1,4 +1,4 @@
-"""95 % intervals of metrics, by the bootstrap over images.
+"""95 % intervals of metrics, by the bootstrap over images; by Wilson's formula where it knows none.
 
 What a task measures is kept as outcomes, one per image or caption; a metric is their mean, or the mean over groups
 (classes, categories) of the means of each. Images are drawn anew with replacement, each with all that belongs to it.
@@ -8,6 +8,7 @@ N outcomes, U units (images), G groups, R resamples, B resamples at once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ RESAMPLES = 1000
 _SEED = 0
 _AT_ONCE = 10
 _SPREAD = torch.tensor([0.025, 0.975], dtype=torch.float64)
+_Z = 1.959964  # of the normal distribution, 95 % lie within so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,18 @@ def percentile_intervals(units: int, estimate: Callable[[Tensor], Tensor]) -> li
     estimates_RM = torch.cat([estimate(weights_BU) for weights_BU in _resamples(units)])
     ends_2M = torch.nanquantile(estimates_RM, _SPREAD, dim=0)
     # six digits: sums may differ in their last bits between machines
-    return [[round(end, 6) for end in ends] for ends in ends_2M.T.tolist()]
+    rounded = [[round(end, 6) for end in ends] for ends in ends_2M.T.tolist()]
+    return [wilson_interval(low, units) if low == high else [low, high] for low, high in rounded]
+
+
+def wilson_interval(share: float, units: int) -> list[float]:
+    """Wilson's interval of a share of so many units (Wilson 1927, without correction for continuity).
+
+    It says something where all outcomes are the same, and the bootstrap nothing: of 50 hits of 50, from 0.929 to 1.
+    """
+    weight = _Z**2 / units
+    middle, half = share + weight / 2, _Z * math.sqrt((share * (1 - share) + weight / 4) / units)
+    return [round(max(0.0, (middle - half) / (1 + weight)), 6), round(min(1.0, (middle + half) / (1 + weight)), 6)]
 
 
 def _resamples(units: int) -> Iterator[Tensor]:

@@ -55,8 +55,8 @@ def probe(train: Split, validation: Split, test: Split, num_classes: int, refit:
     if refit:
         train = Split(torch.cat((train.features_ND, validation.features_ND)), torch.cat((train[1], validation[1])))
     solution = _fit(train, [decay], num_classes)
-    scores = (solution.logits(part_nD)[0] for part_nD in test.features_ND.split(_ROWS_AT_ONCE))
-    outcomes = outcomes_of_scores(scores, test.labels_N)
+    scores = (solution.logits(part_nD)[0].cpu() for part_nD in test.features_ND.split(_ROWS_AT_ONCE))
+    outcomes = outcomes_of_scores(scores, test.labels_N.cpu())
     return Probed(
         outcomes={f"lp_{name}": outcome for name, outcome in outcomes.items()},
         details={
@@ -86,21 +86,42 @@ def _fit(train: Split, decays: Sequence[float], num_classes: int) -> Solution:
     return fit(train.features_ND, train.labels_N, num_classes, torch.tensor(decays))
 
 
+class _Rows(NamedTuple):
+    """Which samples of `train/` train, and which of them validate where there is no `val/`: a fifth, by seed 0."""
+
+    train_n: Tensor
+    validation_n: Tensor
+
+    @staticmethod
+    def of(dataset: ClassificationSet) -> _Rows:
+        total = len(dataset.train)
+        if dataset.has_split("val"):
+            return _Rows(torch.arange(total), torch.arange(0))
+        order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        count = round(_VALIDATION_SHARE * total)
+        return _Rows(order_N[count:].sort().values, order_N[:count].sort().values)
+
+
 def _splits(dataset: EvaluationSet, features: Features) -> tuple[Split, Split, Split, int]:
-    """Training, validation and test split, and the number of classes; without a `val` a fifth of `train` validates."""
+    """Training, validation and test split, on the device of the features, and the number of classes."""
     assert isinstance(dataset, ClassificationSet)
-    train = Split(features["train"], _labels(dataset.train))
+    splits = {"images": dataset.samples, "train": dataset.train}
     if dataset.has_split("val"):
-        validation = Split(features["val"], _labels(dataset.val))
-    else:
-        order_N = torch.randperm(len(train.labels_N), generator=torch.Generator().manual_seed(0))
-        count = round(_VALIDATION_SHARE * len(order_N))
-        train, validation = train.rows(order_N[count:].sort().values), train.rows(order_N[:count].sort().values)
-    return train, validation, Split(features["images"], _labels(dataset.samples)), len(dataset.class_names)
+        splits["val"] = dataset.val
+    of = {name: Split(features[name], _labels(samples).to(features[name].device)) for name, samples in splits.items()}
+    rows = _Rows.of(dataset)
+    validation = of["val"] if "val" in of else of["train"].rows(rows.validation_n)
+    return of["train"].rows(rows.train_n), validation, of["images"], len(dataset.class_names)
 
 
 def _labels(samples: Sequence[ClassificationSample]) -> Tensor:
     return torch.tensor([sample.label for sample in samples])
+
+
+def _fewest(dataset: ClassificationSet) -> tuple[int, int]:
+    """A class with the fewest samples to train on, and how many it has."""
+    counts_C = torch.bincount(_labels(dataset.train)[_Rows.of(dataset).train_n], minlength=len(dataset.class_names))
+    return int(counts_C.argmin()), int(counts_C.min())
 
 
 def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
@@ -112,11 +133,28 @@ def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
     if missing:
         name = dataset.class_names[min(missing)]
         raise UserError(f"the training split of {dataset.name} has no sample of class {min(missing)} ({name})")
+    if "val" not in splits and len(_Rows.of(dataset).validation_n) == 0:
+        raise UserError(
+            f"{dataset.name} has {len(dataset.train)} training samples, a fifth of which is none to choose the weight "
+            "decay by: give it more, or a split val/"
+        )
     names = {"images": dataset.name, "train": f"{dataset.name} train", "val": f"{dataset.name} val"}
     return {
         split: Collection(names[split], "images", [sample.image for sample in samples])
         for split, samples in splits.items()
     }
+
+
+def _few_shot_collections(dataset: EvaluationSet) -> dict[str, Collection]:
+    collections = _collections(dataset)
+    assert isinstance(dataset, ClassificationSet)
+    label, count = _fewest(dataset)
+    if count < SHOTS[0]:
+        raise UserError(
+            f"few_shot has no sample of class {label} ({dataset.class_names[label]}) of {dataset.name} to draw: the "
+            "fifth of train/ that chooses the weight decay takes all of them; give it more, or a split val/"
+        )
+    return collections
 
 
 def _score(dataset: EvaluationSet, features: Features) -> Scores:
@@ -128,7 +166,8 @@ def _score(dataset: EvaluationSet, features: Features) -> Scores:
 
 def _score_few_shot(dataset: EvaluationSet, features: Features) -> Scores:
     train, validation, test, num_classes = _splits(dataset, features)
-    fewest = int(torch.bincount(train.labels_N, minlength=num_classes).min())
+    assert isinstance(dataset, ClassificationSet)
+    _, fewest = _fewest(dataset)
     outcomes, deviations = {}, {}
     for shots in (shots for shots in SHOTS if shots <= fewest):
         draws = [few_shot_rows(train.labels_N, shots, num_classes, seed) for seed in range(_DRAWS)]
@@ -146,6 +185,7 @@ def _score_few_shot(dataset: EvaluationSet, features: Features) -> Scores:
 
 def few_shot_rows(labels_N: Tensor, shots: int, num_classes: int, seed: int) -> Tensor:
     """Indices of `shots` samples of each class, drawn at random, ascending."""
+    labels_N = labels_N.cpu()
     order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     rows = [order_N[labels_N[order_N] == label][:shots] for label in range(num_classes)]
     return torch.cat(rows).sort().values
@@ -155,5 +195,13 @@ def _fits(dataset: EvaluationSet) -> bool:
     return isinstance(dataset, ClassificationSet) and dataset.has_split("train")
 
 
-TASK = Task("linear_probe", "linear_probe", _fits, _collections, _score, automatic=False)
-FEW_SHOT_TASK = Task("few_shot_linear_probe", "few_shot", _fits, _collections, _score_few_shot, automatic=False)
+TASK = Task("linear_probe", "linear_probe", _fits, _collections, _score, automatic=False, on_device=True)
+FEW_SHOT_TASK = Task(
+    "few_shot_linear_probe",
+    "few_shot",
+    _fits,
+    _few_shot_collections,
+    _score_few_shot,
+    automatic=False,
+    on_device=True,
+)

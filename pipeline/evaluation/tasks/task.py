@@ -57,8 +57,9 @@ class Task:
     option: as `--tasks` calls it
     fits: whether a data set has what the task needs
     collections: what features it needs; raises UserError for a data set that cannot be used
-    score: the scores from those features, fp32 on the CPU
+    score: the scores from those features, fp32
     automatic: whether it is done where no task is named
+    on_device: whether it wants the features where they were encoded, to fit something to them; else on the CPU
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     collections: Callable[[EvaluationSet], Mapping[str, Collection]]
     score: Callable[[EvaluationSet, Features], Scores]
     automatic: bool = True
+    on_device: bool = False
 
 
 def distinct(items: Sequence[Key]) -> tuple[list[Key], Tensor]:

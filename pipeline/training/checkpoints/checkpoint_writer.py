@@ -38,7 +38,7 @@ from pipeline.training.checkpoints.checkpoint import (
 from pipeline.training.checkpoints.rank_state import optimizer_state, rng_state
 from pipeline.training.engines.fragments import full_weights
 from pipeline.training.progress import Progress
-from pipeline.training.run_record import versions
+from pipeline.versions import versions
 
 # A run whose disk is full goes on, so that somebody can make room; after so many failed saves in a row it stops.
 _MAX_FAILURES = 3
