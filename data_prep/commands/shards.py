@@ -100,11 +100,15 @@ def _merge(options: argparse.Namespace) -> int:
 
 def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep tokenizer`."""
-    parser = add_command(commands, "tokenizer", _tokenizer, "train SentencePiece on the captions of a shard directory")
+    parser = add_command(commands, "tokenizer", _tokenizer, "train a tokenizer on the captions of a shard directory")
     parser.add_argument("directory", type=Path, metavar="DIR", help="shard directory")
     parser.add_argument("--output", type=Path, required=True, metavar="MODEL", help="model file to write")
     parser.add_argument(
-        "--model-type", choices=("unigram", "bpe"), default="unigram", help="bpe suits captions of few distinct words"
+        "--model-type",
+        choices=("byte-pairs", "unigram", "bpe"),
+        default="unigram",
+        help="byte-pairs are in CLIP's form, which open_clip and transformers read too; unigram and bpe are "
+        "SentencePiece's, of which bpe suits captions of few distinct words",
     )
     parser.add_argument("--vocab-size", type=positive, default=8192, metavar="N", help="most pieces")
     parser.add_argument(

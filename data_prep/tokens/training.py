@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer on the captions of a shard directory."""
+"""Train a tokenizer on the captions of a shard directory: SentencePiece, or byte pairs in CLIP's form."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import dataclasses
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 
 from data_prep.console import progress_bar
-from data_prep.tokens.clip_merges import ClipBytePairs, installed_merges
+from data_prep.tokens.clip_merges import SINGLE_BYTES, ClipBytePairs, installed_merges
 from data_prep.tokens.fertility import fertility, print_fertility
 from formats.errors import UserError
 from formats.files import replacing, write_json
 from formats.manifest import find_shards
 from formats.tar import TarSamples
 
+BYTE_PAIRS = "byte-pairs"
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 # SentencePiece sums its statistics thread by thread: a fixed number gives the same model on every machine
 TRAINER_THREADS = 8
@@ -31,8 +33,9 @@ PROBE_CAPTIONS = 10_000  # of the sample, for the report
 class TokenizerSettings:
     """What to train.
 
-    `model_type` is "unigram" or "bpe". Unigram takes as pieces what several words share, so that with few distinct
-    words it breaks even common ones apart; there "bpe" is better.
+    `model_type` is "byte-pairs", in CLIP's form, which open_clip and transformers read, or SentencePiece's
+    "unigram" or "bpe". Unigram takes as pieces what several words share, so that with few distinct words it breaks even
+    common ones apart; there "bpe" is better.
     `vocab_size` is an upper limit: few captions give fewer pieces. With more than `max_captions` captions, a uniform
     sample drawn from `seed` is used. `special_tokens` are texts that always are one piece, such as CC12M's <PERSON>.
     """
@@ -45,30 +48,26 @@ class TokenizerSettings:
 
 
 def train_tokenizer(directory: Path, output: Path, settings: TokenizerSettings, clip_merges: Path | None = None) -> int:
-    """Train a model with byte fallback and lower-casing; returns the size of its vocabulary.
+    """Train a tokenizer that knows every byte and no capitals; returns the size of its vocabulary.
 
-    Ids: 0 padding, 1 unknown, 2 begin, 3 end, then the special tokens. Prints a fertility report and writes it to
-    `*.fertility.json`, beside CLIP's tokenizer where `clip_merges` or an installed open_clip has its merges.
+    Ids of SentencePiece: 0 padding, 1 unknown, 2 begin, 3 end, then the special tokens. Prints a fertility report,
+    beside CLIP's tokenizer where `clip_merges` or an installed open_clip has its merges, and writes it to
+    `*.fertility.json`.
 
-    Raises UserError for a directory without captions or a vocabulary too small for the byte pieces.
+    Raises UserError for a directory without captions or a vocabulary too small for the single bytes.
     """
-    fixed_pieces = BYTE_PIECES + SPECIAL_PIECES + len(settings.special_tokens)
-    if settings.vocab_size <= fixed_pieces:
-        raise UserError(f"--vocab-size must exceed {fixed_pieces} (the bytes and special pieces)")
+    _check_settings(settings)
     merges = clip_merges or installed_merges()
-    clip = ClipBytePairs(merges) if merges else None
+    clip = ClipBytePairs.read(merges) if merges else None
     captions = _sample(_captions(directory), settings.max_captions, settings.seed)
     if not captions:
         raise UserError(f"{directory} has no captions (*.txt members) to train on")
-    model = _train(captions, settings)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    _check(processor, settings.special_tokens)
+    trained = _byte_pairs(captions, settings) if settings.model_type == BYTE_PAIRS else _pieces(captions, settings)
     with replacing(output) as temporary:
-        temporary.write_bytes(model)
-    size = int(processor.vocab_size())
-    print(f"{output}: {size:,} pieces from {len(captions):,} captions")
+        temporary.write_bytes(trained.content)
+    print(f"{output}: {trained.size:,} pieces from {len(captions):,} captions")
     probe = captions[:: math.ceil(len(captions) / PROBE_CAPTIONS)]
-    reports = {"this": fertility(probe, processor.encode, processor.is_byte)}
+    reports = {"this": fertility(probe, trained.encode, trained.is_byte)}
     if clip:
         reports["CLIP's"] = fertility(probe, clip.encode, clip.is_byte)
     print_fertility(reports)
@@ -76,7 +75,40 @@ def train_tokenizer(directory: Path, output: Path, settings: TokenizerSettings, 
         output.with_suffix(".fertility.json"),
         {name: dataclasses.asdict(report) for name, report in reports.items()} | {"captions": len(probe)},
     )
-    return size
+    return trained.size
+
+
+class _Trained(NamedTuple):
+    """A tokenizer: its file's content, and what the report asks of it."""
+
+    content: bytes
+    size: int
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    is_byte: Callable[[int], bool]
+
+
+def _check_settings(settings: TokenizerSettings) -> None:
+    fixed = BYTE_PIECES + SPECIAL_PIECES + len(settings.special_tokens)
+    if settings.model_type == BYTE_PAIRS:
+        fixed = SINGLE_BYTES + 2
+        if settings.special_tokens:
+            raise UserError(
+                "--special-tokens: CLIP's form has none; leave them out, or take --model-type unigram or bpe"
+            )
+    if settings.vocab_size <= fixed:
+        raise UserError(f"--vocab-size must exceed {fixed} (the bytes and special pieces)")
+
+
+def _byte_pairs(captions: list[str], settings: TokenizerSettings) -> _Trained:
+    pairs = ClipBytePairs.train(captions, settings.vocab_size)
+    return _Trained(pairs.to_file(), pairs.vocab_size, pairs.encode, pairs.is_byte)
+
+
+def _pieces(captions: list[str], settings: TokenizerSettings) -> _Trained:
+    model = _train(captions, settings)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _check(processor, settings.special_tokens)
+    return _Trained(model, int(processor.vocab_size()), processor.encode, processor.is_byte)
 
 
 def _check(processor: sentencepiece.SentencePieceProcessor, special_tokens: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ def byte_pairs_of(encoder: TextEncoder) -> ClipBytePairs:
     if not isinstance(encoder, ClipBytePairs):
         raise ValueError(
             "a SentencePiece tokenizer, and their CLIP models read byte pairs: captions would silently get other ids; "
-            "train with data.tokenizer=clip-bpe, or with one of `data-prep tokenizer --model-type clip-bpe`"
+            "train with data.tokenizer=clip-bpe, or with one of `data-prep tokenizer --model-type byte-pairs`"
         )
     return encoder
 

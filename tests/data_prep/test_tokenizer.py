@@ -129,12 +129,38 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_clip_byte_pairs_by_hand(merges: Path) -> None:
-    clip = ClipBytePairs(merges)
+    clip = ClipBytePairs.read(merges)
     red, letters, accent = clip.encode(["RED red", "&amp;re", "\u65e5"])
     assert red == [513, 513]
     assert not any(map(clip.is_byte, letters))
     assert len(accent) == 3  # three bytes of UTF-8
     assert all(clip.is_byte(token) for token in accent)
+
+
+def test_trained_byte_pairs_are_a_file_of_clips_form(shards: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "tokenizer.gz", tmp_path / "again.gz"
+    size = train_tokenizer(shards, first, TokenizerSettings("byte-pairs", 600))
+    train_tokenizer(shards, again, TokenizerSettings("byte-pairs", 600))
+    assert first.read_bytes() == again.read_bytes()
+    header, *merges = gzip.decompress(first.read_bytes()).decode().split("\n")
+    assert header.startswith("#version")
+    assert size == 512 + len(merges) + 2 <= 600
+    pieces = {merge.replace(" ", "") for merge in merges}
+    assert {f"{word}</w>" for word in WORDS} <= pieces  # whole, at the end of a word
+    pairs = ClipBytePairs([(a, b) for a, b in map(str.split, merges)])
+    assert pairs.encode(["A RED Circle"]) == pairs.encode(["a red circle"])
+    assert [len(ids) for ids in pairs.encode(["a red circle"])] == [3]
+    report = json.loads((tmp_path / "tokenizer.fertility.json").read_text())
+    assert report["this"]["byte_share"] == 0  # the umlaut's two bytes are a pair
+
+
+def test_few_captions_give_few_byte_pairs_and_special_tokens_are_refused(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tokenizer.gz"
+    assert 514 < train_tokenizer(shards, output, TokenizerSettings("byte-pairs")) < 8192
+    with pytest.raises(UserError, match="--vocab-size must exceed 514"):
+        train_tokenizer(shards, output, TokenizerSettings("byte-pairs", 514))
+    with pytest.raises(UserError, match="--special-tokens"):
+        train_tokenizer(shards, output, TokenizerSettings("byte-pairs", special_tokens=("<PERSON>",)))
 
 
 def test_the_report_compares_with_clips_merges(
