@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ class Accelerator:
     bf16_flops_per_s: dense products in bf16, or in fp16 where there is no bf16; fp32_flops_per_s: without TF32
     memory_bytes: what a program finds free on an empty device, less than the data sheet's
     link_bytes_per_s: to the other devices of the node, each way
+    has_bf16: and the flash attention that came with it
     """
 
     name: str
@@ -26,6 +28,7 @@ class Accelerator:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     per_node: int = 8
+    has_bf16: bool = True
 
     def with_memory(self, gibibytes: float) -> Accelerator:
         """The same with another memory."""
@@ -51,7 +54,7 @@ ACCELERATORS = {
         Accelerator("a100-40gb", 312e12, 19.5e12, 39 * _GIB, 1.55e12, 300e9),
         Accelerator("l40s", 362e12, 91.6e12, 44 * _GIB, 0.864e12, 32e9),
         Accelerator("a10", 125e12, 31.2e12, 22 * _GIB, 0.6e12, 32e9),
-        Accelerator("v100", 125e12, 15.7e12, 31 * _GIB, 0.9e12, 150e9),
+        Accelerator("v100", 125e12, 15.7e12, 31 * _GIB, 0.9e12, 150e9, has_bf16=False),
         Accelerator("rtx4090", 165e12, 82.6e12, 23 * _GIB, 1.01e12, 32e9),
     )
 }
@@ -69,10 +72,10 @@ INTERCONNECTS = {
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """The named one; UserError with the nearest."""
-    if name not in ACCELERATORS:
+    """The named one, in capitals or not; UserError with the nearest."""
+    if name.lower() not in ACCELERATORS:
         raise UserError(f"no data of a GPU {name!r}{nearest_of(name, ACCELERATORS)}")
-    return ACCELERATORS[name]
+    return ACCELERATORS[name.lower()]
 
 
 def accelerator_of(device_name: str) -> Accelerator | None:
@@ -86,12 +89,14 @@ def accelerator_of(device_name: str) -> Accelerator | None:
 
 def find_interconnect(name: str) -> Interconnect:
     """The named one, or a number of GB/s for each device; UserError with the nearest."""
+    if name.lower() in INTERCONNECTS:
+        return INTERCONNECTS[name.lower()]
     try:
-        return Interconnect(f"{float(name):g} GB/s", float(name) * 1e9)
+        gigabytes_per_s = float(name)
     except ValueError:
-        pass
-    if name not in INTERCONNECTS:
         raise UserError(
             f"no data of an interconnect {name!r}{nearest_of(name, INTERCONNECTS)}, or give GB/s for each GPU, each way"
-        )
-    return INTERCONNECTS[name]
+        ) from None
+    if not 0 < gigabytes_per_s < math.inf:
+        raise UserError(f"an interconnect of {name} GB/s sends nothing: give a number above 0, or a name")
+    return Interconnect(f"{gigabytes_per_s:g} GB/s", gigabytes_per_s * 1e9)

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from formats.errors import UserError
 from formats.programs import run
@@ -75,18 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe in pipeline/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
-    parser.add_argument("--gpus", required=True, type=_positive(int), metavar="N", help="GPUs, all nodes together")
+    parser.add_argument("--gpus", required=True, type=_whole, metavar="N", help="GPUs, all nodes together")
     parser.add_argument("--gpu", required=True, help=", ".join(ACCELERATORS))
     parser.add_argument(
         "--interconnect",
         default="ndr",
         help=f"between nodes of 8: {', '.join(INTERCONNECTS)}, or GB/s for each GPU (default: %(default)s)",
     )
-    parser.add_argument("--memory", type=_positive(float), metavar="GIB", help="of a GPU, if another than usual")
-    parser.add_argument("--samples", type=_positive(int), metavar="N", help="pairs (default: of data.train's manifest)")
+    parser.add_argument("--memory", type=_positive, metavar="GIB", help="of a GPU, if another than usual")
+    parser.add_argument("--samples", type=_whole, metavar="N", help="pairs (default: of data.train's manifest)")
     parser.add_argument(
         "--caption-tokens",
-        type=_positive(float),
+        type=_positive,
         default=_CAPTION_TOKENS,
         metavar="T",
         help="of a caption on average, start and end included (default: %(default)g)",
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mfu", type=_share, help="utilisation to assume, 0 to 1, instead of estimating it")
     parser.add_argument(
         "--cores-per-gpu",
-        type=_positive(float),
+        type=_positive,
         metavar="N",
         help="CPU cores for each GPU's loader, which may bind (default: as many as it takes)",
     )
@@ -102,23 +102,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """A type of argument: numbers above 0."""
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
 
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-        return value
 
-    return number
+def _whole(text: str) -> int:
+    """Also as 1e7."""
+    value = _positive(text)
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(value)
 
 
 def _share(text: str) -> float:
-    value = _positive(float)(text)
+    value = _positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must be a number up to 1, not {text!r}")
     return value

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.planning.memory import FRAGMENTATION, RESERVED_BYTES
 from pipeline.planning.run_plan import IMAGES_PER_CORE_S, Hardware, RunPlan, StagePlan, Suggestion
+from pipeline.training.start_checks import warnings_about
 
 _GB, _TERA = 1e9, 1e12
 
@@ -16,7 +17,7 @@ def describe(plan: RunPlan) -> str:
     for stage in plan.stages:
         if stage.stage.name is not None:
             lines += ["", f"stage {stage.stage.name}"]
-        lines += ["", *_stage_lines(stage, plan)]
+        lines += ["", *_stage_lines(stage, plan), *warnings_about(stage.stage)]
     lines += ["", _total(plan)]
     return "\n".join(lines)
 
@@ -176,6 +177,7 @@ def _stage_to_dict(plan: StagePlan) -> dict[str, Any]:
         "images_per_s_per_gpu": plan.images_per_s_per_gpu,
         "loader_cores_per_gpu": plan.loader_cores,
         "fits": plan.fits,
+        "warnings": warnings_about(plan.stage),
         "suggestion": None
         if plan.suggestion is None
         else plan.suggestion.options

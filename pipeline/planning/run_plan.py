@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from formats.errors import UserError
 from pipeline.hardware import Accelerator, Interconnect
 from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.step_time import StepTime, Traffic, step_time, step_traffic
@@ -12,6 +14,7 @@ from pipeline.planning.workload import Workload, workload_of
 from pipeline.recipe import Recipe
 from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.stage_plan import Stage, plan_stages
+from pipeline.training.start_checks import Machine, check_stage
 
 # What a core reads, decodes, crops and scales of 256-pixel JPEGs (benchmarks/results/loader.json: 1.08 ms each).
 IMAGES_PER_CORE_S = 900
@@ -31,6 +34,11 @@ class Hardware:
     network: Interconnect
     mfu: float | None = None
     cores: float | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """What a run's checks ask of it."""
+        return Machine(f"a {self.accelerator.name}", on_gpu=True, has_bf16=self.accelerator.has_bf16)
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,13 @@ def plan_run(
 ) -> RunPlan:
     """Plan a recipe for data of `num_samples` pairs; raises UserError for what a run would refuse."""
     stages = plan_stages(recipe, num_samples, hardware.gpus, vocab_size, eot_token_id)
+    for stage in stages:
+        check_stage(stage, _config(stage), hardware.machine)
     return RunPlan(hardware, caption_tokens, [_plan_stage(stage, hardware, caption_tokens) for stage in stages])
 
 
 def _plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> StagePlan:
-    load = _load(stage, caption_tokens)
+    load = _load(stage, hardware, caption_tokens)
     memory, time = estimate_memory(load), _time(load, hardware)
     fits = memory.device_bytes <= hardware.accelerator.memory_bytes
     suggestion = suggest(stage, hardware, caption_tokens)
@@ -130,9 +140,9 @@ def suggest(stage: Stage, hardware: Hardware, caption_tokens: float) -> Suggesti
     """
     found: list[tuple[tuple[bool, bool, float, int, bool], Suggestion]] = []
     for options, variant in _variants(stage):
-        load = _load(variant, caption_tokens)
+        load = _load(variant, hardware, caption_tokens)
         memory = estimate_memory(load)
-        if memory.device_bytes > hardware.accelerator.memory_bytes:
+        if memory.device_bytes > hardware.accelerator.memory_bytes or not _is_allowed(variant, hardware):
             continue
         time = _time(load, hardware)
         fewer_negatives = load.global_micro_batch < stage.batches.micro_batch_size * hardware.gpus
@@ -175,9 +185,20 @@ def _templates(chosen: str) -> Sequence[str]:
     return (chosen, *(name for name in others if name != chosen)) if chosen in others else (chosen,)
 
 
-def _load(stage: Stage, caption_tokens: float) -> Workload:
-    config = deepspeed_config(stage.recipe, stage.batches, stage.recipe.train.deepspeed_config)
-    return workload_of(stage, config, caption_tokens)
+def _config(stage: Stage) -> dict[str, Any]:
+    return deepspeed_config(stage.recipe, stage.batches, stage.recipe.train.deepspeed_config)
+
+
+def _is_allowed(stage: Stage, hardware: Hardware) -> bool:
+    try:
+        check_stage(stage, _config(stage), hardware.machine)
+    except UserError:
+        return False
+    return True
+
+
+def _load(stage: Stage, hardware: Hardware, caption_tokens: float) -> Workload:
+    return workload_of(stage, _config(stage), caption_tokens, has_flash=hardware.accelerator.has_bf16)
 
 
 def _time(load: Workload, hardware: Hardware) -> StepTime:

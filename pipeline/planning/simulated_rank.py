@@ -28,10 +28,9 @@ from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.workload import workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.training.engines.engine_config import check_config, deepspeed_config, zero_stage
-from pipeline.training.engines.optimizer import check_optimizer
+from pipeline.training.engines.engine_config import deepspeed_config, zero_stage
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
-from pipeline.training.weights.stage_model import check_computable
+from pipeline.training.start_checks import Machine, check_stage, warnings_about
 
 _STEPS = 2
 
@@ -53,13 +52,13 @@ def simulate(recipe: Recipe, rank: int, world_size: int, pairs: int | None) -> N
     configs = [deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in stages]
     for stage, config in zip(stages, configs, strict=True):
         data.check_batch(stage.batches.global_batch_size)
-        check_config(config, ranks)
-        check_optimizer(stage.recipe.optimizer, config)
-        check_computable(stage, ranks.device, config)
+        check_stage(stage, config, Machine.of(ranks.device))
     # stage 3 checks that all ranks do as rank 0 does, whose word never comes; its shares are equal on all ranks
     join_fake_world(0 if zero_stage(configs[0]) == 3 else rank, world_size)
     print(f"rank {rank:,} of {world_size:,}, simulated: collectives do nothing, losses mean nothing")
     print(describe_stages(stages, len(data.shards)))
+    for warning in (warning for stage in stages for warning in warnings_about(stage)):
+        print(warning)
     print(f"start: {time.perf_counter() - start_s:.1f} s", flush=True)
     for stage, config in zip(stages, configs, strict=True):
         if stage.name is not None:

@@ -172,8 +172,10 @@ class Workload:
         return self.micro_batch_size * self.world_size
 
 
-def workload_of(stage: Stage, config: dict[str, Any], caption_tokens: float, on_gpu: bool = True) -> Workload:
-    """The load of one rank in a stage, for captions of `caption_tokens` on average."""
+def workload_of(
+    stage: Stage, config: dict[str, Any], caption_tokens: float, on_gpu: bool = True, has_flash: bool = True
+) -> Workload:
+    """The load of one rank in a stage, for captions of `caption_tokens` on average; a GPU may have flash attention."""
     recipe, model, batches = stage.recipe, stage.model, stage.batches
     zero, precision = config.get("zero_optimization", {}), precision_of(config)
     pairs, kept = batches.micro_batch_size, stage.patches_kept
@@ -191,7 +193,7 @@ def workload_of(stage: Stage, config: dict[str, Any], caption_tokens: float, on_
         zero_stage=number,
         precision=precision,
         checkpoint_blocks=recipe.train.activation_checkpointing,
-        attention=_attention(recipe, precision, on_gpu),
+        attention=_attention(recipe, precision, on_gpu, has_flash),
         overlaps_reduction=bool(zero.get("overlap_comm", number == 3)),
         norm_in_fp64=bool(zero.get("compute_grad_norm", True)),
         reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
@@ -207,7 +209,7 @@ def workload_of(stage: Stage, config: dict[str, Any], caption_tokens: float, on_
     )
 
 
-def _attention(recipe: Recipe, precision: Precision, on_gpu: bool) -> Attention:
-    if on_gpu and precision != "fp32" and recipe.model.attention in ("auto", "varlen"):
+def _attention(recipe: Recipe, precision: Precision, on_gpu: bool, has_flash: bool) -> Attention:
+    if on_gpu and has_flash and precision != "fp32" and recipe.model.attention in ("auto", "varlen"):
         return "varlen"
     return "products" if not on_gpu and precision != "fp32" else "rectangles"

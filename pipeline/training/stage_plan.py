@@ -63,6 +63,13 @@ class Stage:
         return self.samples(self.end_step) - self.starts[-1].samples_seen
 
     @property
+    def pairs_at_once(self) -> int:
+        """Pairs that the loss compares with each other: of all ranks' micro-batches, or of the whole batch."""
+        if self.recipe.loss.cache_gradients:
+            return self.batches.global_batch_size
+        return self.batches.global_batch_size // self.batches.accumulation_steps
+
+    @property
     def samples_ahead(self) -> int:
         """How far the loader processes may be ahead of the step, all ranks together."""
         return (
@@ -285,14 +292,11 @@ def _describe_images(stage: Stage) -> str:
 
 def _describe_batch(stage: Stage) -> str:
     plan = stage.batches
-    met_at_once = plan.global_batch_size
-    if not stage.recipe.loss.cache_gradients:
-        met_at_once //= plan.accumulation_steps
     first = stage.starts[-1].global_batch_size
     before = "" if first == plan.global_batch_size else f"; {first:,} pairs when the stage began"
     return (
         f"batch: {plan.global_batch_size:,} = {plan.micro_batch_size:,} micro x {plan.accumulation_steps} "
-        f"accumulation x {plan.world_size} ranks; each pair meets {met_at_once - 1:,} negatives{before}"
+        f"accumulation x {plan.world_size} ranks; each pair meets {stage.pairs_at_once - 1:,} negatives{before}"
     )
 
 

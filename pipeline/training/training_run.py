@@ -19,8 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.training.checkpoints.checkpoint import checkpoint_directory, read_contents
 from pipeline.training.checkpoints.checkpoint_writer import CheckpointWriter
 from pipeline.training.checkpoints.resume import choose_checkpoint, set_aside_later
-from pipeline.training.engines.engine_config import check_config, deepspeed_config, precision_of, zero_stage
-from pipeline.training.engines.optimizer import check_optimizer
+from pipeline.training.engines.engine_config import deepspeed_config, precision_of, zero_stage
 from pipeline.training.faults.agreement import check_same_start
 from pipeline.training.faults.guard import BadSamples, FaultLog
 from pipeline.training.faults.liveness import StopRequest, Watchdog
@@ -30,8 +29,9 @@ from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
+from pipeline.training.start_checks import Machine, check_stage, warnings_about
 from pipeline.training.trainer import RunContext, StageTrainer
-from pipeline.training.weights.stage_model import check_computable, count_parameters, make_model
+from pipeline.training.weights.stage_model import count_parameters, make_model
 from pipeline.training.weights.start_weights import RECORD_KEY, check_start_weights, load_start_weights
 from pipeline.versions import versions
 
@@ -89,9 +89,7 @@ class TrainingRun:
         for stage, config in zip(self._stages, self._configs, strict=True):
             self._context.data.check_batch(stage.batches.global_batch_size)
             check_room(self._context.data.shards, stage.recipe.data, len(self._context.data.sets), stage.samples_ahead)
-            check_config(config, self._ranks)
-            check_optimizer(stage.recipe.optimizer, config)
-            check_computable(stage, self._ranks.device, config)
+            check_stage(stage, config, Machine.of(self._ranks.device))
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
         return sha256
 
@@ -202,5 +200,6 @@ class TrainingRun:
             f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
             + self._context.data.describe_mixture()
             + describe_stages(self._stages, len(self._context.data.shards))
+            + "".join(f"\n{warning}" for stage in self._stages for warning in warnings_about(stage))
             + f"\nDeepSpeed: {json.dumps(config)}"
         )

@@ -22,7 +22,8 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine import Engine, make_engine
-from pipeline.training.engines.engine_config import check_config, deepspeed_config
+from pipeline.training.engines.engine_config import deepspeed_config
+from pipeline.training.start_checks import Machine, check_config
 from pipeline.training.step_loss import make_step_loss
 
 G, L, P, T = 12, 16, 192, 9
@@ -63,7 +64,7 @@ def start_engine(ranks: Ranks, template: str, options: Sequence[str]) -> Engine:
     """The engine for the small model; every rank has an equal part of the batch."""
     recipe = load_recipe("demo", options)
     config = deepspeed_config(recipe, BatchPlan(G, G, G // ranks.world_size, ranks.world_size), template)
-    check_config(config, ranks)
+    check_config(config, ranks.world_size, Machine.of(ranks.device))
     return make_engine(make_clip(), recipe, config, ranks)
 
 

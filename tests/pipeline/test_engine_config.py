@@ -11,21 +11,20 @@ import torch
 
 from formats.errors import UserError
 from pipeline.data.sample_order import BatchPlan
-from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.engine_config import (
-    check_config,
     deepspeed_config,
     precision_of,
     zero_stage,
 )
 from pipeline.training.engines.template import TEMPLATES_DIRECTORY
 from pipeline.training.stage_plan import plan_batches
+from pipeline.training.start_checks import Machine, check_config
 
 PLAN = BatchPlan(num_samples=1000, global_batch_size=96, micro_batch_size=8, world_size=3)
 
 
-CPU = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))
+CPU = Machine.of(torch.device("cpu"))
 BF16 = {"bf16": {"enabled": True}}
 
 
@@ -78,7 +77,7 @@ def test_a_template_of_ones_own_keeps_what_it_says_of_its_precision(tmp_path: Pa
 )
 def test_what_cannot_work_is_refused_in_a_line(blocks: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_config(blocks, CPU)
+        check_config(blocks, 2, CPU)
 
 
 ZERO = "zero_optimization"

@@ -15,13 +15,13 @@ from model.clip import CLIP
 from pipeline.recipe import OptimizerSection
 from pipeline.training.engines.muon import MuonAdamW, orthogonalized
 from pipeline.training.engines.optimizer import (
-    check_optimizer,
     freeze_towers,
     make_optimizer,
     parameter_groups,
 )
 from pipeline.training.engines.template import TEMPLATES_DIRECTORY
 from pipeline.training.stage_plan import learning_rate
+from pipeline.training.start_checks import check_optimizer
 
 
 def test_warm_up_then_cosine() -> None:

@@ -72,6 +72,16 @@ def test_samples_come_from_the_manifest(shards: Path, tokenizer_file: Path, caps
     [
         (["--gpu", "h10"], "no data of a GPU 'h10': did you mean 'h100'"),
         (["--interconnect", "nrd"], "did you mean 'ndr'"),
+        (["--interconnect", "0"], "an interconnect of 0 GB/s sends nothing"),
+        (["--interconnect=-2.5"], "an interconnect of -2.5 GB/s"),
+        (["--interconnect", "nan"], "an interconnect of nan GB/s"),
+        (["--interconnect", "inf"], "an interconnect of inf GB/s"),
+        (["--gpu", "v100"], "a v100 does not compute in bf16: take train.precision=fp16"),
+        (["--gpu", "v100", "train.precision=autocast"], "a v100 does not compute in bf16"),
+        (["train.deepspeed_config=zero0_fp32", "train.precision=fp16"], "ZeRO stage 0 in fp16 loses accuracy"),
+        (["optimizer.name=muon", "train.deepspeed_config=zero3_bf16"], "muon does not work with ZeRO stage 3"),
+        (["train.deepspeed_config=zero3_bf16_zeropp", "--gpus", "4"], "8 does not divide 4 ranks"),
+        (["train.micro_batch_size=1", "--gpus", "1"], "1 x 1 rank = 1 pair at once, which meets no other"),
         (["--gpus", "7"], "take 1792, or another micro_batch_size"),
         (["data.train=/nowhere"], "no shard directory at /nowhere"),
     ],
@@ -81,6 +91,36 @@ def test_mistakes_are_one_line(changed: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         plan.main(["--recipe", "base", "--gpus", "8", "--gpu", "a100", *samples, *changed])
     assert "\n" not in str(error.value)
+
+
+def test_names_and_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*arguments: str) -> dict[str, Any]:
+        assert plan.main(["--recipe", "base", "--gpus", "16", "train.micro_batch_size=128", "--json", *arguments]) == 0
+        values: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return values
+
+    usual = planned("--gpu", "h100", "--interconnect", "ndr", "--samples", "10000000")
+    assert usual == planned("--gpu", "H100", "--interconnect", "NDR", "--samples", "1e7")
+    assert usual["gpu_hours"] < planned("--gpu", "h100", "--interconnect", "1.5", "--samples", "1e7")["gpu_hours"]
+    for samples in ("1e-3", "2.5", "0", "-1e7", "nan", "many"):
+        with pytest.raises(SystemExit):
+            planned("--gpu", "h100", f"--samples={samples}")
+        assert "argument --samples: must be a" in capsys.readouterr().err
+
+
+def test_an_older_gpu_is_planned_without_flash_attention() -> None:
+    recipe = load_recipe("base", ["train.precision=fp16"])
+    older, newer = (
+        plan_run(recipe, Hardware(8, find_accelerator(name), NETWORK), SAMPLES, 16.0, 49408, 49407).stages[0]
+        for name in ("v100", "a100")
+    )
+    assert (older.load.attention, newer.load.attention) == ("rectangles", "varlen")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "base", "--gpus", "8", "--gpu", "a100", "--samples", "1e6", "train.max_steps=50"]
+    assert plan.main(arguments) == 0
+    assert "warning: optimizer.warmup_steps 2,000 are more than the 50 steps" in capsys.readouterr().out
 
 
 def test_without_data_the_number_of_samples_is_asked_for() -> None:

@@ -19,9 +19,11 @@ from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
-from pipeline.training.weights.stage_model import check_computable, count_parameters, make_model, speed_up
+from pipeline.training.start_checks import Machine, check_computable, check_stage, warnings_about
+from pipeline.training.weights.stage_model import count_parameters, make_model, speed_up
 
 CPU = torch.device("cpu")
+MACHINE, GPU = Machine.of(CPU), Machine("a card", on_gpu=True, has_bf16=True)
 BF16 = {"bf16": {"enabled": True}}
 CONSTANT = ("masking.ratio_schedule=constant", "masking.final_mask_ratio=null")
 
@@ -307,10 +309,13 @@ def test_how_the_model_is_computed_follows_the_stage(recipe_file: Path) -> None:
         ("train.compile=true", 3, "does not work with ZeRO stage 3"),
     ]:
         with pytest.raises(UserError, match=message):
-            check_computable(plan(recipe_file, option)[0], CPU, {**BF16, "zero_optimization": {"stage": zero}})
-    check_computable(plan(recipe_file, "train.compile=true")[0], CPU, {**BF16, "zero_optimization": {"stage": 2}})
+            check_computable(plan(recipe_file, option)[0], {**BF16, "zero_optimization": {"stage": zero}}, MACHINE)
+    check_computable(plan(recipe_file, "train.compile=true")[0], {**BF16, "zero_optimization": {"stage": 2}}, MACHINE)
+    old = Machine("an old card", on_gpu=True, has_bf16=False)
+    with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.0, which an old card is not"):
+        check_computable(plan(recipe_file, "model.attention=varlen")[0], {}, old)
     with pytest.raises(UserError, match="needs 16-bit floats"):
-        check_computable(plan(recipe_file, "model.attention=varlen")[0], torch.device("cuda"), {})
+        check_computable(plan(recipe_file, "model.attention=varlen")[0], {}, GPU)
 
 
 def test_a_staged_run_is_continued_only_as_it_was_started(recipe_file: Path, tmp_path: Path) -> None:
@@ -338,3 +343,33 @@ def test_the_published_recipes_have_the_stages_they_promise(name: str, samples: 
     assert [stage.num_samples for stage in stages] == pytest.approx(samples, rel=1e-3)
     assert stages[-1].masking.strategy == "none"
     assert stages[-1].model.vision.image_size == 224
+
+
+def test_a_loss_over_one_pair_is_refused(recipe_file: Path) -> None:
+    config = {"zero_optimization": {"stage": 1}}
+
+    def check(*overrides: str, world_size: int = 1) -> None:
+        for stage in plan(recipe_file, "train.micro_batch_size=1", *overrides, world_size=world_size):
+            check_stage(stage, config, MACHINE)
+
+    with pytest.raises(UserError, match=r"^stage small: .*1 x 1 rank = 1 pair at once.* all 16 pairs of the batch"):
+        check()
+    with pytest.raises(UserError, match=r"^stage tail: .* all 8 pairs"):
+        check("stages.small.train.micro_batch_size=2", "loss.kind=sigmoid")
+    with pytest.raises(UserError, match=r"^stage tail: a batch of one pair"):
+        check("stages.tail.train.global_batch_size=1", "loss.cache_gradients=true")
+    check("loss.cache_gradients=true")
+    check(world_size=2)
+
+
+def test_a_warm_up_that_does_not_end_is_told(recipe_file: Path) -> None:
+    def told(*overrides: str) -> list[str]:
+        return [warning for stage in plan(recipe_file, *overrides) for warning in warnings_about(stage)]
+
+    assert told("optimizer.warmup_steps=100") == []
+    small, tail = told("optimizer.warmup_steps=200", "stages.tail.optimizer.warmup_steps=36", "optimizer.lr=0.4")
+    assert small == (
+        "warning: stage small: optimizer.warmup_steps 200 are more than the 100 steps: the learning rate ends at 0.2 "
+        "and never reaches its peak of 0.4"
+    )
+    assert tail.startswith("warning: stage tail: optimizer.warmup_steps 36 are more than the 18 steps")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from formats.errors import UserError
 from pipeline.data.sample_order import BatchPlan
-from pipeline.ranks import Ranks
 from pipeline.recipe import Precision, Recipe
 from pipeline.training.engines.template import read_template
 
@@ -72,32 +68,3 @@ def zero_stage(config: dict[str, Any]) -> int:
 def offload_device(config: dict[str, Any], what: str) -> str:
     """Where `optimizer` states or `param`eters of a DeepSpeed config are kept: none (the GPU), cpu or nvme."""
     return str(config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none"))
-
-
-def check_config(config: dict[str, Any], ranks: Ranks) -> None:
-    """Raise UserError for what this machine, or DeepSpeed, cannot do; each would fail later and say less."""
-    zero, stage, precision = config.get("zero_optimization", {}), zero_stage(config), precision_of(config)
-    on_gpu = ranks.device.type == "cuda"
-    if precision == "fp16" and not on_gpu:
-        raise UserError("fp16 needs a GPU: take train.precision=bf16 or fp32")
-    if precision in ("bf16", "autocast") and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("this GPU does not compute in bf16: take train.precision=fp16")
-    if stage == 0 and precision in ("bf16", "fp16"):
-        raise UserError(
-            f"ZeRO stage 0 in {precision} loses accuracy (ds_configs/README.md): take "
-            "train.deepspeed_config=zero1_bf16, or train.precision=autocast"
-        )
-    for what, least in (("optimizer", 1), ("param", 3)):
-        device = offload_device(config, what)
-        if device == "nvme":
-            raise UserError(f"offload_{what} to nvme is not supported: take device cpu")
-        if device == "cpu" and stage < least:
-            raise UserError(f"offload_{what} needs ZeRO stage {least} or above, not {stage}")
-    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
-    if quantized and not on_gpu:
-        raise UserError(f"{' and '.join(quantized)} need GPUs: take train.deepspeed_config=zero3_bf16")
-    group = int(zero.get("zero_hpz_partition_size", 1))
-    if ranks.world_size % group:
-        raise UserError(
-            f"zero_hpz_partition_size {group} does not divide {ranks.world_size} ranks: set it to the ranks of a node"
-        )

@@ -8,27 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from formats.errors import UserError
 from model.clip import CLIP
 from pipeline.recipe import OptimizerSection
-from pipeline.training.engines.engine_config import offload_device, zero_stage
 from pipeline.training.engines.muon import MatrixShape, MuonAdamW
 
 _BLOCK = re.compile(r"(visual|text)\.transformer\.resblocks\.(\d+)\.")
 _INPUT = re.compile(r"(visual|text)\.(class_embedding|positional_embedding|patch_embedding|token_embedding|ln_pre)")
-
-
-def check_optimizer(section: OptimizerSection, config: dict[str, Any]) -> None:
-    """Raise UserError for an optimizer that does not work with a DeepSpeed config."""
-    if section.name != "muon":
-        return
-    if zero_stage(config) == 3:
-        raise UserError(
-            "optimizer.name=muon does not work with ZeRO stage 3, where every rank has a piece of every matrix and "
-            "would orthogonalise all of them: take a train.deepspeed_config of stage 1 or 2"
-        )
-    if offload_device(config, "optimizer") != "none":
-        raise UserError("optimizer.name=muon does not work on the CPU: take a train.deepspeed_config without offload")
 
 
 def freeze_towers(clip: CLIP, section: OptimizerSection) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from formats.errors import UserError
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.positions import resize_grid
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
-from pipeline.training.engines.engine_config import precision_of, zero_stage
 from pipeline.training.stage_plan import Stage
 
 _POSITIONS = "visual.positional_embedding"
@@ -49,20 +46,6 @@ def _load_weights(clip: CLIP, file: Path) -> None:
     weights = read_tensors(file)
     weights[_POSITIONS] = resize_grid(weights[_POSITIONS], clip.config.vision.num_patches)
     clip.load_state_dict(weights)
-
-
-def check_computable(stage: Stage, device: torch.device, config: dict[str, Any]) -> None:
-    """Raise UserError for a way to compute the model that this machine or configuration does not have."""
-    attention = stage.recipe.model.attention
-    if attention in ("varlen", "flex") and device.type != "cuda":
-        raise UserError(f"model.attention={attention} needs a GPU to train on: take auto or buckets")
-    if attention == "varlen" and precision_of(config) == "fp32":
-        raise UserError("model.attention=varlen needs 16-bit floats: take train.precision=bf16, or auto")
-    if stage.recipe.train.compile and zero_stage(config) == 3:
-        raise UserError(
-            "train.compile does not work with ZeRO stage 3, which replaces parameters while the model runs: "
-            "take train.deepspeed_config of stage 1 or 2"
-        )
 
 
 def speed_up(clip: CLIP, stage: Stage) -> None:
