@@ -143,7 +143,7 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    """Warm-up and cosine decay; no weight decay of biases, norms, embeddings and the temperature."""
+    """Warm-up and cosine decay; no weight decay of biases, norms and the temperature (docs/training.md)."""
 
     name: Literal["adamw", "muon", "deepspeed_adamw"] = Field(
         "adamw", description="adamw | muon (matrices of blocks; AdamW else) | deepspeed_adamw (compiled at first start)"
@@ -152,6 +152,7 @@ class OptimizerSection(Section):
     final_lr_ratio: float = Field(0.0, description="learning rate at the end as a share of the peak", ge=0, le=1)
     warmup_steps: int = Field(2000, description="steps of linear warm-up", ge=0)
     weight_decay: float = Field(0.2, description="decoupled weight decay of matrices", ge=0)
+    decay_embeddings: bool = Field(False, description="embeddings of tokens and positions decay too, as open_clip's do")
     beta1: float = Field(0.9, description="decay of the first moment", ge=0, lt=1)
     beta2: float = Field(0.98, description="decay of the second moment", ge=0, lt=1)
     eps: float = Field(1e-6, description="added to the root of the second moment", gt=0)

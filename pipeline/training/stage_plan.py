@@ -241,7 +241,7 @@ def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> f
     """
     if step < section.warmup_steps:
         return min(section.lr, section.lr * (step + 1) / section.warmup_steps)
-    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
+    progress = (step - section.warmup_steps) / max(1, total_steps - 1 - section.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return section.lr * (section.final_lr_ratio + (1 - section.final_lr_ratio) * cosine)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 from formats.errors import UserError
 from model.clip import CLIP
+from model.config import Pool, config_from_name
 from pipeline.recipe import OptimizerSection
+from pipeline.recipe_files import load_recipe
 from pipeline.training.engines.muon import MuonAdamW, orthogonalized
 from pipeline.training.engines.optimizer import (
     freeze_towers,
@@ -26,17 +29,26 @@ from pipeline.training.start_checks import check_optimizer
 
 def test_warm_up_then_cosine() -> None:
     section = OptimizerSection(lr=1.0, warmup_steps=10, final_lr_ratio=0.1)
-    rates = [learning_rate(step, 110, section) for step in range(111)]
+    rates = [learning_rate(step, 111, section) for step in range(111)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0
     assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
-    between = [learning_rate(step / 7, 110, section) for step in range(9 * 7, 11 * 7)]
+    between = [learning_rate(step / 7, 111, section) for step in range(9 * 7, 11 * 7)]
     assert max(between) == 1.0
     assert all(abs(a - b) < 0.02 for a, b in pairwise(between)), "no jump between steps"
-    assert learning_rate(3, 3, OptimizerSection(warmup_steps=0)) == 0
+    assert learning_rate(2, 3, OptimizerSection(warmup_steps=0)) == 0
+    assert learning_rate(0, 1, OptimizerSection(warmup_steps=0, lr=0.5)) == 0.5
+
+
+@pytest.mark.parametrize("end", [0.0, 0.05])
+def test_the_last_step_has_the_rate_of_the_end(end: float) -> None:
+    for steps in (4, 10, 1000):
+        section = OptimizerSection(lr=0.3, warmup_steps=2, final_lr_ratio=end)
+        assert learning_rate(steps - 1, steps, section) == pytest.approx(0.3 * end)
+        assert learning_rate(steps - 2, steps, section) > 0.3 * end
 
 
 def grouped_names(clip: CLIP, section: OptimizerSection) -> list[tuple[dict[str, Any], set[str]]]:
@@ -57,6 +69,32 @@ def test_only_matrices_decay() -> None:
     assert all(name.endswith((*kinds, "text_projection")) for name in decayed)
     assert {"logit_scale", "text.token_embedding.weight", "visual.positional_embedding"} <= others
     assert not any("." in name and name.endswith(kinds) for name in others)
+
+
+def open_clip_exempts(name: str, parameter: torch.Tensor) -> bool:
+    """Its training's rule, as it is written there."""
+    return parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+
+
+@pytest.mark.parametrize(
+    ("model", "pool"), [("ViT-test-8", "class"), ("ViT-B-32", "class"), ("ViT-test-8", "attention")]
+)
+def test_decay_of_embeddings_is_open_clips(model: str, pool: Pool) -> None:
+    config = config_from_name(model)
+    with torch.device("meta"):
+        clip = CLIP(replace(config, vision=replace(config.vision, pool=pool)))
+    named = dict(clip.named_parameters())
+    for group, names in grouped_names(clip, OptimizerSection(decay_embeddings=True)):
+        for name in names:
+            assert (group["weight_decay"] == 0) == open_clip_exempts(name, named[name]), name
+
+
+@pytest.mark.parametrize(
+    "recipe", ["cc12m_vit_b16_pgs", "datacomp_medium_vit_b16_cluster", "laion400m_vit_b16_cluster"]
+)
+def test_recipes_that_have_open_clips_decay(recipe: str) -> None:
+    assert load_recipe(recipe).optimizer.decay_embeddings
+    assert not load_recipe("base").optimizer.decay_embeddings  # as runs that were begun before this option
 
 
 def test_muon_has_the_matrices_of_blocks_alone() -> None:

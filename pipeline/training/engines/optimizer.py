@@ -25,7 +25,8 @@ def freeze_towers(clip: CLIP, section: OptimizerSection) -> None:
 def parameter_groups(clip: CLIP, section: OptimizerSection) -> list[dict[str, Any]]:
     """Parameters that are treated alike, each group with `weight_decay`, `lr_ratio` and `matrices` (muon.py).
 
-    Matrices decay; biases, norms, embeddings and the temperature do not (as CLIP's training does).
+    Matrices decay, embeddings of tokens and positions where `decay_embeddings` says so (then all that has more than one
+    dimension does, as in open_clip); biases, norms, the class token and the temperature never do.
     """
     embeddings = {id(m.weight) for m in clip.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
@@ -36,7 +37,8 @@ def parameter_groups(clip: CLIP, section: OptimizerSection) -> list[dict[str, An
             parameter.ndim > 1 and "embedding" not in name.rpartition(".")[2] and id(parameter) not in embeddings
         )
         has_muon = section.name == "muon" and is_matrix and bool(_BLOCK.match(name))
-        decay, ratio = section.weight_decay if is_matrix else 0.0, _lr_ratio(name, clip, section)
+        decays = is_matrix or (section.decay_embeddings and parameter.ndim > 1)
+        decay, ratio = section.weight_decay if decays else 0.0, _lr_ratio(name, clip, section)
         new = {"params": [], "weight_decay": decay, "lr_ratio": ratio, "matrices": []}
         group = groups.setdefault((has_muon, decay, ratio), new)
         group["params"].append(parameter)
