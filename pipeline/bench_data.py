@@ -1,4 +1,7 @@
-"""Say how fast a recipe's data can be read, what binds, and whether it is enough for a step."""
+"""Say how fast a recipe's data can be read, what binds, and whether it is enough for a step.
+
+What is timed is the loader itself, under Python's profiler: no part of it is repeated here.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,63 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import cProfile
+import itertools
 import json
-from collections.abc import Sequence
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from formats.programs import run
-from pipeline.data.loader_speed import LoaderSpeed, measure_loader
-from pipeline.data.training_data import read_training_data
+from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, TrainingSet, collate, make_loader
+from pipeline.data.image_transform import decode_image, random_resized_crop
+from pipeline.data.sample_order import BatchPlan, MixedOrder
+from pipeline.data.shard_cache import make_cache
+from pipeline.data.shard_reader import OpenShard, ShardReader
+from pipeline.data.text_masking import TextMasker
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.training_data import TrainingData, read_training_data
+from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
+
+# Below this share of what its workers could do by themselves, something else holds a loader up.
+_UNHINDERED = 0.75
+
+
+@dataclass(frozen=True)
+class LoaderSpeed:
+    """Seconds a sample of each part on one core, of `num_samples`; and the loader's rate with the recipe's workers.
+
+    open_s: until the shards of those samples were open, fetched and indexed where they were not
+    """
+
+    num_samples: int
+    open_s: float
+    seconds: dict[str, float]
+    workers: int
+    samples_per_s: float
+
+    @property
+    def sample_s(self) -> float:
+        """What one sample costs a core."""
+        return sum(self.seconds.values())
+
+    @property
+    def binds(self) -> str:
+        """The part that takes most, or what keeps the workers from their work."""
+        cores = len(os.sched_getaffinity(0))
+        if self.samples_per_s < _UNHINDERED * min(max(1, self.workers), cores) / self.sample_s:
+            return "handing batches over, or what else these cores do"
+        return "the number of cores" if self.workers > cores else max(self.seconds, key=self.seconds.__getitem__)
+
+    def workers_for(self, samples_per_s: float) -> int:
+        """Workers that make so many samples, each with a core of its own."""
+        return math.ceil(samples_per_s * self.sample_s)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +86,68 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("\n".join([*_table(speed), *_verdict(speed, options.samples_per_s)]))
     return 0
+
+
+def measure_loader(recipe: Recipe, data: TrainingData, seconds: float) -> LoaderSpeed:
+    """Read the first samples of a run for so long, part by part in this process, then as the run would.
+
+    Raises UserError as training would.
+    """
+    tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
+    captions = TextMasker(tokenizer, recipe.text_masking)
+    image_size = recipe.clip_config(tokenizer.encoder.vocab_size, tokenizer.encoder.end_token_id).vision.image_size
+
+    def dataset() -> TrainingSet:
+        """As it is at a run's start: no shard is open."""
+        order, reader = data.order(recipe.data, recipe.train.seed), ShardReader(data.shards, make_cache(recipe.data))
+        return TrainingSet(reader, order, recipe.train.seed, captions, image_size, recipe.data.crop_min_area)
+
+    micro = recipe.train.micro_batch_size
+    num_samples, parts_s = _measure_parts(dataset(), micro, seconds)
+    open_s = parts_s.pop("open")
+    per_sample = {part: total_s / num_samples for part, total_s in parts_s.items()}
+    places = MicroBatches(BatchPlan(data.num_samples, micro, micro, world_size=1), 0, 0, 1 << 40)
+    rate = _measure_rate(dataset(), places, micro, recipe.data.workers, seconds)
+    return LoaderSpeed(num_samples, open_s, per_sample, recipe.data.workers, rate)
+
+
+def _measure_parts(dataset: TrainingSet, micro_batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
+    """(samples, seconds of each part) of batches that are made here until the time is up."""
+    parts: dict[str, tuple[Callable[..., Any], ...]] = {
+        "open": (ShardReader.open,),
+        "read": (MixedOrder.locate, OpenShard.read),
+        "decode": (decode_image,),
+        "augment": (random_resized_crop,),
+        "tokenise": (TextMasker.encode,),
+        "collate": (collate,),
+    }
+    num_samples, positions = 0, itertools.count()
+    deadline_s = time.perf_counter() + seconds
+    with cProfile.Profile() as profile:
+        while time.perf_counter() < deadline_s:
+            samples = []
+            for position in itertools.islice(positions, micro_batch_size):
+                samples.append(dataset[position])
+                if time.perf_counter() > deadline_s:
+                    break
+            collate(samples)
+            num_samples += len(samples)
+    spent_s = {entry.code: entry.totaltime for entry in profile.getstats()}
+    return num_samples, {part: sum(spent_s[f.__code__] for f in functions) for part, functions in parts.items()}
+
+
+def _measure_rate(
+    dataset: TrainingSet, places: MicroBatches, micro_batch_size: int, workers: int, seconds: float
+) -> float:
+    """Samples a second of the whole loader, once it is warm, if they are taken as fast as they come."""
+    batches = iter(make_loader(dataset, places, workers, torch.cuda.is_available()))
+    for _ in range(1 + workers * BATCHES_AHEAD):
+        next(batches)
+    start_s, count = time.perf_counter(), 0
+    while time.perf_counter() < start_s + seconds:
+        next(batches)
+        count += 1
+    return count * micro_batch_size / (time.perf_counter() - start_s)
 
 
 def _report(speed: LoaderSpeed) -> dict[str, Any]:
@@ -79,10 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, help="a recipe's name, or a YAML file such as RUN/recipe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
-    parser.add_argument("--samples-per-s", type=float, metavar="N", help="what the step of one rank takes")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each part (default: %(default)s)")
+    parser.add_argument("--samples-per-s", type=_positive, metavar="N", help="what the step of one rank takes")
+    parser.add_argument(
+        "--seconds", type=_positive, default=5.0, metavar="S", help="of each part (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print figures instead of a table")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
 
 
 def command() -> NoReturn:

@@ -21,7 +21,7 @@ from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.features import load_ahead
 from pipeline.evaluation.sets.files import Collection, ImageFile
-from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
 from pipeline.evaluation.tasks.registry import tasks_of
 from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
@@ -38,8 +38,10 @@ class LiveEvaluation:
         self._tokenizer = tokenizer
         self._ranks = ranks
         self._jobs: list[tuple[EvaluationSet, Task]] = []
-        for directory in section.data:
-            dataset = open_evaluation_set(Path(directory))
+        directories = [Path(directory) for directory in section.data]
+        check_names(directories)
+        for directory in directories:
+            dataset = open_evaluation_set(directory)
             self._jobs += [(dataset, task) for task in tasks_of(dataset, None)]
 
     def is_due(self, step: int) -> bool:

@@ -10,7 +10,6 @@ import pytest
 
 from formats.errors import UserError
 from pipeline import bench_data
-from pipeline.data import loader_speed
 
 PARTS = ["read", "decode", "augment", "tokenise", "collate"]
 
@@ -38,9 +37,9 @@ def test_what_binds_is_the_slowest_part(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collate = loader_speed.collate
-    monkeypatch.setattr(loader_speed, "collate", lambda samples: (time.sleep(0.1), collate(samples))[1])
-    monkeypatch.setattr(loader_speed, "_measure_rate", lambda *_: 8 / 0.1)
+    collate = bench_data.collate
+    monkeypatch.setattr(bench_data, "collate", lambda samples: (time.sleep(0.1), collate(samples))[1])
+    monkeypatch.setattr(bench_data, "_measure_rate", lambda *_: 8 / 0.1)
     assert bench_data.main([*options(shards, tokenizer_file, tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["binds"] == "collate"
