@@ -41,7 +41,7 @@ def clean(text: str) -> str:
 
     Lone surrogates, which stand for bytes that were not text, become U+FFFD.
     """
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").replace("\0", "")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
 
 
 def _is_invisible(character: str) -> bool:

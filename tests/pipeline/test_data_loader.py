@@ -150,7 +150,7 @@ def test_shards_that_changed_since_they_were_verified(tmp_path: Path, tokenizer_
 
 def test_manifest_errors_name_the_next_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train"):
-        read_manifest("")
+        read_training_data(DataSection(train=""))
     with pytest.raises(UserError, match="no shard directory at"):
         read_manifest(str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"holds no \*\.tar"):
@@ -164,7 +164,7 @@ def test_manifest_errors_name_the_next_command(tmp_path: Path) -> None:
             read_manifest(str(tmp_path))
     (tmp_path / "manifest.jsonl").write_text('{"shard": "a.tar", "samples": 0, "bytes": 1}\n')
     with pytest.raises(UserError, match="no usable sample"):
-        read_manifest(str(tmp_path))
+        read_training_data(DataSection(train=str(tmp_path)))
 
 
 def test_shards_behind_a_url_are_fetched(tmp_path: Path, tokenizer_file: Path) -> None:
