@@ -8,6 +8,7 @@ from pathlib import Path
 from data_prep.commands.options import (
     Commands,
     add_command,
+    add_max_removed,
     add_output,
     add_processes,
     byte_count,
@@ -63,6 +64,7 @@ def add_dedup(commands: Commands[argparse.ArgumentParser]) -> None:
         "--max-distance", type=not_negative, default=4, metavar="BITS", help="of 64, in which near pictures differ"
     )
     parser.add_argument("--remove", action="store_true", help="rewrite the shards without what is found")
+    add_max_removed(parser)
     parser.add_argument("--pictures", type=not_negative, default=60, metavar="N", help="pairs to show in the report")
     parser.add_argument("--memory", type=byte_count, default="2G", metavar="SIZE", help="for the comparison")
     add_processes(parser)
@@ -79,6 +81,7 @@ def _dedup(options: argparse.Namespace) -> int:
         options.output,
         max_distance=options.max_distance,
         remove=options.remove,
+        max_removed=options.max_removed,
         pictures=options.pictures,
         processes=options.processes,
         memory_bytes=options.memory,
@@ -94,6 +97,7 @@ def add_forget(commands: Commands[argparse.ArgumentParser]) -> None:
     kind.add_argument("--sha256", type=Path, metavar="LIST", help="hashes of pictures, as published or as stored")
     kind.add_argument("--url", type=Path, metavar="LIST", help="addresses; http or https is the same")
     kind.add_argument("--host", type=Path, metavar="LIST", help="host names; those below them are meant too")
+    add_max_removed(parser)
     add_processes(parser)
 
 
@@ -101,9 +105,9 @@ def _forget(options: argparse.Namespace) -> int:
     from data_prep.shards.forget import forget
 
     if options.sha256 is not None:
-        forget(options.directory, options.sha256, "sha256", options.processes)
+        forget(options.directory, options.sha256, "sha256", options.processes, options.max_removed)
     elif options.url is not None:
-        forget(options.directory, options.url, "url", options.processes)
+        forget(options.directory, options.url, "url", options.processes, options.max_removed)
     else:
-        forget(options.directory, options.host, "host", options.processes)
+        forget(options.directory, options.host, "host", options.processes, options.max_removed)
     return 0

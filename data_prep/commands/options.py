@@ -42,6 +42,17 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=positive, default=PROCESSES, metavar="N", help="parallel processes")
 
 
+def add_max_removed(parser: argparse.ArgumentParser) -> None:
+    """`--max-removed SHARE`."""
+    parser.add_argument(
+        "--max-removed",
+        type=share,
+        default=0.5,
+        metavar="SHARE",
+        help="of the samples; more are not removed unless told",
+    )
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, for argparse's `type`."""
     return _at_least(1, text)
@@ -57,6 +68,14 @@ def above_zero(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, likewise."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return value
 
 

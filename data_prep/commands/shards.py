@@ -16,6 +16,8 @@ from data_prep.commands.options import (
 )
 from formats.errors import UserError
 
+SAMPLES_PER_SHARD = 10_000  # of reshard, as of download
+
 
 def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep verify`."""
@@ -56,12 +58,17 @@ def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(commands, "reshard", _reshard, "shards of another size, shuffled, or a subset")
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="verified shard directories")
     add_output(parser)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--samples-per-shard", type=positive, metavar="N", help="samples in each shard but the last")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=positive, metavar="N", help="in each but the last; usually 10,000")
     size.add_argument("--bytes-per-shard", type=byte_count, metavar="SIZE", help="end a shard at this size: 500M, 1G")
     parser.add_argument("--shuffle", action="store_true", help="shuffle all samples, in bounded memory")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
     parser.add_argument("--memory", type=byte_count, default="1G", metavar="SIZE", help="for the shuffle")
+    parser.add_argument(
+        "--normalise",
+        action="store_true",
+        help="rewrite pictures that other readers may see otherwise: turned, transparent, of 16 bits, CMYK",
+    )
     parser.add_argument(
         "--uids", type=Path, metavar="FILE", help="keep only these uids: one per line, or DataComp's npy"
     )
@@ -71,10 +78,11 @@ def _reshard(options: argparse.Namespace) -> int:
     from data_prep.shards.reshard import Layout, reshard
 
     layout = Layout(
-        samples_per_shard=options.samples_per_shard,
+        samples_per_shard=options.samples_per_shard or (None if options.bytes_per_shard else SAMPLES_PER_SHARD),
         bytes_per_shard=options.bytes_per_shard,
         seed=options.seed if options.shuffle else None,
         memory_bytes=options.memory,
+        normalise=options.normalise,
     )
     reshard(options.directories, options.output, layout, options.uids)
     return 0

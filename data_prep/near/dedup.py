@@ -19,9 +19,10 @@ from data_prep.near.dedup_page import Pair, write_page
 from data_prep.near.near_duplicates import nearest_kept
 from data_prep.near.picture_hashes import PictureHashes, evaluation_files, shard_files
 from data_prep.shards.publish import changing, reading
-from data_prep.shards.rewrite import Removal, rewrite_shards
+from data_prep.shards.rewrite import Removal, check_removed, rewrite_shards
 from formats.errors import UserError
 from formats.files import replacing, write_json
+from formats.manifest import MANIFEST, read_manifest
 
 FORMAT_VERSION = 1
 
@@ -57,6 +58,7 @@ def dedup(
     *,
     max_distance: int,
     remove: bool,
+    max_removed: float,
     pictures: int,
     processes: int,
     memory_bytes: int,
@@ -67,10 +69,14 @@ def dedup(
     summary.json, duplicates.jsonl and report.html with up to `pictures` pairs; returns the summary. With `remove`, the
     shards are rewritten without what was found.
 
-    Raises UserError for a directory that is not verified or changed since, or an unusable evaluation set.
+    Raises UserError for a directory that is not verified or changed since, an unusable evaluation set, one in `against`
+    that is the directory itself or a copy of it, or if more than `max_removed` of the pictures would be removed.
     """
     if output.resolve().is_relative_to(directory.resolve()):
         raise UserError(f"--output {output} lies in the shard directory: choose another folder")
+    for path in against:
+        if path.resolve() == directory.resolve() or _holds_the_same(path, directory):
+            raise UserError(f"--against {path} is {directory} itself, or a copy: every picture would be a duplicate")
     evaluation = [file for path in against for file in evaluation_files(path)]
     with changing(directory) if remove else reading(directory) as staged:
         shards = shard_files(directory)
@@ -86,10 +92,20 @@ def dedup(
         write_json(output / "summary.json", summary)
         _print(summary, output)
         if staged is not None:
+            found = summary["near_evaluation"] + summary["near_training"]
+            check_removed(found, summary["pictures"], max_removed)
             step = {"step": "dedup", "max_distance": max_distance, "against": [path.name for path in against]}
             removed = rewrite_shards(directory, staged, _removals(findings, numbers), step, processes, len(numbers))
             print(f"{directory}: {removed:,} samples removed, {len(numbers):,} shards rewritten")
     return summary
+
+
+def _holds_the_same(path: Path, directory: Path) -> bool:
+    manifests = [folder / MANIFEST for folder in (path, directory)]
+    if not all(manifest.is_file() for manifest in manifests):
+        return False
+    first, second = ({shard.sha256 for shard in read_manifest(manifest.parent).shards} for manifest in manifests)
+    return bool(first & second - {""})
 
 
 def _summarize(

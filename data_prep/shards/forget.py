@@ -16,7 +16,7 @@ from data_prep.console import progress_bar
 from data_prep.lists.cleaning import canonical_url
 from data_prep.parallel import map_in_processes
 from data_prep.shards.publish import QUARANTINE, changing
-from data_prep.shards.rewrite import Removal, rewrite_shards
+from data_prep.shards.rewrite import Removal, check_removed, rewrite_shards
 from data_prep.web.ledger import forget_rows
 from formats.errors import UserError
 from formats.files import sha256_of
@@ -54,14 +54,15 @@ class ForgetList:
         return any(name in self.entries for name in ([address] if self.kind == "url" else _hosts(address)))
 
 
-def forget(directory: Path, list_file: Path, kind: Kind, processes: int) -> int:
+def forget(directory: Path, list_file: Path, kind: Kind, processes: int, max_removed: float = 1.0) -> int:
     """Remove every sample that the list names; returns how many there were.
 
     Shards that hold one are rewritten and the manifest with them; `forgotten.jsonl` says what was removed when, by
     which list, from which shard, without the content. Quarantined shards that hold one are deleted. Rows of a
     download's ledger that the list names lose address, caption and hashes, and are never tried again.
 
-    Raises UserError for an unusable list or a directory that is not verified or changed since.
+    Raises UserError for an unusable list, a directory that is not verified or changed since, or a list that names more
+    than `max_removed` of the samples.
     """
     forget_list = read_list(list_file, kind)
     with changing(directory) as staged:
@@ -73,9 +74,10 @@ def forget(directory: Path, list_file: Path, kind: Kind, processes: int) -> int:
                 progress.update(removal.line.size_bytes)
                 if removal.records:
                     removals.append(removal)
+        removed = sum(len(removal.records) for removal in removals)
+        check_removed(removed, sum(line.samples + line.skipped_samples for line in lines), max_removed)
         step = {"step": "forget", "by": kind, "list": list_file.name, "list_sha256": forget_list.sha256}
         rewrite_shards(directory, staged, removals, step, processes, len(removals), records_name=RECORD)
-        removed = sum(len(removal.records) for removal in removals)
         rows = forget_rows(directory, forget_list.names)
         (directory / "download.html").unlink(missing_ok=True)  # it may show some of the addresses
         print(
@@ -84,7 +86,7 @@ def forget(directory: Path, list_file: Path, kind: Kind, processes: int) -> int:
         )
         _search_quarantine(directory, forget_list)
         for line in read_manifest(directory).shards:
-            if line.damage is not None:
+            if line.truncated:
                 print(_UNSEARCHABLE.format(directory / line.name))
     return removed
 

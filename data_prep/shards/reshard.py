@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+
+import simplejpeg
+from PIL import Image
 
 from data_prep.console import progress_bar
 from data_prep.shards.assembly import (
@@ -25,18 +29,25 @@ from data_prep.shards.writer import Members, ShardWriter
 from formats.errors import UserError
 from formats.files import sha256_of
 from formats.manifest import Shard, usable_samples
+from formats.pictures import ImageError, decode_picture, picture_format, why_unusual
+from formats.tar import IMAGE_TYPES
 
 Source = tuple[Path, Shard]
+QUALITY = 95  # of JPEGs that are written anew
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the new shards are cut: after so many samples, or at so many bytes; shuffled if there is a `seed`."""
+    """How the new shards are cut: after so many samples, or at so many bytes; shuffled if there is a `seed`.
+
+    normalise: write pictures that other readers may see otherwise as all see them
+    """
 
     samples_per_shard: int | None = None
     bytes_per_shard: int | None = None
     seed: int | None = None
     memory_bytes: int = 1_000_000_000
+    normalise: bool = False
 
 
 def reshard(directories: Sequence[Path], output: Path, layout: Layout, uids_file: Path | None = None) -> int:
@@ -78,7 +89,31 @@ def _write(samples: Generator[Members, None, None], assembly: Assembly, layout: 
     ):  # its progress bar ends before an error is shown
         for members in itertools.islice(samples, already, None):
             key = dense_key(writer.shards, writer.samples_in_shard)
-            writer.write(key, with_key(members, key))
+            writer.write(key, with_key(normalised(members) if layout.normalise else members, key))
+
+
+def normalised(members: Members) -> Members:
+    """The members with a picture that every reader sees alike, upright, on white, RGB of 8 bits; most are so already.
+
+    A JPEG stays one, of quality 95; others become PNGs, which lose nothing. What does not decode stays as it is.
+    """
+    found: dict[str, bytes] = {}
+    for kind, content in members.items():
+        try:
+            is_unusual = kind in IMAGE_TYPES and why_unusual(content) is not None
+            found |= _rewritten(content) if is_unusual else {kind: content}
+        except ImageError:
+            found[kind] = content
+    return found
+
+
+def _rewritten(picture: bytes) -> dict[str, bytes]:
+    pixels_HWC = decode_picture(picture)
+    if picture_format(picture) == "jpg":
+        return {"jpg": simplejpeg.encode_jpeg(pixels_HWC, quality=QUALITY, colorsubsampling="420")}
+    stream = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(stream, "PNG")
+    return {"png": stream.getvalue()}
 
 
 def _in_order(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from data_prep.console import progress_bar
 from data_prep.parallel import map_in_processes
 from data_prep.shards.publish import publish
 from data_prep.shards.writer import TarWriter
+from formats.errors import UserError
 from formats.files import sha256_of
 from formats.manifest import PROVENANCE, Shard, read_manifest, usable_samples
 
@@ -47,6 +49,16 @@ class _Rewritten:
     @property
     def has_successor(self) -> bool:
         return self.line.samples > 0 or not self.removal.keep_original
+
+
+def check_removed(removed: int, samples: int, max_removed: float) -> None:
+    """Raise UserError, before anything is changed, if more than a share of the samples would be removed."""
+    if removed > max_removed * samples:
+        enough = math.ceil(100 * removed / samples) / 100
+        raise UserError(
+            f"{removed:,} of {samples:,} samples would be removed, more than --max-removed {max_removed:g} allows: "
+            f"nothing was removed; if they are all meant, pass --max-removed {enough:g}"
+        )
 
 
 def rewrite_shards(

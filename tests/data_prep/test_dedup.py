@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,30 @@ def test_what_is_refused(
     paths = {"shards": corpus, "out": tmp_path / "out", "empty": tmp_path / "empty"}
     assert main(["dedup", *(argument.format(**paths) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_set_is_never_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = make_shards(tmp_path / "shards", [3, 2])
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (tmp_path / "link").symlink_to(directory)
+    before = captions(directory)
+    for other in (directory, copy, tmp_path / "link"):
+        command = ["dedup", str(directory), "--against", str(other), "--output", str(tmp_path / "report"), "--remove"]
+        assert main(command) == 2
+        assert "every picture would be a duplicate" in capsys.readouterr().err
+    assert captions(directory) == before
+
+
+def test_more_than_a_share_is_not_removed_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures that are all alike: a set of blank pages, say."""
+    same = picture(1)
+    members = [member for n in range(5) for member in ((f"{n}.jpg", same), (f"{n}.txt", f"page {n}".encode()))]
+    write_tar(tmp_path / "shards" / "00000.tar", members)
+    verify(tmp_path / "shards", 1, max_bad_ratio=0)
+    command = ["dedup", str(tmp_path / "shards"), "--output", str(tmp_path / "report"), "--remove"]
+    assert main(command) == 2
+    assert "4 of 5 samples would be removed" in capsys.readouterr().err
+    assert len(captions(tmp_path / "shards")) == 5
+    assert main([*command, "--max-removed", "0.8"]) == 0
+    assert captions(tmp_path / "shards") == ["page 0"]

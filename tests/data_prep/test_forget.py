@@ -17,10 +17,11 @@ from data_prep.web.ledger import write_ledger
 from formats.errors import UserError
 
 
-def forget(directory: Path, kind: str, text: str) -> int:
+def forget(directory: Path, kind: str, text: str, max_removed: str = "1") -> int:
     path = directory.with_name("list.txt")
     path.write_text(text)
-    return main(["forget", str(directory), f"--{kind}", str(path), "--processes", "1"])
+    command = ["forget", str(directory), f"--{kind}", str(path), "--processes", "1", "--max-removed", max_removed]
+    return main(command)
 
 
 def numbers(directory: Path) -> list[int]:
@@ -29,6 +30,16 @@ def numbers(directory: Path) -> list[int]:
 
 def records(directory: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (directory / "forgotten.jsonl").read_text().splitlines()]
+
+
+def test_a_list_that_names_more_than_a_share_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = make_shards(tmp_path / "shards", [4, 1, 4])
+    before = captions(directory)
+    assert forget(directory, "host", "example.org\n", max_removed="0.5") == 2
+    assert "9 of 9 samples would be removed, more than --max-removed 0.5" in capsys.readouterr().err
+    assert captions(directory) == before
 
 
 def test_a_host_goes_with_everything_below_it(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_images import good_sample, write_tar
 from make_shards import assert_consistent, captions, contents, make_shards, manifest, sample
+from PIL import Image, ImageOps
 from shard_reading import loader_index
 
 from data_prep.__main__ import main
@@ -239,3 +241,26 @@ def test_what_is_refused(
     assert main([argument.format(**paths) for argument in arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_readers_see_otherwise_are_written_as_all_see_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, clear = io.BytesIO(), io.BytesIO()
+    Image.linear_gradient("L").resize((40, 24)).convert("RGB").save(turned, "JPEG", exif=exif, quality=95)
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(clear, "PNG")
+    members = [("0.jpg", turned.getvalue()), ("0.txt", b"turned"), ("1.png", clear.getvalue()), ("1.txt", b"clear")]
+    write_tar(tmp_path / "source" / "00000.tar", [*members, *good_sample("2")])
+    assert main(["verify", str(tmp_path / "source")]) == 0
+    assert "turned by EXIF" in capsys.readouterr().out
+    assert manifest(tmp_path / "source")[0]["unusual"] == {"transparent": 1, "turned by EXIF": 1}
+    assert main(["reshard", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--normalise"]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--again"]) == 0
+    assert "unusual" not in manifest(tmp_path / "out")[0]
+    first, second, third = TarSamples(tmp_path / "out" / "00000.tar")
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(turned))).astype(float)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(first.members["jpg"]))) - upright).mean() < 4
+    assert Image.open(io.BytesIO(second.members["png"])).convert("RGB").getcolors() == [(81, (255, 255, 255))]
+    assert third.members["jpg"] == dict(good_sample("2"))["2.jpg"]
