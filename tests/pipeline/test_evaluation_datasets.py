@@ -158,7 +158,7 @@ def test_multi_label_set(tmp_path: Path) -> None:
         (b"\x80\x04N.", "its .npy member"),
         (b"\x93NUMPY\x02\x00", "is not of format 1.0"),
         (npy([1, 0, 1]), "names class 1 .dog., of which"),
-        (npy([1, 1, 1]) + bytes(2**20), "too long for labels"),
+        (npy([1, 1, 1]) + bytes(2**20), "too long for a .npy"),
     ],
 )
 def test_damaged_multi_label_set(tmp_path: Path, labels: bytes, message: str) -> None:
@@ -168,10 +168,35 @@ def test_damaged_multi_label_set(tmp_path: Path, labels: bytes, message: str) ->
     assert "\n" not in str(failure.value)
 
 
-def test_members_outside_the_closed_list_are_never_read(tmp_path: Path) -> None:
-    write_test_split(tmp_path, [[("a.png", png()), ("a.txt", b"x"), ("a.pyd", b"\x80"), ("b.pickle", b"\x80")]])
-    dataset = open_evaluation_set(tmp_path)
-    assert len(dataset.samples) == 1
+@pytest.mark.parametrize("name", ["a.pyd", "pic.v2.0001.jpg", "b.pickle", "a.jpg.txt", "sub/c.gif", "d."])
+def test_a_member_that_is_not_understood_is_named(name: str, tmp_path: Path) -> None:
+    """Left out, it could be a sample, and the figure one of a part of the set."""
+    write_test_split(tmp_path, [[("a.png", png()), ("a.txt", b"x"), (name, b"\x80")]])
+    with pytest.raises(UserError, match=rf"^{name} in .*test/0\.tar: members of type .* are not understood"):
+        open_evaluation_set(tmp_path)
+
+
+def test_what_file_systems_leave_behind_is_no_member(tmp_path: Path) -> None:
+    notes = [(name, b"\0\5\x16\7") for name in ("._a.png", "__MACOSX/._a.png", ".DS_Store", "README")]
+    write_test_split(tmp_path, [[*notes, ("a.png", png()), ("._a.txt", b"\0"), ("a.txt", b"x"), ("a.json", b"{}")]])
+    with tarfile.open(tmp_path / "test" / "0.tar", "a") as tar:
+        folder = tarfile.TarInfo("pictures.of.mine")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    (sample,) = open_evaluation_set(tmp_path).samples
+    assert sample.captions == ("x",)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_for_a_picture_is_no_picture(kind: bytes, tmp_path: Path) -> None:
+    write_test_split(tmp_path, [[("a.png", png()), ("a.txt", b"x")]])
+    with tarfile.open(tmp_path / "test" / "0.tar", "a") as tar:
+        for end in ("png", "txt"):
+            link = tarfile.TarInfo(f"b.{end}")
+            link.type, link.linkname = kind, f"a.{end}"
+            tar.addfile(link)
+    with pytest.raises(UserError, match=r"test/0\.tar holds 2 links or the like: pack it anew"):
+        open_evaluation_set(tmp_path)
 
 
 def _remove(name: str) -> Damage:
@@ -216,9 +241,13 @@ def _cut(bytes_left: int) -> Damage:
         (_shard(("a.cls", b"1"), ("a.png", b"x"), ("a.cls", b"0")), r"two \.cls members"),
         (_write("test/0.tar", "<html>"), "cannot read .*0.tar"),
         (_cut(700), "cannot read .*0.tar"),
-        (_cut(1024), "0.tar: no end-of-archive mark"),
+        (_cut(1024), "0.tar: cut off: it has no end-of-archive mark"),
         (_write("dataset.json", '{"samples": 3}'), "holds 2 samples, but its dataset.json says 3"),
         (_write("dataset.json", "{"), "is not JSON"),
+        (_write("dataset_type.txt", "clasification"), "holds 'clasification': expected one of classification, "),
+        (_write("test/nshards.txt", "9" * 5000), "must hold a positive integer"),
+        (_shard(("a.png", b"x"), ("a.cls", b"7" * 5000)), "no class index"),
+        (_write("classnames.txt", "a\n\u200b\nb"), "line 2 is blank"),
         (_write("dataset.json", '{"samples": "2"}'), r"dataset\.json: samples: "),
         (_write("dataset.json", '{"known_set": "cifar"}'), "known_set is 'cifar', expected one of imagenet1k, "),
         (_write("classnames.txt", "a\nb\nc\nd\n"), r"classnames\.txt names class 2 \(c\) and 1 more, of which"),
@@ -333,7 +362,7 @@ def test_classification_set_without_any_side_file_says_what_is_missing(tmp_path:
     [
         (_remove("images/1.png"), "replace_att.json, entry 0: missing image .*1.png"),
         (_write("swap_obj.json", "{}"), "swap_obj.json is empty"),
-        (_write("swap_obj.json", "[]"), "must hold a JSON object"),
+        (_write("swap_obj.json", "[]"), "is not a JSON object"),
         (_write("swap_obj.json", '{"7": {"filename": "1.png", "caption": ""}}'), "entry 7: expected strings"),
         (
             _write("swap_obj.json", '{"0": {"filename": "../x", "caption": "a", "negative_caption": "b"}}'),

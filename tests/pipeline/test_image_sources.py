@@ -117,7 +117,7 @@ def test_a_tar_that_was_cut_off_shows_what_precedes_the_cut(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(jpeg_bytes(0)[:100], "."), (b"<html>", "no JPEG, PNG or WebP image$")]
+    ("content", "reason"), [(jpeg_bytes(0)[:100], "."), (b"<html>", "not a JPEG, PNG or WebP: '<html>'$")]
 )
 def test_what_does_not_decode_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(content)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from pipeline.evaluation.sets.files import ImageFile, read_json_object
+from formats.files import read_json
+from formats.texts import clean, is_blank
+from pipeline.evaluation.sets.files import ImageFile
 from pipeline.evaluation.sets.known import DATASET_FILE
 
 _SUGAR_CREPE = ("filename", "caption", "negative_caption")
@@ -67,7 +69,7 @@ def read_composition_set(directory: Path) -> CompositionSet | GroupSet:
 
 
 def _entries(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    entries = read_json_object(file)
+    entries = read_json(file)
     if not entries:
         raise UserError(f"{file} is empty: expected entries with filename, caption, negative_caption")
     return [(index, entry if isinstance(entry, dict) else {}) for index, entry in entries.items()]
@@ -86,7 +88,7 @@ def _group(images: Path, file: Path, index: str, entry: Mapping[str, Any]) -> Gr
 
 def _strings(file: Path, index: str, entry: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:
     texts = [entry.get(name) for name in fields]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    if not all(isinstance(text, str) and not is_blank(text) and clean(text) == text for text in texts):
         raise UserError(f"{file}, entry {index}: expected strings {', '.join(fields[:-1])} and {fields[-1]}")
     return [str(text) for text in texts]
 
@@ -94,7 +96,7 @@ def _strings(file: Path, index: str, entry: Mapping[str, Any], fields: tuple[str
 def _image(images: Path, file: Path, index: str, filename: str) -> ImageFile:
     if Path(filename).name != filename:
         raise UserError(f"{file}, entry {index}: filename {filename!r} must lie directly in images/")
-    try:
-        return ImageFile.whole(images / filename)
-    except OSError as error:
-        raise UserError(f"{file}, entry {index}: missing image {images / filename}") from error
+    path = images / filename
+    if not path.is_file():
+        raise UserError(f"{file}, entry {index}: missing image {path}")
+    return ImageFile.whole(path)

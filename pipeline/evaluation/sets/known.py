@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from formats.errors import UserError
-from pipeline.evaluation.sets.files import read_json_object
+from formats.files import read_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Expectations:
         """Of a set; raises UserError if its dataset.json does not say what it may say."""
         file = directory / DATASET_FILE
         try:
-            declared = _Declared.model_validate(read_json_object(file) if file.is_file() else {})
+            declared = _Declared.model_validate(read_json(file) if file.exists() else {})
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

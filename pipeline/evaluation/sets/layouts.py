@@ -5,19 +5,22 @@ Classification and retrieval are CLIP_benchmark's webdatasets; composition is JS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from formats.errors import UserError
+from formats.texts import is_blank
 from formats.word_counts import WordFrequencies
 from pipeline.evaluation.sets.composition import CompositionSet, GroupSet, read_composition_set
-from pipeline.evaluation.sets.files import ImageFile, TarSample, read_lines, split_samples
+from pipeline.evaluation.sets.files import ImageFile, TarSample, read_lines, read_text, split_samples
 from pipeline.evaluation.sets.known import Expectations, class_names_of
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
+_TYPES = ("classification", "multilabel", "retrieval")
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,12 @@ def check_names(directories: Iterable[Path]) -> None:
     seen: dict[str, Path] = {}
     for directory in directories:
         name = directory.resolve().name
-        if (other := seen.setdefault(name, directory)) is not directory:
+        if name in seen:
             raise UserError(
-                f"two evaluation sets are called {name}: {other} and {directory}; figures stand under a set's name, so "
-                "leave one out or rename its directory"
+                f"two evaluation sets are called {name}: {seen[name]} and {directory}; figures stand under the names "
+                "of sets: leave one out, or rename its directory"
             )
+        seen[name] = directory
 
 
 def open_evaluation_set(directory: Path) -> EvaluationSet:
@@ -141,9 +145,12 @@ def open_evaluation_set(directory: Path) -> EvaluationSet:
 
 def _declared_type(directory: Path) -> str | None:
     """CLIP_benchmark's type of a webdataset; by default classification if there are files for it."""
-    declared = directory / "dataset_type.txt"
-    if declared.is_file():
-        return declared.read_text(encoding="utf-8").strip().lower()
+    file = directory / "dataset_type.txt"
+    if file.exists():
+        declared = read_text(file, "a type").strip().lower()
+        if declared not in _TYPES:
+            raise UserError(f"{file} holds {declared[:80]!r}: expected one of {', '.join(_TYPES)}")
+        return declared
     is_classification = (
         (directory / CLASSNAMES).exists()
         or (directory / TEMPLATES).exists()
@@ -191,9 +198,9 @@ def _labelled_samples(directory: Path, split: str, num_classes: int) -> tuple[Cl
 
 
 def _label(sample: TarSample, num_classes: int) -> int:
-    text = sample.texts.get("cls", "").strip()
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{sample} has no class index: expected a .cls member with an integer, found {text!r}")
+    text = sample.text("cls")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{sample} has no class index: expected a .cls member with an integer, found {text[:80]!r}")
     if int(text) >= num_classes:
         raise UserError(f"{sample} has class {text}, but {CLASSNAMES} names only classes 0 to {num_classes - 1}")
     return int(text)
@@ -208,8 +215,8 @@ def _read_retrieval_set(directory: Path, expectations: Expectations) -> Retrieva
 
 
 def _captions(sample: TarSample) -> tuple[str, ...]:
-    captions = tuple(line.strip() for line in sample.texts.get("txt", "").splitlines() if line.strip())
+    captions = tuple(line.strip() for line in sample.text("txt").splitlines() if not is_blank(line))
     if not captions:
-        hint = f"; for classification the set needs {CLASSNAMES}" if "cls" in sample.texts else ""
+        hint = f"; for classification the set needs {CLASSNAMES}" if "cls" in sample.contents else ""
         raise UserError(f"{sample} has no caption: expected a .txt member with one caption per line{hint}")
     return captions
