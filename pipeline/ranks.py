@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from formats.errors import UserError, describe_os_error
+from formats.owners import owning
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,13 @@ class Ranks:
         if self.any(failure is not None):
             raise failure or UserError("another rank could not do its share: its message says why")
         return cast(T, made)
+
+    @contextlib.contextmanager
+    def owning(self, directory: Path, doing: str, otherwise: str) -> Iterator[None]:
+        """The main rank owns a directory for all of them until the block ends (formats.owners.owning)."""
+        with contextlib.ExitStack() as held:
+            self.from_main(lambda: held.enter_context(owning(directory, doing, otherwise)))
+            yield
 
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """Rows of all ranks in rank order, [N, D] -> [M, D]; ranks may hold different numbers of rows. No gradient."""

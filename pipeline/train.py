@@ -55,10 +55,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     from pipeline.ranks import explain_lost_peers, init_ranks
-    from pipeline.training.training_run import TrainingRun
+    from pipeline.training.training_run import train
 
     with explain_lost_peers():
-        return TrainingRun(recipe, init_ranks()).run()
+        return train(recipe, init_ranks())
 
 
 if __name__ == "__main__":

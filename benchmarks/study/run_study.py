@@ -31,7 +31,7 @@ from study_plan import BASELINE, Run, Study, merged, read_study, recipe_of
 from pipeline import evaluate
 from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training.training_run import TrainingRun
+from pipeline.training import training_run
 
 _TIMED_STEPS, _UNTIMED_LINES = 40, 1
 
@@ -57,7 +57,7 @@ def _ranks() -> Ranks:
 
 def train(job: Job) -> None:
     """What `pipeline/train.py` does, without a start of its own."""
-    code = TrainingRun(load_recipe(str(job.recipe), []), _ranks()).run()
+    code = training_run.train(load_recipe(str(job.recipe), []), _ranks())
     if code:
         raise RuntimeError(f"exit code {code}")
 

@@ -39,12 +39,18 @@ from pipeline.versions import versions
 EXIT_INTERRUPTED = 75
 
 
+def train(recipe: Recipe, ranks: Ranks) -> int:
+    """Train alone in the run directory; returns the exit code. Raises UserError that names whoever is at work there."""
+    if not recipe.train.output:
+        raise UserError("no run directory: give train.output=DIRECTORY")
+    with ranks.owning(Path(recipe.train.output), "is being trained", "choose another train.output"):
+        return TrainingRun(recipe, ranks).run()
+
+
 class TrainingRun:
     """A recipe's stages, checked and planned; `run` trains what is left of them."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        if not recipe.train.output:
-            raise UserError("no run directory: give train.output=DIRECTORY")
         start_s = time.perf_counter()
         self._recipe = recipe
         self._ranks = ranks

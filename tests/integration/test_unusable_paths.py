@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    *("--recipe", "tiny_cpu", "data.train={}/shards", "data.tokenizer={}/tok.model", "train.output={}/read_only/run"),
+    *("--recipe", "tiny_cpu", "data.train={}/shards", "data.tokenizer={}/tok.model", "train.output={}/run"),
     *("model.name=ViT-test-8", "train.global_batch_size=8", "train.micro_batch_size=8", "train.max_steps=2"),
     "optimizer.warmup_steps=1",
 ]
@@ -45,7 +45,7 @@ SMALL = [
     [
         (train.main, ["--recipe", "{}/latin.yaml"], "latin.yaml"),
         (train.main, ["--recipe", "{}/closed.yaml"], "closed.yaml"),
-        (train.main, SMALL, "read_only/run"),
+        (train.main, [*SMALL, "train.output={}/read_only/run"], "read_only/run"),
         (train.main, [*SMALL, "train.output={}/file"], "file"),
         (train.main, [*SMALL, "train.output={}/file/run"], "file/run"),
         (
