@@ -140,7 +140,7 @@ def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None
         fill_missing_shards(directory, one, settings, log)
 
 
-def _check_list(urls: Path, settings: Settings) -> None:
+def check_list(urls: Path, settings: Settings) -> None:
     """Refuse, before the first request, a list with anything that would keep a shard from being written."""
     files = [path for path in list_files(urls) if path.is_file()]
     boxes = 0
@@ -246,7 +246,7 @@ def _claim(directory: Path, urls: Path, settings: Settings) -> int:
     elif directory.exists() and any(directory.glob("*.tar")):
         raise UserError(f"{directory} holds shards that no download made: choose another --output")
     else:
-        _check_list(urls, settings)  # once: the list of a claimed directory was checked, and has not changed
+        check_list(urls, settings)  # once: the list of a claimed directory was checked, and has not changed
         write_json_lines(provenance, [line])
     return rows
 
