@@ -82,6 +82,10 @@ class SmallWeb:
     def port(self) -> int:
         return int(self._server.server_address[1])
 
+    def keep_connections(self) -> None:
+        """Speak HTTP/1.1, and close no connection."""
+        self._server.RequestHandlerClass.protocol_version = "HTTP/1.1"  # type: ignore[attr-defined]
+
     def url(self, path: str, host: str | None = None) -> str:
         return f"{self._scheme}://{host or self._server.server_address[0]}:{self.port}{path}"
 
