@@ -1,4 +1,4 @@
-"""The `data-prep` command: url lists or local images -> tar shards with a manifest."""
+"""The `data-prep` command: one program for all that prepares data, each task a command of its own."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ from formats.programs import exit_code_of
 # What a command imports, it imports when it runs: `--help` answers at once.
 
 
+# in the order of use
+GROUPS = {
+    "get pairs from the web": (add_sources, add_ingest, add_download, add_retry, add_report),
+    "get pairs from here": (add_synthetic, add_pack),
+    "look after shards": (add_verify, add_stats, add_dedup, add_forget, add_reshard, add_merge),
+    "make ready for training": (add_tokenizer, add_words),
+    "all of it": (add_build,),
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="data-prep",
-        description=__doc__,
-        epilog="Web data: ingest, download, verify. Local data: pack, verify. Then: tokenizer.",
+        usage="data-prep COMMAND [options]",
+        description="Url lists or local images -> tar shards with a manifest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        *(
-            add_build,
-            add_sources,
-            add_synthetic,
-            add_ingest,
-            add_download,
-            add_retry,
-            add_report,
-            add_pack,
-            add_tokenizer,
-        ),
-        *(add_verify, add_reshard, add_merge, add_stats, add_words, add_dedup, add_forget),
-    ):
-        add(commands)
+    commands = parser.add_subparsers(prog="data-prep", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    lines = []
+    for title, adders in GROUPS.items():
+        before = len(commands.choices)
+        for add in adders:
+            add(commands)
+        added = list(commands.choices.items())[before:]
+        lines += [f"{title}:", *(f"  {name:<11}{command.description}" for name, command in added), ""]
+    parser.epilog = "\n".join([*lines, "options of a command: data-prep COMMAND --help"])
     return parser
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from formats.errors import UserError, nearest_of
-from formats.files import write_json
+from formats.files import expand, write_json
 
 STATE = "build.json"
 SHARDS = "{output}/shards"
@@ -78,7 +78,7 @@ def read_plan(path: Path) -> Plan:
     form = {"output": str, "stages": list}
     if not isinstance(value, dict) or {name: type(content) for name, content in value.items()} != form:
         raise UserError(f"{path}: must have `output: FOLDER` and `stages:`, a list, and nothing else")
-    output = Path(value["output"])
+    output = Path(expand(value["output"]))
     stages: list[Stage] = []
     for entry in value["stages"]:
         command, options = _stage_entry(path, entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from data_prep.commands.options import (
     Commands,
@@ -16,6 +15,7 @@ from data_prep.commands.options import (
     positive,
 )
 from formats.errors import UserError
+from formats.files import path_argument
 
 MOST_BITS = 16  # of --max-distance
 
@@ -23,9 +23,11 @@ MOST_BITS = 16  # of --max-distance
 def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep stats`."""
     parser = add_command(commands, "stats", _stats, "caption lengths, picture sizes, words: stats.json and stats.html")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="verified shard directory")
     add_output(parser)
-    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model: count tokens too")
+    parser.add_argument(
+        "--tokenizer", type=path_argument, metavar="MODEL", help="SentencePiece model: count tokens too"
+    )
     add_processes(parser)
 
 
@@ -39,8 +41,8 @@ def _stats(options: argparse.Namespace) -> int:
 def add_words(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep words`."""
     parser = add_command(commands, "words", _words, "how often each word occurs in the captions")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
-    parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file to write")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="verified shard directory")
+    parser.add_argument("--output", type=path_argument, required=True, metavar="JSON", help="file to write")
     parser.add_argument("--min-count", type=positive, default=5, metavar="N", help="leave out rarer words")
     add_processes(parser)
 
@@ -55,10 +57,15 @@ def _words(options: argparse.Namespace) -> int:
 def add_dedup(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep dedup`."""
     parser = add_command(commands, "dedup", _dedup, "near-duplicate pictures, also of evaluation sets")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="verified shard directory")
     add_output(parser)
     parser.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="SET", help="evaluation sets or other shard directories"
+        "--against",
+        type=path_argument,
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="evaluation sets or other shard directories",
     )
     parser.add_argument(
         "--max-distance", type=not_negative, default=4, metavar="BITS", help="of 64, in which near pictures differ"
@@ -92,11 +99,13 @@ def _dedup(options: argparse.Namespace) -> int:
 def add_forget(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep forget`."""
     parser = add_command(commands, "forget", _forget, "remove what a list of hashes, addresses or hosts names")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="verified shard directory")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="verified shard directory")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--sha256", type=Path, metavar="LIST", help="hashes of pictures, as published or as stored")
-    kind.add_argument("--url", type=Path, metavar="LIST", help="addresses; http or https is the same")
-    kind.add_argument("--host", type=Path, metavar="LIST", help="host names; those below them are meant too")
+    kind.add_argument(
+        "--sha256", type=path_argument, metavar="LIST", help="hashes of pictures, as published or as stored"
+    )
+    kind.add_argument("--url", type=path_argument, metavar="LIST", help="addresses; http or https is the same")
+    kind.add_argument("--host", type=path_argument, metavar="LIST", help="host names; those below them are meant too")
     add_max_removed(parser)
     add_processes(parser)
 

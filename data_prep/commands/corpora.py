@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from data_prep.commands.options import Commands, add_command, add_output, add_processes, positive
 from formats.errors import UserError
+from formats.files import path_argument
 
 
 def add_synthetic(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep synthetic`."""
-    parser = add_command(commands, "synthetic", _synthetic, "draw image-caption pairs and evaluation sets")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    parser = add_command(commands, "synthetic", _synthetic, "draw pairs of simple scenes, and evaluation sets of them")
+    parser.add_argument("output", type=path_argument, metavar="OUT", help="folder to make")
     parser.add_argument("--train", type=positive, default=20_000, metavar="N", help="training pairs")
     parser.add_argument("--validation", type=positive, default=1000, metavar="N", help="validation pairs")
     parser.add_argument("--size", type=positive, default=64, metavar="PX", help="side of the pictures")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     add_processes(parser)
     parser.add_argument("--base-url", metavar="URL", help="also write train.tsv with urls under this address")
 
@@ -38,26 +38,36 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 def add_pack(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep pack`."""
-    parser = add_command(commands, "pack", _pack, "local images and captions -> shards or evaluation sets")
+    parser = add_command(commands, "pack", _pack, "images and captions of yours -> shards or evaluation sets")
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE",
-        help="folder (image.jpg beside image.txt), .csv or .tsv of paths, or .parquet with image bytes",
+        "source", type=path_argument, metavar="SOURCE",
+        help="folder of pictures (image.jpg beside image.txt, or class folders), or a table of paths or image bytes "
+        "(.csv, .tsv, .json, .jsonl, .parquet), or a folder of tables",
     )  # fmt: skip
     add_output(parser)
     parser.add_argument(
         "--as", dest="layout", choices=("training", "retrieval", "classification"), default="training",
         help="what to write",
     )  # fmt: skip
-    parser.add_argument("--image-column", metavar="NAME", help="image bytes or path (default: by usual names)")
-    parser.add_argument("--caption-column", metavar="NAME", help="caption or list of captions (likewise)")
-    parser.add_argument("--label-column", metavar="NAME", help="class name or number")
-    parser.add_argument("--classnames", type=Path, metavar="FILE", help="one class per line")
-    parser.add_argument("--templates", type=Path, metavar="FILE", help="one template per line, {c} is the class")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="image bytes or path; found by its usual names if not named"
+    )
+    parser.add_argument("--caption-column", metavar="NAME", help="caption or list of captions; likewise")
+    parser.add_argument("--label-column", metavar="NAME", help="class name or number, in a table")
+    parser.add_argument(
+        "--classnames", type=path_argument, metavar="FILE", help="one class per line; class folders do without"
+    )
+    parser.add_argument(
+        "--templates",
+        type=path_argument,
+        metavar="FILE",
+        help="one per line, {c} is the class; default: a photo of a {c}.",
+    )
     parser.add_argument(
         "--captions", choices=("first", "each"), default="first",
         help="of several captions: the first, or a sample for each",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="for drawing templates")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for drawing templates")
     parser.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="shard size")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 

@@ -6,19 +6,19 @@ import argparse
 import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_prep.commands.options import Commands, add_command, add_processes, array_slice, not_negative, positive
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE
 from formats.errors import UserError
+from formats.files import location_argument, path_argument
 
 UNIQUE = ("url", "caption", "pair", "none")
 
 
 def add_sources(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep sources`."""
-    parser = add_command(commands, "sources", _sources, "known data sets: counts, columns, licences, what to expect")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="tell all about these (default: a table)")
+    parser = add_command(commands, "sources", _sources, "known data sets: size, licence, what to expect of a download")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tell all about these; without one: a table")
 
 
 def _sources(options: argparse.Namespace) -> int:
@@ -33,19 +33,29 @@ def _sources(options: argparse.Namespace) -> int:
 
 def add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep ingest`."""
-    parser = add_command(commands, "ingest", _ingest, "url lists of any usual format -> one canonical list")
+    parser = add_command(commands, "ingest", _ingest, "url lists in any usual format -> one clean list for download")
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="file, folder or pattern; local, s3://, gs://, hdfs://"
+        "sources",
+        nargs="+",
+        type=location_argument,
+        metavar="SOURCE",
+        help="file, folder or pattern; local, s3://, gs://, hdfs://",
     )
     parser.add_argument(
-        "--output", required=True, metavar="OUT", help="NAME.parquet: one file; another name: a folder of parts"
+        "--output",
+        required=True,
+        type=location_argument,
+        metavar="OUT",
+        help="NAME.parquet: one file; another name: a folder of parts",
     )
     parser.add_argument(
-        "--format", choices=("auto", *GENERIC, *INGESTIBLE), default="auto",
-        help="format of the sources, or the data set (data-prep sources)",
+        "--format", choices=("auto", *GENERIC, *INGESTIBLE), default="auto", metavar="FORMAT",
+        help=f"auto (by the name), {', '.join(GENERIC)}, or a published data set: {', '.join(INGESTIBLE)}",
     )  # fmt: skip
-    parser.add_argument("--url-column", metavar="NAME", help="column with the url (default: by usual names)")
-    parser.add_argument("--caption-column", metavar="NAME", help="column with the caption (likewise)")
+    parser.add_argument(
+        "--url-column", metavar="NAME", help="column with the url; found by its usual names if not named"
+    )
+    parser.add_argument("--caption-column", metavar="NAME", help="column with the caption; likewise")
     parser.add_argument(
         "--unique", nargs="+", choices=UNIQUE, default=["url"], metavar="KEY",
         help="keep only the first row of each url, caption or pair; none: keep all",
@@ -76,7 +86,12 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters.add_argument("--max-punsafe", type=float, metavar="P", help="published probability of unsafe content")
     filters.add_argument("--max-watermark", type=float, metavar="P", help="published probability of a watermark")
     filters.add_argument(
-        "--block", nargs="+", default=[], metavar="FILE", help="lists of urls, hosts or sha256 to leave out, one a line"
+        "--block",
+        nargs="+",
+        type=location_argument,
+        default=[],
+        metavar="FILE",
+        help="lists of urls, hosts or sha256 to leave out, one a line",
     )
 
 
@@ -118,8 +133,10 @@ def _ingest(options: argparse.Namespace) -> int:
 
 def add_build(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep build`."""
-    parser = add_command(commands, "build", _build, "all stages from one YAML file; run it again to continue")
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="stages and their options (docs/ingest.md)")
+    parser = add_command(commands, "build", _build, "every stage from one YAML file; run it again to go on")
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG.yaml", help="stages and their options (docs/ingest.md)"
+    )
     parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
     parser.add_argument("--slice", type=array_slice, metavar="I/N", help="its share I (from 0) of N, for array jobs")
     parser.add_argument("--dry-run", action="store_true", help="check the file and print its stages")

@@ -6,18 +6,26 @@ import argparse
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+
+from formats.files import path_argument
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 # those that this process may use, where the system says: a batch job often has a few of a node's many
 PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show a default where there is one."""
+class _Formatter(argparse.HelpFormatter):
+    """Show a default where there is one, as it would be typed, unless the help says it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        if not action.option_strings or isinstance(default, bool) or default in (None, argparse.SUPPRESS, (), []):
+            return action.help
+        if "default" in (action.help or ""):
+            return action.help
+        if isinstance(default, list | tuple):  # several words, or one with commas (`words`)
+            default = (" " if isinstance(default, list) else ",").join(map(str, default))
+        return f"{action.help} (default: {default})".replace("%", "%%")
 
 
 def add_command(
@@ -27,14 +35,14 @@ def add_command(
     summary: str,
 ) -> argparse.ArgumentParser:
     """A command of its own: `run` gets the parsed options and returns the exit code."""
-    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_Formatter)
+    parser = commands.add_parser(name, description=summary, formatter_class=_Formatter)
     parser.set_defaults(run=run)
     return parser
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """`--output DIR`."""
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder to write to")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

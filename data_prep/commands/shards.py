@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from data_prep.commands.options import (
     Commands,
@@ -15,6 +14,7 @@ from data_prep.commands.options import (
     positive,
 )
 from formats.errors import UserError
+from formats.files import path_argument
 
 SAMPLES_PER_SHARD = 10_000  # of reshard, as of download
 
@@ -22,7 +22,7 @@ SAMPLES_PER_SHARD = 10_000  # of reshard, as of download
 def add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep verify`."""
     parser = add_command(commands, "verify", _verify, "decode every image of a shard directory, write its manifest")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="shard directory")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="shard directory")
     add_processes(parser)
     parser.add_argument(
         "--max-bad-ratio", type=float, default=0.01, metavar="R", help="share of unusable samples to accept"
@@ -56,13 +56,13 @@ def _verify(options: argparse.Namespace) -> int:
 def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep reshard`."""
     parser = add_command(commands, "reshard", _reshard, "shards of another size, shuffled, or a subset")
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="verified shard directories")
+    parser.add_argument("directories", type=path_argument, nargs="+", metavar="DIR", help="verified shard directories")
     add_output(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--samples-per-shard", type=positive, metavar="N", help="in each but the last; usually 10,000")
     size.add_argument("--bytes-per-shard", type=byte_count, metavar="SIZE", help="end a shard at this size: 500M, 1G")
     parser.add_argument("--shuffle", action="store_true", help="shuffle all samples, in bounded memory")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle")
     parser.add_argument("--memory", type=byte_count, default="1G", metavar="SIZE", help="for the shuffle")
     parser.add_argument(
         "--normalise",
@@ -70,7 +70,7 @@ def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
         help="rewrite pictures that other readers may see otherwise: turned, transparent, of 16 bits, CMYK",
     )
     parser.add_argument(
-        "--uids", type=Path, metavar="FILE", help="keep only these uids: one per line, or DataComp's npy"
+        "--uids", type=path_argument, metavar="FILE", help="keep only these uids: one per line, or DataComp's npy"
     )
 
 
@@ -91,7 +91,7 @@ def _reshard(options: argparse.Namespace) -> int:
 def add_merge(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep merge`."""
     parser = add_command(commands, "merge", _merge, "several shard directories -> one, numbered without gaps")
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="verified shard directories")
+    parser.add_argument("directories", type=path_argument, nargs="+", metavar="DIR", help="verified shard directories")
     add_output(parser)
     parser.add_argument(
         "--keep-keys", action="store_true", help="link or copy the shards unread; keys may then repeat between shards"
@@ -109,8 +109,8 @@ def _merge(options: argparse.Namespace) -> int:
 def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep tokenizer`."""
     parser = add_command(commands, "tokenizer", _tokenizer, "train a tokenizer on the captions of a shard directory")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="shard directory")
-    parser.add_argument("--output", type=Path, required=True, metavar="MODEL", help="model file to write")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="shard directory")
+    parser.add_argument("--output", type=path_argument, required=True, metavar="MODEL", help="model file to write")
     parser.add_argument(
         "--model-type",
         choices=("byte-pairs", "unigram", "bpe"),
@@ -122,12 +122,12 @@ def add_tokenizer(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--max-captions", type=positive, default=2_000_000, metavar="N", help="train on a sample of at most N"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for drawing that sample")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for drawing that sample")
     parser.add_argument(
         "--special-tokens", nargs="+", default=[], metavar="TEXT", help="texts that stay one piece, such as <PERSON>"
     )
     parser.add_argument(
-        "--clip-merges", type=Path, metavar="FILE",
+        "--clip-merges", type=path_argument, metavar="FILE",
         help="bpe_simple_vocab_16e6.txt.gz, to compare with CLIP's tokenizer (default: an installed open_clip's)",
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.commands.options import (
@@ -18,6 +17,7 @@ from data_prep.commands.options import (
     positive,
     words,
 )
+from formats.files import path_argument
 
 if TYPE_CHECKING:
     from data_prep.web.passes import Settings
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep download`."""
     modes = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
-    parser = add_command(commands, "download", _download, "canonical parquet -> shards, over HTTP")
-    parser.add_argument("urls", type=Path, metavar="URLS", help="what `data-prep ingest` wrote")
+    parser = add_command(commands, "download", _download, "the list that ingest wrote -> shards, over HTTP")
+    parser.add_argument("urls", type=path_argument, metavar="URLS", help="what `data-prep ingest` wrote")
     add_output(parser)
     parser.add_argument(
         "--image-size", type=positive, default=256, metavar="PX", help="shorter side after scaling down"
@@ -45,14 +45,14 @@ def add_download(commands: Commands[argparse.ArgumentParser]) -> None:
 def add_retry(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep retry`."""
     parser = add_command(commands, "retry", _retry, "try failed urls again, into further shards")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="what `data-prep download` wrote")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="what `data-prep download` wrote")
     parser.add_argument(
         "--class",
         dest="classes",
         type=words,
         default=("dns", "connect", "timeout", "429", "5xx"),
         metavar="A,B",
-        help="outcomes to try again: dns,connect,timeout,429,5xx if not said otherwise",
+        help="outcomes to try again",
     )
     _add_network(parser)
 
@@ -60,8 +60,10 @@ def add_retry(commands: Commands[argparse.ArgumentParser]) -> None:
 def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep report`."""
     parser = add_command(commands, "report", _report, "what became of the urls, as one HTML page")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="what `data-prep download` wrote")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="page to write (default: DIR/download.html)")
+    parser.add_argument("directory", type=path_argument, metavar="DIR", help="what `data-prep download` wrote")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="HTML", help="page to write (default: DIR/download.html)"
+    )
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

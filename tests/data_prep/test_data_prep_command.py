@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,48 @@ from plain_user import outcome
 from data_prep.__main__ import main
 
 COMMANDS = (
-    *("build", "sources", "synthetic", "ingest", "download", "pack", "tokenizer"),
+    *("build", "sources", "synthetic", "ingest", "download", "retry", "report", "pack", "tokenizer"),
     *("verify", "reshard", "merge", "stats", "words", "dedup", "forget"),
 )
+
+
+def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_the_help_lists_every_command_once_in_the_order_of_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(monkeypatch, capsys).splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("  -")]
+    assert sorted(listed) == sorted(COMMANDS)
+    assert [name for name in listed if name in ("ingest", "download", "verify", "tokenizer")] == [
+        "ingest", "download", "verify", "tokenizer",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_shown_as_they_are_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    text = " ".join(help_of(monkeypatch, capsys, command).split())
+    defaults = re.findall(r"\(default: (.*?)\)", text)
+    assert defaults or command in ("build", "sources")
+    assert not [default for default in defaults if re.search(r"[(\['\"]|None", default)]
+
+
+def test_a_home_is_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list.tsv").write_text("http://a.example/1.jpg\ta cat\n")
+    assert main(["ingest", "~/list.tsv", "--output=~/urls.parquet"]) == 0
+    (tmp_path / "build.yaml").write_text("output: ~/built\nstages: [{ingest: {sources: ~/list.tsv, processes: 1}}]")
+    assert main(["build", "~/build.yaml"]) == 0
+    assert (tmp_path / "urls.parquet").is_file()
+    assert (tmp_path / "built" / "urls.parquet").is_file()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

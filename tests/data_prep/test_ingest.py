@@ -231,7 +231,7 @@ def test_the_formats_offered_are_those_of_the_catalogue(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["ingest", "--help"])
     offered = "".join(capsys.readouterr().out.split())
-    assert "{" + ",".join(["auto", "tsv", "csv", "jsonl", "parquet", *INGESTIBLE]) + "}" in offered
+    assert all(name in offered for name in ["auto", "tsv", "csv", "jsonl", "parquet", *INGESTIBLE])
     assert main(["sources"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in SOURCES)
