@@ -6,24 +6,28 @@ import dataclasses
 import io
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
-from data_prep.console import progress_bar
+from data_prep.console import print_counts, progress_bar
 from data_prep.tokens.clip_merges import SINGLE_BYTES, ClipBytePairs, installed_merges
 from data_prep.tokens.fertility import fertility, print_fertility
 from formats.errors import UserError
 from formats.files import replacing, write_json
 from formats.manifest import find_shards
 from formats.tar import TarSamples
+from formats.texts import TextError, decode_text
 
 BYTE_PAIRS = "byte-pairs"
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 # SentencePiece sums its statistics thread by thread: a fixed number gives the same model on every machine
 TRAINER_THREADS = 8
+RESERVED = "\u2585"
+LONGEST_BY_DEFAULT_BYTES = 4192
 BYTE_PIECES = 256
 SPECIAL_PIECES = 4
 PROBE_CAPTIONS = 10_000  # of the sample, for the report
@@ -59,7 +63,9 @@ def train_tokenizer(directory: Path, output: Path, settings: TokenizerSettings, 
     _check_settings(settings)
     merges = clip_merges or installed_merges()
     clip = ClipBytePairs.read(merges) if merges else None
-    captions = _sample(_captions(directory), settings.max_captions, settings.seed)
+    left_out: Counter[str] = Counter()
+    captions = _sample(_captions(directory, left_out), settings.max_captions, settings.seed)
+    print_counts("left out", "captions", left_out)
     if not captions:
         raise UserError(f"{directory} has no captions (*.txt members) to train on")
     trained = _byte_pairs(captions, settings) if settings.model_type == BYTE_PAIRS else _pieces(captions, settings)
@@ -121,12 +127,16 @@ def _check(processor: sentencepiece.SentencePieceProcessor, special_tokens: Sequ
             raise UserError(f"the special token {token!r} does not stay whole: choose one without spaces")
 
 
-def _captions(directory: Path) -> Iterator[str]:
+def _captions(directory: Path, left_out: Counter[str]) -> Iterator[str]:
     shards = find_shards(directory)
     with progress_bar("read captions", len(shards), "shard") as progress:
         for path in shards:
             for sample in TarSamples(path, types=("txt",)):
-                text = sample.members.get("txt", b"").decode("utf-8", "ignore").strip()
+                try:
+                    text = decode_text(sample.members.get("txt", b""))
+                except TextError:
+                    left_out["not UTF-8"] += 1
+                    continue
                 if text:
                     yield text
             progress.update()
@@ -148,7 +158,9 @@ def _train(captions: list[str], settings: TokenizerSettings) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            # SentencePiece leaves out, unsaid, sentences with this character and those that are too long
+            sentence_iterator=(caption.replace(RESERVED, " ") for caption in captions),
+            max_sentence_length=max(LONGEST_BY_DEFAULT_BYTES, *(len(caption.encode()) for caption in captions)),
             model_writer=model,
             model_type=settings.model_type,
             vocab_size=settings.vocab_size,

@@ -43,7 +43,7 @@ def test_defaults_are_shown_as_they_are_typed(
     text = " ".join(help_of(monkeypatch, capsys, command).split())
     defaults = re.findall(r"\(default: (.*?)\)", text)
     assert defaults or command in ("build", "sources")
-    assert not [default for default in defaults if re.search(r"[(\['\"]|None", default)]
+    assert not [default for default in defaults if re.match(r"[(\['\"]|None", default)]
 
 
 def test_a_home_is_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

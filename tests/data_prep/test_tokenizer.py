@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,30 @@ def test_a_sample_of_the_captions_depends_on_the_seed(shards: Path, tmp_path: Pa
     first = train(shards, tmp_path / "a", max_captions=50, seed=0)
     assert train(shards, tmp_path / "b", max_captions=50, seed=0) == first
     assert train(shards, tmp_path / "c", max_captions=50, seed=1) != first
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_no_caption_is_too_long_or_holds_the_wrong_sign_to_be_learned_from(tmp_path: Path, model_type: str) -> None:
+    image = encoded(size=4)
+    long = " ".join(["zebra", *WORDS] * 200)  # above SentencePiece's own limit
+    captions = [*CAPTIONS[:50], *[long] * 3, *["yak \u2585 yak"] * 30]
+    members = [part for i, text in enumerate(captions) for part in ((f"{i}.jpg", image), (f"{i}.txt", text.encode()))]
+    write_tar(tmp_path / "some" / "00000.tar", members)
+    train_tokenizer(tmp_path / "some", tmp_path / "some.model", TokenizerSettings(model_type, 600))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "some.model"))
+    # a letter that was never seen is a byte: z is in the long captions alone, y and k in those with the sign
+    assert not any(map(processor.is_byte, processor.encode("zebra yak")))
+    write_tar(tmp_path / "all" / "00000.tar", [("a.jpg", image), ("a.txt", long.encode())])
+    assert train_tokenizer(tmp_path / "all", tmp_path / "all.model", TokenizerSettings(model_type, 600)) > 260
+
+
+def test_captions_that_are_not_text_are_left_out_and_counted(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer(shards, tmp_path / "tokenizer.model", TokenizerSettings(vocab_size=400))
+    printed = capsys.readouterr().out
+    assert f"from {len(CAPTIONS):,} captions" in printed
+    assert re.search(r"not UTF-8 +2\b", printed)  # one in each shard
 
 
 def test_refusals_keep_the_former_model(shards: Path, tmp_path: Path) -> None:
