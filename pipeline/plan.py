@@ -15,12 +15,14 @@ from collections.abc import Sequence
 
 from formats.errors import UserError
 from formats.programs import run
+from pipeline.data.tokenizer import CLIP_BPE, load_tokenizer
+from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
+from pipeline.planning.plan_tables import describe, to_dict
+from pipeline.planning.run_plan import Hardware, plan_run
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
-
-# A caption of CC12M or LAION in CLIP's tokens, about, start and end included.
-_CAPTION_TOKENS = 16.0
+from pipeline.training.stage_plan import CAPTION_TOKENS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,34 +34,31 @@ def main(argv: Sequence[str]) -> int:
         accelerator = accelerator.with_memory(options.memory)
     network = find_interconnect(options.interconnect)
 
-    from pipeline.planning.plan_tables import describe, to_dict
-    from pipeline.planning.run_plan import Hardware, plan_run
-
     vocab_size, end_token_id = _vocabulary(recipe)
+    data = None if options.samples else _read_data(recipe)
     plan = plan_run(
         recipe,
         Hardware(options.gpus, accelerator, network, options.mfu, options.cores_per_gpu),
-        options.samples or _count_samples(recipe),
+        data.num_samples if data else options.samples,
         min(options.caption_tokens, recipe.context_length),
         vocab_size,
         end_token_id,
     )
+    if data:
+        for stage_plan in plan.stages:
+            data.check_batch(stage_plan.stage.batches.global_batch_size)
     print(json.dumps(to_dict(plan), indent=2) if options.json else describe(plan), flush=True)
     return 0 if plan.fits else 1
 
 
-def _count_samples(recipe: Recipe) -> int:
+def _read_data(recipe: Recipe) -> TrainingData:
     if not recipe.data.train:
         raise UserError("how many pairs are there? give --samples N, or data.train=SHARD_DIRECTORY with a manifest")
-    from pipeline.data.training_data import read_training_data
-
-    return read_training_data(recipe.data).num_samples
+    return read_training_data(recipe.data)
 
 
 def _vocabulary(recipe: Recipe) -> tuple[int, int]:
     """(size, id of the end token): of the recipe's tokenizer if it is a file, else CLIP's."""
-    from pipeline.data.tokenizer import CLIP_BPE, load_tokenizer
-
     if recipe.data.tokenizer in ("", CLIP_BPE):
         return 49408, 49407
     encoder = load_tokenizer(recipe.data.tokenizer, recipe.context_length).encoder
@@ -87,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--caption-tokens",
         type=_positive,
-        default=_CAPTION_TOKENS,
+        default=CAPTION_TOKENS,
         metavar="T",
         help="of a caption on average, start and end included (default: %(default)g)",
     )

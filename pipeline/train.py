@@ -54,11 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         simulate(recipe, options.simulate_rank, options.simulate_world, options.simulate_pairs)
         return 0
 
+    from pipeline.planning.plan_tables import plan_warnings
     from pipeline.ranks import explain_lost_peers, init_ranks
     from pipeline.training.training_run import train
 
     with explain_lost_peers():
-        return train(recipe, init_ranks())
+        return train(recipe, init_ranks(), plan_warnings)
 
 
 if __name__ == "__main__":

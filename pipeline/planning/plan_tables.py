@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from pipeline.hardware import Accelerator, find_interconnect
 from pipeline.planning.memory import FRAGMENTATION, RESERVED_BYTES
-from pipeline.planning.run_plan import IMAGES_PER_CORE_S, Hardware, RunPlan, StagePlan, Suggestion
+from pipeline.planning.run_plan import (
+    IMAGES_PER_CORE_S,
+    Hardware,
+    RunPlan,
+    StagePlan,
+    Suggestion,
+    plan_stage,
+    this_accelerator,
+)
+from pipeline.training.stage_plan import CAPTION_TOKENS, Stage
 from pipeline.training.start_checks import warnings_about
 
 _GB, _TERA = 1e9, 1e12
@@ -119,6 +132,35 @@ def _time_lines(plan: StagePlan, run: RunPlan) -> list[str]:
 def _total(plan: RunPlan) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return f"{verdict}; {plan.days:,.2f} days, {plan.gpu_hours:,.0f} GPU-hours"
+
+
+def plan_warnings(stages: Sequence[Stage], device: torch.device) -> list[str]:
+    """What is to be said of a plan before this device follows it: nothing on a CPU, whose memory is not known."""
+    return memory_warnings(stages, this_accelerator(device)) if device.type == "cuda" else []
+
+
+def memory_warnings(stages: Sequence[Stage], accelerator: Accelerator) -> list[str]:
+    """Stages that the memory of each rank's device will probably not hold, with the arithmetic and what it would hold.
+
+    A warning and no refusal: captions may be shorter than is assumed, and the estimate has its errors (docs/plan.md).
+    """
+    warnings = []
+    for stage in stages:
+        hardware = Hardware(stage.batches.world_size, accelerator, find_interconnect("ndr"))
+        plan = plan_stage(stage, hardware, min(CAPTION_TOKENS, stage.recipe.context_length))
+        if plan.fits:
+            continue
+        parts = sorted(plan.memory.parts.items(), key=lambda part: -part[1])[:3]
+        fits = "take more ranks, or a smaller batch"
+        if plan.suggestion is not None:
+            fits = _describe_suggestion(plan.suggestion)
+        where = f"stage {stage.name}: " if stage.name else ""
+        warnings.append(
+            f"warning: {where}{plan.memory.device_bytes / _GB:.1f} GB are needed, about, when {plan.memory.moment} "
+            f"({', '.join(f'{name} {size / _GB:.1f}' for name, size in parts)}, …); {accelerator.name} has "
+            f"{accelerator.memory_bytes / _GB:.1f}; what would fit: {fits}"
+        )
+    return warnings
 
 
 def to_dict(plan: RunPlan) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from formats.errors import UserError
-from pipeline.hardware import Accelerator, Interconnect
+from pipeline.hardware import Accelerator, Interconnect, accelerator_of, find_accelerator
 from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.step_time import StepTime, Traffic, step_time, step_traffic
 from pipeline.planning.workload import Workload, workload_of
@@ -108,6 +110,13 @@ class RunPlan:
         return sum(plan.seconds for plan in self.stages) / _HOUR_S * self.hardware.gpus
 
 
+def this_accelerator(device: torch.device) -> Accelerator:
+    """A GPU of this machine, with the memory it has; one whose speed is not known is taken to be as fast as an A100."""
+    known = accelerator_of(torch.cuda.get_device_name(device)) or find_accelerator("a100")
+    _, memory_bytes = torch.cuda.mem_get_info(device)
+    return replace(known, name="this GPU", memory_bytes=memory_bytes, has_bf16=Machine.of(device).has_bf16)
+
+
 def plan_run(
     recipe: Recipe,
     hardware: Hardware,
@@ -120,10 +129,11 @@ def plan_run(
     stages = plan_stages(recipe, num_samples, hardware.gpus, vocab_size, eot_token_id)
     for stage in stages:
         check_stage(stage, _config(stage), hardware.machine)
-    return RunPlan(hardware, caption_tokens, [_plan_stage(stage, hardware, caption_tokens) for stage in stages])
+    return RunPlan(hardware, caption_tokens, [plan_stage(stage, hardware, caption_tokens) for stage in stages])
 
 
-def _plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> StagePlan:
+def plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> StagePlan:
+    """What a stage needs, and what would suit the hardware better."""
     load = _load(stage, hardware, caption_tokens)
     memory, time = estimate_memory(load), _time(load, hardware)
     fits = memory.device_bytes <= hardware.accelerator.memory_bytes

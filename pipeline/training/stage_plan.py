@@ -15,8 +15,8 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.recipe import OptimizerSection, Recipe
 from pipeline.training.progress import Progress, StageStart
 
-# The length of captions is known once they are read; where stages are compared, all have this many tokens.
-_CAPTION_TOKENS = 16
+# The length of captions is known once they are read; until then all have this many tokens, about as in CC12M or LAION.
+CAPTION_TOKENS = 16
 _AT_THE_START = Progress(0, 0)
 
 
@@ -104,7 +104,7 @@ class Stage:
     def _flops(self, num_samples: int) -> int:
         text = self.recipe.text_masking
         longest = None if text.strategy == "none" else text.max_tokens
-        caption_tokens = min(_CAPTION_TOKENS, longest or self.recipe.context_length)
+        caption_tokens = min(CAPTION_TOKENS, longest or self.recipe.context_length)
         return num_samples * step_flops(self.model, [round(self.patches_kept)], [caption_tokens])
 
     @property

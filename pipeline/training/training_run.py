@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from formats.errors import UserError
 from formats.files import write_json
@@ -39,12 +42,18 @@ from pipeline.versions import versions
 EXIT_INTERRUPTED = 75
 
 
-def train(recipe: Recipe, ranks: Ranks) -> int:
-    """Train alone in the run directory; returns the exit code. Raises UserError that names whoever is at work there."""
+def train(recipe: Recipe, ranks: Ranks, plan_warnings: Callable[[Sequence[Stage], torch.device], Sequence[str]]) -> int:
+    """Train alone in the run directory; returns the exit code. Raises UserError that names whoever is at work there.
+
+    plan_warnings: what to say of the planned stages on a device, printed before training begins
+    """
     if not recipe.train.output:
         raise UserError("no run directory: give train.output=DIRECTORY")
     with ranks.owning(Path(recipe.train.output), "is being trained", "choose another train.output"):
-        return TrainingRun(recipe, ranks).run()
+        training = TrainingRun(recipe, ranks)
+        for warning in plan_warnings(training.stages, ranks.device) if ranks.is_main else ():
+            print(warning, flush=True)
+        return training.run()
 
 
 class TrainingRun:
@@ -98,6 +107,11 @@ class TrainingRun:
             check_stage(stage, config, Machine.of(self._ranks.device))
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
         return sha256
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """As they are planned from where the run stands."""
+        return self._stages
 
     @property
     def _total_steps(self) -> int:

@@ -17,6 +17,7 @@ from model.config import config_from_name
 from pipeline import plan
 from pipeline.hardware import find_accelerator, find_interconnect
 from pipeline.planning.memory import estimate_memory, text_memory, vision_memory
+from pipeline.planning.plan_tables import memory_warnings
 from pipeline.planning.run_plan import Hardware, plan_run
 from pipeline.planning.step_time import Traffic, micro_batch_flops, step_time, step_traffic
 from pipeline.planning.workload import Workload, workload_of
@@ -65,6 +66,9 @@ def test_samples_come_from_the_manifest(shards: Path, tokenizer_file: Path, caps
     [stage] = json.loads(capsys.readouterr().out)["stages"]
     assert stage["samples"] == 2 * 96
     assert stage["communication"] == []
+    twice = f"data.train=[{{path: {shards}, weight: 1}}, {{path: {shards}/../{shards.name}, weight: 9}}]"
+    with pytest.raises(UserError, match="its weight gives it"):
+        plan.main([*arguments, "train.global_batch_size=128", "train.micro_batch_size=128", *options[1:], twice])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,19 @@ def test_what_does_not_fit_is_said_and_what_would(capsys: pytest.CaptureFixture[
     [followed] = json.loads(capsys.readouterr().out)["stages"]
     assert followed["step_s"] == pytest.approx(suggestion["step_s"])
     assert followed["micro_batch_size"] == 512  # as many negatives as before
+
+
+def test_a_run_is_told_of_a_memory_that_is_too_small() -> None:
+    recipe = load_recipe("base", ["model.name=ViT-L-14", "train.micro_batch_size=2048", "train.global_batch_size=2048"])
+    stages = plan_stages(recipe, SAMPLES, 1, 49408, 49407)
+    card = dataclasses.replace(find_accelerator("a100"), name="this card")
+    [warning] = memory_warnings(stages, card)
+    needed = estimate_memory(workload_of(stages[0], deepspeed_config(recipe, stages[0].batches, "zero1_bf16"), 16))
+    assert f"{needed.device_bytes / 1e9:.1f} GB are needed" in warning
+    assert "this card has 84.8; what would fit: train." in warning
+    assert memory_warnings(stages, card.with_memory(1024)) == []
+    [warning] = memory_warnings(stages, card.with_memory(1))
+    assert warning.endswith("what would fit: take more ranks, or a smaller batch")
 
 
 def test_nothing_fits_a_tiny_memory() -> None:
