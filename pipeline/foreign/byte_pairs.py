@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pipeline.data.tokenizer import ClipBytePairs, TextEncoder, Tokenizer, token
 _START_TOKEN, _END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 _MERGES, _VOCABULARY, _ALL_IN_ONE = "merges.txt", "vocab.json", "tokenizer.json"
 _FIRST_LINE = "#version: 0.2"
+# Of the merges that open_clip and OpenAI's CLIP have, one a line.
+_CLIPS_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
 
 def byte_pairs_of(encoder: TextEncoder) -> ClipBytePairs:
@@ -24,6 +27,11 @@ def byte_pairs_of(encoder: TextEncoder) -> ClipBytePairs:
             "train with data.tokenizer=clip-bpe, or with one of `data-prep tokenizer --model-type byte-pairs`"
         )
     return encoder
+
+
+def is_clips_own(pairs: ClipBytePairs) -> bool:
+    """Whether they are CLIP's, and not others of their form."""
+    return hashlib.sha256("\n".join(_lines(pairs)).encode()).hexdigest() == _CLIPS_SHA256
 
 
 def tokenizer_files(encoder: TextEncoder, context_length: int) -> dict[str, str]:
@@ -38,11 +46,10 @@ def tokenizer_files(encoder: TextEncoder, context_length: int) -> dict[str, str]
         "do_lower_case": True,
         "model_max_length": context_length,
     }
-    merges = [_FIRST_LINE, *(f"{first} {second}" for first, second in pairs.merges)]
     return {
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         _VOCABULARY: json.dumps(_ids(pairs), ensure_ascii=False) + "\n",
-        _MERGES: "\n".join(merges) + "\n",
+        _MERGES: "\n".join([_FIRST_LINE, *_lines(pairs)]) + "\n",
     }
 
 
@@ -66,6 +73,10 @@ def read_byte_pairs(folder: Path, context_length: int) -> Tokenizer | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} has a tokenizer that cannot be used here: {error}") from error
     return tokenizer
+
+
+def _lines(pairs: ClipBytePairs) -> list[str]:
+    return [f"{first} {second}" for first, second in pairs.merges]
 
 
 def _ids(pairs: ClipBytePairs) -> dict[str, int]:

@@ -26,6 +26,8 @@ from pipeline.foreign.tensor_files import find_parts, read_parts, sha256_of_part
 
 _CONFIGS = (open_clip_folder.CONFIG, transformers_folder.CONFIG)
 _WEIGHTS = (*open_clip_folder.WEIGHTS_NAMES, *transformers_folder.WEIGHTS_NAMES)
+# What is no weight, and which some versions saved: the causal mask, and the numbers 0, 1, 2, …
+_BUFFERS = {"attn_mask", "position_ids"}
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,9 @@ class ForeignModel:
         Raises UserError if they are not those of such a model. Shapes are not looked at.
         """
         try:
+            theirs = {name: value for name, value in self.theirs.items() if name.split(".")[-1] not in _BUFFERS}
             if not self.is_transformers:
-                return from_open_clip(self.theirs)
-            # buffers that old versions saved
-            theirs = {name: value for name, value in self.theirs.items() if not name.endswith(".position_ids")}
+                return from_open_clip(theirs)
             return from_transformers(theirs, (name for name in names if name != "logit_bias"))
         except (ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"{self.files.path} does not fit: {error}") from error

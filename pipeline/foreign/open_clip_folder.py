@@ -16,14 +16,13 @@ from model.config import CLIPConfig, Pool, TextConfig, VisionConfig
 from model.patches import PIXEL_MEAN, PIXEL_STD
 from pipeline.data.image_transform import Interpolation, Preprocessing, ResizeMode
 from pipeline.data.tokenizer import TextEncoder
-from pipeline.foreign.byte_pairs import byte_pairs_of, tokenizer_files
+from pipeline.foreign.byte_pairs import byte_pairs_of, is_clips_own, tokenizer_files
 from pipeline.foreign.fields import per_channel, refuse_others, square, with_defaults
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _POOLS: dict[Pool, str] = {"class": "tok", "average": "avg"}
-_VOCAB_SIZE = 49_408
 _OPENAI_HEAD_WIDTH = 64
 
 # What is read, with open_clip's defaults.
@@ -36,7 +35,7 @@ _VISION: dict[str, Any] = {
     "mlp_ratio": 4.0,
     "pool_type": "tok",
 }
-_TEXT = {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "vocab_size": _VOCAB_SIZE, "mlp_ratio": 4.0}
+_TEXT = {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "vocab_size": 49_408, "mlp_ratio": 4.0}
 _MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias"}
 _TOKENIZER = "hf_tokenizer_name"
 # The only value of theirs that models here have.
@@ -147,7 +146,7 @@ def text_files(config: CLIPConfig, encoder: TextEncoder) -> dict[str, str]:
     if config.vision.pool not in _POOLS:
         raise ValueError(f"model.pool={config.vision.pool}, and open_clip's CLIP has class or average pooling only")
     content = {"model_cfg": model_cfg(config), "preprocess_cfg": _preprocess_cfg(config.vision.image_size)}
-    if byte_pairs_of(encoder).vocab_size == _VOCAB_SIZE:
+    if is_clips_own(byte_pairs_of(encoder)):
         return {CONFIG: json.dumps(content, indent=2) + "\n"}
     # open_clip has CLIP's own tokenizer, or lets transformers read the one in the folder
     content["model_cfg"]["text_cfg"][_TOKENIZER] = "."

@@ -13,11 +13,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import Any, TextIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -103,6 +103,61 @@ def open_clip_pixels(folder: str, image: str, output: str) -> None:
 
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     save_file({"pixels": preprocess(Image.open(image)).contiguous()}, output)
+
+
+def open_clip_preprocessed(settings: str, images: str, output: str) -> None:
+    """Images [N] of a folder, by name, through the transform of each of a JSON list of settings: `0`, `1`, …"""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transforms = [image_transform_v2(PreprocessCfg(**fields), is_train=False) for fields in json.loads(settings)]
+    save_file({str(i): _stacked(images, transform) for i, transform in enumerate(transforms)}, output)
+
+
+def transformers_preprocessed(settings: str, images: str, output: str) -> None:
+    """The same through transformers' processor on Pillow, which reads each of the settings from a file."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tensors = {}
+    for i, fields in enumerate(json.loads(settings)):
+        file = Path(output).with_suffix(".json")
+        file.write_text(json.dumps(fields))
+        processor = CLIPImageProcessorPil.from_pretrained(str(file))
+
+        def transform(image: object, processor: CLIPImageProcessorPil = processor) -> torch.Tensor:
+            return processor(image, return_tensors="pt")["pixel_values"][0]
+
+        tensors[str(i)] = _stacked(images, transform)
+    save_file(tensors, output)
+
+
+def _stacked(images: str, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    from PIL import Image
+
+    return torch.stack([transform(Image.open(path)) for path in sorted(Path(images).iterdir())])
+
+
+def open_clip_scripted(folder: str, output: str) -> None:
+    """An exported folder's model as the archive of code and weights that OpenAI publishes, with its three numbers."""
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    model.input_resolution = model.visual.image_size[0]
+    assert isinstance(model.context_length, int)
+    assert isinstance(model.vocab_size, int)
+    torch.jit.script(model).save(output)
+
+
+def transformers_resaved(folder: str, output: str) -> None:
+    """Load an exported folder and save it as this version does, in parts, its configuration without defaults."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(folder, local_files_only=True)
+    model.save_pretrained(output, max_shard_size="100KB")
+    CLIPProcessor.from_pretrained(folder, local_files_only=True).save_pretrained(output)
+    content, defaults = model.config.to_dict(), CLIPConfig().to_dict()
+    for tower in ("vision_config", "text_config"):
+        content[tower] = {name: value for name, value in content[tower].items() if value != defaults[tower].get(name)}
+    (Path(output) / "config.json").write_text(json.dumps(content))
 
 
 def transformers_features(folder: str, examples: str, output: str) -> None:
@@ -228,9 +283,13 @@ COMMANDS = {
         open_clip_random,
         open_clip_resized,
         open_clip_pixels,
+        open_clip_preprocessed,
+        open_clip_scripted,
         transformers_features,
         transformers_random,
         transformers_inputs,
+        transformers_preprocessed,
+        transformers_resaved,
         clip_benchmark,
         logistic_regression,
         clip_benchmark_probe,
