@@ -25,12 +25,21 @@ from formats.files import location_argument, path_argument
 from formats.programs import add_launcher_argument, run
 from formats.word_counts import read_word_frequencies
 from pipeline.evaluation.features import FeatureEncoder
-from pipeline.evaluation.jobs import Failure, Job, Slice, encode_slice, make_job, raise_first, score_job
+from pipeline.evaluation.jobs import (
+    TASKS,
+    Failure,
+    Job,
+    Slice,
+    encode_slice,
+    make_job,
+    raise_first,
+    score_job,
+    tasks_of,
+)
 from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.results import RESULTS_FILE, format_table, read_results, write_results
 from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
 from pipeline.evaluation.sweep import read_sweep
-from pipeline.evaluation.tasks.registry import TASKS, tasks_of
 from pipeline.inference import load_any_model
 from pipeline.ranks import Ranks, init_ranks, part_ranks
 

@@ -28,7 +28,7 @@ from pipeline.evaluation.features import FeatureEncoder, FeatureStore
 from pipeline.evaluation.results import ModelIdentity, Result
 from pipeline.evaluation.sets.files import Collection
 from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, open_evaluation_set
-from pipeline.evaluation.tasks.registry import TASKS, tasks_of
+from pipeline.evaluation.tasks import composition, linear_probe, retrieval, zero_shot
 from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
 from pipeline.versions import versions
@@ -38,6 +38,29 @@ Failure: TypeAlias = UserError | OSError
 
 JOBS, JOB_FILE = "jobs", "job.json"
 _NOTE = re.compile(r"slice_(\d{1,9})_of_(\d{1,9})\.json")
+
+
+TASKS: dict[str, Task] = {
+    task.option: task
+    for task in (
+        zero_shot.TASK,
+        retrieval.TASK,
+        composition.TASK,
+        composition.GROUP_TASK,
+        linear_probe.TASK,
+        linear_probe.FEW_SHOT_TASK,
+    )
+}
+
+
+def tasks_of(dataset: EvaluationSet, options: Sequence[str] | None) -> tuple[Task, ...]:
+    """The tasks that fit a data set: those that `options` name, or all but probes. UserError for an unknown option."""
+    for option in options or ():
+        if option not in TASKS:
+            raise UserError(f"unknown task {option!r}: --tasks takes auto, or a list of {', '.join(TASKS)}")
+    wanted = [task for task in TASKS.values() if not task.is_probe] if options is None else [TASKS[o] for o in options]
+    has_train = isinstance(dataset, ClassificationSet) and dataset.has_split("train")
+    return tuple(task for task in wanted if isinstance(dataset, task.sets) and (has_train or not task.is_probe))
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,7 @@ class Job:
         options = [task.option for task in self.tasks]
         data = str(self.data.resolve())
         record = _Record(self.model, data, options, self.batch_size, self.masking, self.word_counts)
-        return asdict(record) | {"model": self.model.record()}
+        return asdict(record) | {"model": _known_fields(self.model)}
 
     def directory(self, output: Path) -> Path:
         """Where its record and its slices' are."""
@@ -122,11 +145,15 @@ class Job:
 
     def _features_of(self, collection: Collection) -> dict[str, Any]:
         named = ("name", "weights_sha256", "settings_sha256")
-        identity = {name: value for name, value in self.model.record().items() if name in named}
+        identity = {name: value for name, value in _known_fields(self.model).items() if name in named}
         if collection.kind == "texts":
             return identity | {"tokenizer_sha256": self.model.tokenizer_sha256}
         masking = None if self.masking is None else asdict(self.masking)
         return identity | {"image_size": self.model.image_size, "masking": masking}
+
+
+def _known_fields(model: ModelIdentity) -> dict[str, Any]:
+    return {name: value for name, value in asdict(model).items() if value != ""}
 
 
 def encode_slice(job: Job, encoder: FeatureEncoder, part: Slice, output: Path) -> None:
@@ -170,7 +197,7 @@ def score_job(job: Job, output: Path, device: torch.device = CPU, is_checked: bo
             loaded = {name: store.load(is_checked) for name, store in stores[task.option].items()}
         except UserError as error:
             raise UserError(f"{job.dataset.name}: {error}; {_what_to_run(job, output)}") from None
-        where = device if task.on_device else CPU
+        where = device if task.is_probe else CPU
         scores = task.score(dataset, {name: features.to(where) for name, (features, _) in loaded.items()})
         content = hashlib.sha256("".join(sha256 for _, sha256 in loaded.values()).encode()).hexdigest()
         results.append(

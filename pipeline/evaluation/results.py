@@ -37,10 +37,6 @@ class ModelIdentity:
     tokenizer_sha256: str
     settings_sha256: str = ""
 
-    def record(self) -> dict[str, Any]:
-        """Its fields, without those that it has no value of."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != ""}
-
 
 @dataclass(frozen=True)
 class Result:

@@ -20,9 +20,9 @@ from model.patches import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.features import load_ahead
+from pipeline.evaluation.jobs import tasks_of
 from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
-from pipeline.evaluation.tasks.registry import tasks_of
 from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection

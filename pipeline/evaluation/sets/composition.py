@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from formats.errors import UserError
 from formats.files import read_json
 from formats.texts import clean, is_blank
-from pipeline.evaluation.sets.files import ImageFile
+from pipeline.evaluation.sets.files import Collection, ImageFile
 from pipeline.evaluation.sets.known import DATASET_FILE
 
 _SUGAR_CREPE = ("filename", "caption", "negative_caption")
@@ -35,6 +35,21 @@ class CompositionSet:
     samples: tuple[CompositionSample, ...]
     expected_samples: int | None = None
 
+    @property
+    def images(self) -> list[ImageFile]:
+        """That of each sample; several may be about one image."""
+        return [sample.image for sample in self.samples]
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, then all negatives."""
+        negatives = [sample.negative_caption for sample in self.samples]
+        return [sample.caption for sample in self.samples] + negatives
+
+    def collections(self) -> dict[str, Collection]:
+        """What is encoded of it."""
+        return _distinct(self.name, self.images, self.captions)
+
 
 @dataclass(frozen=True)
 class GroupSample:
@@ -51,6 +66,27 @@ class GroupSet:
     name: str
     samples: tuple[GroupSample, ...]
     expected_samples: int | None = None
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """Both of each group."""
+        return [image for sample in self.samples for image in sample.images]
+
+    @property
+    def captions(self) -> list[str]:
+        """Both of each group."""
+        return [caption for sample in self.samples for caption in sample.captions]
+
+    def collections(self) -> dict[str, Collection]:
+        """What is encoded of it."""
+        return _distinct(self.name, self.images, self.captions)
+
+
+def _distinct(name: str, images: Sequence[ImageFile], captions: Sequence[str]) -> dict[str, Collection]:
+    return {
+        "images": Collection(name, "images", list(dict.fromkeys(images))),
+        "captions": Collection(name, "texts", list(dict.fromkeys(captions))),
+    }
 
 
 def read_composition_set(directory: Path) -> CompositionSet | GroupSet:

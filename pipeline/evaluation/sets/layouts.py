@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from formats.errors import UserError
 from formats.texts import is_blank
 from formats.word_counts import WordFrequencies
 from pipeline.evaluation.sets.composition import CompositionSet, GroupSet, read_composition_set
-from pipeline.evaluation.sets.files import ImageFile, TarSample, read_lines, read_text, split_samples
+from pipeline.evaluation.sets.files import Collection, ImageFile, TarSample, read_lines, read_text, split_samples
 from pipeline.evaluation.sets.known import Expectations, class_names_of
 
 CLASSNAMES = "classnames.txt"
@@ -32,17 +33,52 @@ class ClassificationSample:
 
 
 @dataclass(frozen=True)
-class ClassificationSet:
-    """Images of known classes; `{c}` in a template stands for the class name.
+class MultiLabelSample:
+    """One image and the indices of the classes in it."""
 
-    words: of the training captions, if accuracy is to be told apart by the frequency of a class's name
-    """
+    image: ImageFile
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _NamedClasses:
+    """Classes that have names; `{c}` in a template stands for the name."""
 
     name: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
-    samples: tuple[ClassificationSample, ...]
+    samples: tuple[Any, ...]
     expected_samples: int | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of every class one for each template."""
+        return [template.replace("{c}", name) for name in self.class_names for template in self.templates]
+
+    def collections(self) -> dict[str, Collection]:
+        """What is encoded of it."""
+        images = [sample.image for sample in self.samples]
+        return {
+            "images": Collection(self.name, "images", images),
+            "prompts": Collection(self.name, "texts", list(dict.fromkeys(self.prompts))),
+        }
+
+
+@dataclass(frozen=True)
+class MultiLabelSet(_NamedClasses):
+    """Images of any number of known classes each."""
+
+    samples: tuple[MultiLabelSample, ...]
+
+
+@dataclass(frozen=True)
+class ClassificationSet(_NamedClasses):
+    """Images of one known class each.
+
+    words: of the training captions, if accuracy is to be told apart by the frequency of a class's name
+    """
+
+    samples: tuple[ClassificationSample, ...]
     directory: Path | None = None
     words: WordFrequencies | None = None
 
@@ -81,24 +117,17 @@ class RetrievalSet:
     samples: tuple[RetrievalSample, ...]
     expected_samples: int | None = None
 
+    @property
+    def captions(self) -> list[str]:
+        """Those of all images, in their order."""
+        return [caption for sample in self.samples for caption in sample.captions]
 
-@dataclass(frozen=True)
-class MultiLabelSample:
-    """One image and the indices of the classes in it."""
-
-    image: ImageFile
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class MultiLabelSet:
-    """Images of any number of known classes each; `{c}` in a template stands for the class name."""
-
-    name: str
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    samples: tuple[MultiLabelSample, ...]
-    expected_samples: int | None = None
+    def collections(self) -> dict[str, Collection]:
+        """What is encoded of it."""
+        return {
+            "images": Collection(self.name, "images", [sample.image for sample in self.samples]),
+            "captions": Collection(self.name, "texts", list(dict.fromkeys(self.captions))),
+        }
 
 
 EvaluationSet = ClassificationSet | MultiLabelSet | RetrievalSet | CompositionSet | GroupSet

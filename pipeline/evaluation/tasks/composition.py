@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.sets.composition import CompositionSet, GroupSet
-from pipeline.evaluation.sets.files import Collection, ImageFile
-from pipeline.evaluation.sets.layouts import EvaluationSet
 from pipeline.evaluation.tasks.intervals import Outcomes
 from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
 
@@ -20,25 +18,10 @@ from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
 _CHANGED = {"obj": "object", "att": "attribute", "rel": "relation"}
 
 
-def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, CompositionSet)
-    return {
-        "images": Collection(dataset.name, "images", distinct([sample.image for sample in dataset.samples])[0]),
-        "captions": Collection(dataset.name, "texts", distinct(_captions(dataset))[0]),
-    }
-
-
-def _captions(dataset: CompositionSet) -> list[str]:
-    """All captions, then all negatives."""
+def _score(dataset: CompositionSet, features: Features) -> Scores:
     samples = dataset.samples
-    return [sample.caption for sample in samples] + [sample.negative_caption for sample in samples]
-
-
-def _score(dataset: EvaluationSet, features: Features) -> Scores:
-    assert isinstance(dataset, CompositionSet)
-    samples = dataset.samples
-    _, image_N = distinct([sample.image for sample in samples])
-    _, text_2N = distinct(_captions(dataset))
+    _, image_N = distinct(dataset.images)
+    _, text_2N = distinct(dataset.captions)
     outcomes = composition_outcomes(
         features["images"][image_N],
         features["captions"][text_2N[: len(samples)]],
@@ -81,8 +64,7 @@ def composition_outcomes(
 TASK = Task(
     name="image_caption_selection",
     option="composition",
-    fits=lambda dataset: isinstance(dataset, CompositionSet),
-    collections=_collections,
+    sets=(CompositionSet,),
     score=_score,
 )
 
@@ -92,25 +74,8 @@ TASK = Task(
 _GROUP_CHANCE = {"image_acc": 1 / 4, "text_acc": 1 / 4, "acc": 1 / 6}
 
 
-def _group_collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, GroupSet)
-    return {
-        "images": Collection(dataset.name, "images", distinct(_group_images(dataset))[0]),
-        "captions": Collection(dataset.name, "texts", distinct(_group_captions(dataset))[0]),
-    }
-
-
-def _group_images(dataset: GroupSet) -> list[ImageFile]:
-    return [image for sample in dataset.samples for image in sample.images]
-
-
-def _group_captions(dataset: GroupSet) -> list[str]:
-    return [caption for sample in dataset.samples for caption in sample.captions]
-
-
-def _score_groups(dataset: EvaluationSet, features: Features) -> Scores:
-    assert isinstance(dataset, GroupSet)
-    image_2N, text_2N = distinct(_group_images(dataset))[1], distinct(_group_captions(dataset))[1]
+def _score_groups(dataset: GroupSet, features: Features) -> Scores:
+    image_2N, text_2N = distinct(dataset.images)[1], distinct(dataset.captions)[1]
     outcomes = group_outcomes(
         features["images"][image_2N].unflatten(0, (-1, 2)), features["captions"][text_2N].unflatten(0, (-1, 2))
     )
@@ -133,7 +98,6 @@ def group_outcomes(images_N2D: Tensor, captions_N2D: Tensor) -> dict[str, Outcom
 GROUP_TASK = Task(
     name="image_caption_selection",
     option="groups",
-    fits=lambda dataset: isinstance(dataset, GroupSet),
-    collections=_group_collections,
+    sets=(GroupSet,),
     score=_score_groups,
 )

@@ -9,6 +9,7 @@ N samples of a split, D columns of a feature, S weight decays, C classes, K draw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from formats.errors import UserError
 from pipeline.evaluation.sets.files import Collection
-from pipeline.evaluation.sets.layouts import ClassificationSample, ClassificationSet, EvaluationSet
+from pipeline.evaluation.sets.layouts import ClassificationSample, ClassificationSet
 from pipeline.evaluation.tasks.intervals import Outcomes
 from pipeline.evaluation.tasks.logistic import Solution, fit
 from pipeline.evaluation.tasks.task import Features, Scores, Task
@@ -102,9 +103,8 @@ class _Rows(NamedTuple):
         return _Rows(order_N[count:].sort().values, order_N[:count].sort().values)
 
 
-def _splits(dataset: EvaluationSet, features: Features) -> tuple[Split, Split, Split, int]:
+def _splits(dataset: ClassificationSet, features: Features) -> tuple[Split, Split, Split, int]:
     """Training, validation and test split, on the device of the features, and the number of classes."""
-    assert isinstance(dataset, ClassificationSet)
     splits = {"images": dataset.samples, "train": dataset.train}
     if dataset.has_split("val"):
         splits["val"] = dataset.val
@@ -124,8 +124,7 @@ def _fewest(dataset: ClassificationSet) -> tuple[int, int]:
     return int(counts_C.argmin()), int(counts_C.min())
 
 
-def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, ClassificationSet)
+def _collections(dataset: ClassificationSet) -> dict[str, Collection]:
     splits = {"images": dataset.samples, "train": dataset.train}
     if dataset.has_split("val"):
         splits["val"] = dataset.val
@@ -145,9 +144,8 @@ def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
     }
 
 
-def _few_shot_collections(dataset: EvaluationSet) -> dict[str, Collection]:
+def _few_shot_collections(dataset: ClassificationSet) -> dict[str, Collection]:
     collections = _collections(dataset)
-    assert isinstance(dataset, ClassificationSet)
     label, count = _fewest(dataset)
     if count < SHOTS[0]:
         raise UserError(
@@ -157,16 +155,15 @@ def _few_shot_collections(dataset: EvaluationSet) -> dict[str, Collection]:
     return collections
 
 
-def _score(dataset: EvaluationSet, features: Features) -> Scores:
+def _score(dataset: ClassificationSet, features: Features) -> Scores:
     train, validation, test, num_classes = _splits(dataset, features)
     probed = probe(train, validation, test, num_classes)
     chance = {f"lp_{name}": value for name, value in classification_chance(num_classes).items()}
     return Scores.of(probed.outcomes, chance, len(test.labels_N), details=probed.details)
 
 
-def _score_few_shot(dataset: EvaluationSet, features: Features) -> Scores:
+def _score_few_shot(dataset: ClassificationSet, features: Features) -> Scores:
     train, validation, test, num_classes = _splits(dataset, features)
-    assert isinstance(dataset, ClassificationSet)
     _, fewest = _fewest(dataset)
     outcomes, deviations = {}, {}
     for shots in (shots for shots in SHOTS if shots <= fewest):
@@ -191,17 +188,18 @@ def few_shot_rows(labels_N: Tensor, shots: int, num_classes: int, seed: int) -> 
     return torch.cat(rows).sort().values
 
 
-def _fits(dataset: EvaluationSet) -> bool:
-    return isinstance(dataset, ClassificationSet) and dataset.has_split("train")
-
-
-TASK = Task("linear_probe", "linear_probe", _fits, _collections, _score, automatic=False, on_device=True)
-FEW_SHOT_TASK = Task(
-    "few_shot_linear_probe",
-    "few_shot",
-    _fits,
-    _few_shot_collections,
-    _score_few_shot,
-    automatic=False,
-    on_device=True,
+TASK = Task(
+    name="linear_probe",
+    option="linear_probe",
+    sets=(ClassificationSet,),
+    score=_score,
+    collections=_collections,
+    is_probe=True,
+)
+FEW_SHOT_TASK = replace(
+    TASK,
+    name="few_shot_linear_probe",
+    option="few_shot",
+    score=_score_few_shot,
+    collections=_few_shot_collections,
 )

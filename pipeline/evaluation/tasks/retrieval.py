@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.sets.files import Collection
-from pipeline.evaluation.sets.layouts import EvaluationSet, RetrievalSet
+from pipeline.evaluation.sets.layouts import RetrievalSet
 from pipeline.evaluation.tasks.intervals import Outcomes
 from pipeline.evaluation.tasks.ranking import chance_of_hit, hit_probability
 from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
@@ -22,23 +21,10 @@ RECALL_AT = (1, 5, 10)
 _ROWS_AT_ONCE = 256
 
 
-def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, RetrievalSet)
-    return {
-        "images": Collection(dataset.name, "images", [sample.image for sample in dataset.samples]),
-        "captions": Collection(dataset.name, "texts", distinct(_captions(dataset))[0]),
-    }
-
-
-def _captions(dataset: RetrievalSet) -> list[str]:
-    return [caption for sample in dataset.samples for caption in sample.captions]
-
-
-def _score(dataset: EvaluationSet, features: Features) -> Scores:
-    assert isinstance(dataset, RetrievalSet)
+def _score(dataset: RetrievalSet, features: Features) -> Scores:
     captions_I = torch.tensor([len(sample.captions) for sample in dataset.samples])
     image_C = torch.arange(len(captions_I)).repeat_interleave(captions_I)
-    _, text_C = distinct(_captions(dataset))
+    _, text_C = distinct(dataset.captions)
     outcomes = retrieval_outcomes(features["images"], features["captions"], text_C, image_C)
     return Scores.of(outcomes, retrieval_chance(captions_I), samples=len(dataset.samples))
 
@@ -110,7 +96,6 @@ def _text_retrieval_ranks(
 TASK = Task(
     name="zeroshot_retrieval",
     option="retrieval",
-    fits=lambda dataset: isinstance(dataset, RetrievalSet),
-    collections=_collections,
+    sets=(RetrievalSet,),
     score=_score,
 )

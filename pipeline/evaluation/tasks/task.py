@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.evaluation.sets.files import Collection
-from pipeline.evaluation.sets.layouts import EvaluationSet
 from pipeline.evaluation.tasks.intervals import Outcomes, intervals, means
 
 # Features by the names under which a task asks for them, rows in the order of the collection's items.
@@ -55,20 +55,19 @@ class Task:
 
     name: as CLIP_benchmark calls it in results
     option: as `--tasks` calls it
-    fits: whether a data set has what the task needs
-    collections: what features it needs; raises UserError for a data set that cannot be used
-    score: the scores from those features, fp32
-    automatic: whether it is done where no task is named
-    on_device: whether it wants the features where they were encoded, to fit something to them; else on the CPU
+    sets: the kinds of sets that it is for
+    score: the scores from a set and its features, fp32
+    collections: what features of a set it needs; raises UserError for one that cannot be used
+    is_probe: it fits something to the features of a split `train/`, where they were encoded, and only when it is named;
+        others are scored on the CPU
     """
 
     name: str
     option: str
-    fits: Callable[[EvaluationSet], bool]
-    collections: Callable[[EvaluationSet], Mapping[str, Collection]]
-    score: Callable[[EvaluationSet, Features], Scores]
-    automatic: bool = True
-    on_device: bool = False
+    sets: tuple[type, ...]
+    score: Callable[[Any, Features], Scores]
+    collections: Callable[[Any], Mapping[str, Collection]] = methodcaller("collections")
+    is_probe: bool = False
 
 
 def distinct(items: Sequence[Key]) -> tuple[list[Key], Tensor]:

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.word_counts import WORD, WordFrequencies
-from pipeline.evaluation.sets.files import Collection
-from pipeline.evaluation.sets.layouts import ClassificationSet, EvaluationSet, MultiLabelSet
+from pipeline.evaluation.sets.layouts import ClassificationSet, MultiLabelSet
 from pipeline.evaluation.tasks.intervals import Outcomes
 from pipeline.evaluation.tasks.multi_label import multi_label_scores
 from pipeline.evaluation.tasks.ranking import hit_probability
@@ -26,20 +25,7 @@ _ROWS_AT_ONCE = 4096
 _THIRDS = ("rare", "medium", "frequent")
 
 
-def _collections(dataset: EvaluationSet) -> dict[str, Collection]:
-    assert isinstance(dataset, ClassificationSet | MultiLabelSet)
-    return {
-        "images": Collection(dataset.name, "images", [sample.image for sample in dataset.samples]),
-        "prompts": Collection(dataset.name, "texts", distinct(_prompts(dataset))[0]),
-    }
-
-
-def _prompts(dataset: ClassificationSet | MultiLabelSet) -> list[str]:
-    return [template.replace("{c}", name) for name in dataset.class_names for template in dataset.templates]
-
-
-def _score(dataset: EvaluationSet, features: Features) -> Scores:
-    assert isinstance(dataset, ClassificationSet | MultiLabelSet)
+def _score(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Scores:
     num_classes = len(dataset.class_names)
     classifier_CD = _classifier(dataset, features)
     template_sha256 = hashlib.sha256("\n".join(dataset.templates).encode()).hexdigest()
@@ -58,7 +44,7 @@ def _score(dataset: EvaluationSet, features: Features) -> Scores:
 
 
 def _classifier(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Tensor:
-    _, prompt_CT = distinct(_prompts(dataset))
+    _, prompt_CT = distinct(dataset.prompts)
     return build_classifier(features["prompts"][prompt_CT.view(len(dataset.class_names), -1)])
 
 
@@ -138,7 +124,6 @@ def long_tail_details(frequency_C: Tensor, third_C: Tensor, words: WordFrequenci
 TASK = Task(
     name="zeroshot_classification",
     option="zeroshot",
-    fits=lambda dataset: isinstance(dataset, ClassificationSet | MultiLabelSet),
-    collections=_collections,
+    sets=(ClassificationSet, MultiLabelSet),
     score=_score,
 )
