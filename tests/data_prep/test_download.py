@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,8 +28,11 @@ from small_web import Page, SmallWeb
 
 from data_prep.shards.forget import forget
 from data_prep.shards.publish import changing
+from data_prep.shards.verify import verify
 from data_prep.web.download import Settings, download, retry
-from data_prep.web.passes import read_rows
+from data_prep.web.passes import Pass, read_rows
+from data_prep.web.processes import fill_missing_shards, working_in
+from data_prep.web.shard_worker import ShardWorker
 from formats.errors import UserError
 
 SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
@@ -250,6 +255,10 @@ def test_a_directory_with_other_shards_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "00000.tar").read_bytes() == b"precious"
 
 
+# what some writers call text
+NOT_UTF8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -258,6 +267,16 @@ def test_a_directory_with_other_shards_is_refused(tmp_path: Path) -> None:
         ({"URL": ["http://a/1"], "TEXT": ["x"]}, "no column uid, url, caption: .*ingest"),
         ({"uid": pa.array([], pa.string()), "url": pa.array([], pa.string()), "caption": []}, "no rows"),
         (None, "no such file"),
+        ({"uid": ["a"], "url": ["http://a/1"], "caption": [None]}, "its column caption is null, not text: .*ingest"),
+        ({"uid": ["a", "b"], "url": ["http://a/1"] * 2, "caption": ["x", None]}, "rows without caption: .*ingest"),
+        ({"uid": ["a", None], "url": ["http://a/1"] * 2, "caption": ["x", "y"]}, "rows without uid: .*ingest"),
+        ({"uid": ["a"], "url": ["http://a/1"], "caption": [["x"]]}, "its column caption is list.*ingest"),
+        (
+            {"uid": ["a"], "url": ["http://a/1"], "caption": [b"\xff"]},
+            "its column caption is binary, not text: .*ingest",
+        ),
+        ({"uid": ["a"], "url": ["http://a/1"], "caption": ["x"], "sha256": [b"\xff"]}, "its column sha256 is binary"),
+        ({"uid": ["a"], "url": ["http://a/1"], "caption": NOT_UTF8}, "UTF8.*ingest"),
     ],
 )
 def test_lists_that_ingest_did_not_make_are_refused(tmp_path: Path, table: dict | None, message: str) -> None:
@@ -267,6 +286,112 @@ def test_lists_that_ingest_did_not_make_are_refused(tmp_path: Path, table: dict 
     with pytest.raises(UserError, match=message):
         download(urls, tmp_path / "shards", SETTINGS)
     assert not (tmp_path / "shards").exists()
+
+
+def test_parts_that_differ_are_refused(tmp_path: Path) -> None:
+    row = {"uid": ["a"], "url": ["http://127.0.0.1/1"], "caption": ["x"]}
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    pq.write_table(pa.table(row | {"width": [1]}), parts / "0.parquet")
+    for width, message in (({"width": [1.5]}, "width is double, and int64 in 0.parquet"), ({}, "width is absent")):
+        pq.write_table(pa.table(row | width), parts / "1.parquet")
+        with pytest.raises(UserError, match=message):
+            download(parts, tmp_path / "shards", SETTINGS)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([None, None], "all of --blur-column faces is null"),
+        ([[[0.1, 0.1, 0.2, 0.2]], [[0.5, 0.5, 0.2, 0.2]]], "is not .left, top, right, bottom.: .0.5, 0.5, 0.2, 0.2"),
+        (["[[0, 0, 1, 1]]", "none"], "boxes to blur are no JSON: none"),
+        ([0.1, 0.2], "not boxes to blur: 0.1"),
+    ],
+)
+def test_a_column_to_blur_that_cannot_be_read_is_refused(tmp_path: Path, boxes: list, message: str) -> None:
+    """Before work begins: unblurred faces are worse than none."""
+    urls = write_urls(tmp_path / "urls.parquet", ["http://127.0.0.1/1", "http://127.0.0.1/2"], faces=boxes)
+    with pytest.raises(UserError, match=message):
+        download(urls, tmp_path / "shards", dataclasses.replace(SETTINGS, blur_column="faces"))
+    with pytest.raises(UserError, match="no column face: "):
+        download(urls, tmp_path / "shards", dataclasses.replace(SETTINGS, blur_column="face"))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_filesystem_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", absent)
+    (tmp_path / "shards").mkdir()
+    with working_in(tmp_path / "shards") as log:
+        assert not log.closed
+
+
+class OddError(Exception):
+    """A defect."""
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "run the same command again"), (OddError(), "this is a defect")],
+)
+def test_only_what_may_mend_is_to_be_run_again(
+    tmp_path: Path, error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    urls = write_urls(tmp_path / "urls.parquet", ["http://127.0.0.1/1"])
+    one = Pass(1, urls, rows=1, classes=(), first_shard=0, samples_per_shard=1)
+    monkeypatch.setattr("data_prep.web.shard_worker.read_rows", lambda *_: (_ for _ in ()).throw(error))
+    assert ShardWorker(tmp_path, one, SETTINGS)((0, (0, 1))) == (False, (0, (0, 1)))
+    said = capfd.readouterr().out
+    with (tmp_path / "log").open("wb") as log:
+        monkeypatch.setattr(
+            "data_prep.web.processes._child", lambda *_: contextlib.nullcontext(Ended(tmp_path / "log", said))
+        )
+        with pytest.raises(UserError, match=advice):
+            fill_missing_shards(tmp_path, one, SETTINGS, log)
+
+
+@dataclasses.dataclass
+class Ended:
+    """A child that has said something and ended."""
+
+    log: Path
+    said: str
+
+    def poll(self) -> int:
+        self.log.write_text(self.said)
+        return 0
+
+
+@pytest.mark.slow
+def test_after_forget_and_retry_the_counts_add_up(tmp_path: Path, web: SmallWeb) -> None:
+    web.pages = {"/0.jpg": Page(encoded(0)), "/1.jpg": Page(status=503), "/2.jpg": Page(status=503)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+    shards = tmp_path / "shards"
+    assert download(urls, shards, SETTINGS) == {"ok": 1, "5xx": 2}
+    verify(shards, processes=1, max_bad_ratio=0.0)
+    (tmp_path / "list").write_text(web.url("/1.jpg"))
+    forget(shards, tmp_path / "list", "url", 1)
+    web.pages["/1.jpg"] = web.pages["/2.jpg"] = Page(encoded(1))
+    asked = web.requests.copy()
+    assert retry(shards, ["5xx"], SETTINGS) == {"ok": 2, "forgotten": 1}
+    assert not (web.requests - asked)["/1.jpg"]
+    assert retry(shards, ["5xx"], SETTINGS) == {"ok": 2, "forgotten": 1}
+    with pytest.raises(UserError, match="no such class"):
+        retry(shards, ["forgotten"], SETTINGS)
+
+
+def test_robots_files_and_names_serve_all_shards_of_a_process(tmp_path: Path) -> None:
+    with SmallWeb() as web:
+        web.pages = {f"/{index}.jpg": Page(encoded(index)) for index in range(6)}
+        urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+        one = Pass(1, urls, rows=6, classes=(), first_shard=0, samples_per_shard=2)
+        (tmp_path / "_tmp").mkdir()
+        for shard in one.numbers:
+            assert ShardWorker(tmp_path, one, SETTINGS)((shard, one.rows_of(shard)))[0]
+        assert web.requests["/robots.txt"] == 1
 
 
 @given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=4), data=st.data())
