@@ -335,7 +335,10 @@ class OddError(Exception):
 
 @pytest.mark.parametrize(
     ("error", "advice"),
-    [(OSError(errno.ENOSPC, "No space left on device"), "run the same command again"), (OddError(), "this is a defect")],
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "run the same command again"),
+        (OddError(), "this is a defect"),
+    ],
 )
 def test_only_what_may_mend_is_to_be_run_again(
     tmp_path: Path, error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
