@@ -57,6 +57,8 @@ class _BoundedExp(torch.autograd.Function):
 class CLIP(nn.Module):
     """Contrastive image-text model on packed tokens."""
 
+    scalar_remainders: Tensor
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
@@ -66,6 +68,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
+        # what these two lack of their fp32 values where parameters are in 16 bits: else 98.9 is followed by 100
+        self.register_buffer("scalar_remainders", torch.zeros(2), persistent=False)
 
     @classmethod
     def from_name(cls, name: str) -> CLIP:
@@ -81,8 +85,9 @@ class CLIP(nn.Module):
         """
         image_features_BD = F.normalize(self.visual(patches_KP, selection, visible_BT).float(), dim=-1)
         text_features_BD = F.normalize(self.text(text).float(), dim=-1)
-        scale = _BoundedExp.apply(self.logit_scale.float(), _MAX_LOGIT_SCALE)
-        bias = None if self.logit_bias is None else self.logit_bias.float()
+        remainders = self.scalar_remainders.unsqueeze(1)
+        scale = _BoundedExp.apply(self.logit_scale.float() + remainders[0], _MAX_LOGIT_SCALE)
+        bias = None if self.logit_bias is None else self.logit_bias.float() + remainders[1]
         return CLIPOutput(image_features_BD, text_features_BD, scale, bias)
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:

@@ -36,7 +36,6 @@ from pipeline.training.checkpoints.checkpoint import (
     step_of,
 )
 from pipeline.training.checkpoints.rank_state import optimizer_state, rng_state
-from pipeline.training.engines.fragments import full_weights
 from pipeline.training.progress import Progress
 from pipeline.versions import versions
 
@@ -136,7 +135,7 @@ class CheckpointWriter:
         """Each rank its own files, all at once; returns the records of all, and what went wrong on any."""
         ranks = self._ranks
         # what is collective comes first, so that no rank waits for one that failed
-        weights = full_weights(state.engine.deepspeed, ranks)
+        weights = state.engine.weights(ranks)
         own = {rank_file(ranks.rank): optimizer_state(state.engine.deepspeed, ranks) | rng_state(ranks.device)}
         carried = {carried_file(thing): thing.state() for thing in state.carried}
         records: FileRecords = {}

@@ -26,7 +26,6 @@ from pipeline.training.checkpoints.checkpoint import (
     what_is_missing,
 )
 from pipeline.training.checkpoints.rank_state import load_optimizer_state, load_rng_state
-from pipeline.training.engines.fragments import load_full_weights
 from pipeline.training.observing.run_logger import METRICS
 
 
@@ -137,7 +136,7 @@ def restore(state: TrainingState, checkpoint: Path, ranks: Ranks, with_counters:
     Raises UserError for files that cannot be read or belong to another model.
     """
     try:
-        load_full_weights(state.engine.deepspeed, checkpoint / WEIGHTS)
+        state.engine.load_weights(checkpoint / WEIGHTS)
         own = checkpoint / rank_file(ranks.rank)
         # this rank's own first: with as many ranks as before, the others have nothing for it
         files = sorted(checkpoint.glob("rank_*"), key=lambda file: (file != own, file))

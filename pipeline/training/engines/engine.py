@@ -9,7 +9,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,13 @@ from model.clip import CLIP, CLIPOutput
 from pipeline.ranks import Ranks
 from pipeline.recipe import OptimizerSection, Precision, Recipe
 from pipeline.training.engines.engine_config import offload_device, precision_of
-from pipeline.training.engines.fragments import find_gradients
+from pipeline.training.engines.fragments import (
+    Fragment,
+    find_fragments,
+    find_gradients,
+    full_weights,
+    load_full_weights,
+)
 from pipeline.training.engines.optimizer import freeze_towers, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
@@ -41,6 +48,11 @@ class Engine:
         self.module: CLIP = deepspeed.module
         self.stage: int = deepspeed.zero_optimization_stage()
         self._optimizer: Any = deepspeed.basic_optimizer
+        self._scalars: list[tuple[int, Fragment]] = []
+        if precision in ("bf16", "fp16"):
+            fragments = find_fragments(deepspeed)
+            names = enumerate(("logit_scale", "logit_bias"))
+            self._scalars = [(number, fragments[name]) for number, name in names if name in fragments]
 
     def __call__(self, *inputs: Any) -> CLIPOutput:
         """The model's forward pass."""
@@ -71,11 +83,39 @@ class Engine:
         """
         self._optimizer.grad_scale, self._optimizer.found_inf = divide_by, skip
         self.deepspeed.step()
+        self._share_scalars()
 
     def set_learning_rate(self, lr: float) -> None:
         """Of the updates to come; each group of parameters has its share (optimizer.py)."""
-        for group in self.deepspeed.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
+
+    def weights(self, ranks: Ranks) -> dict[str, Tensor]:
+        """All fp32 weights in the main rank's memory, whatever the stage; nothing on other ranks. Collective."""
+        return full_weights(self.deepspeed, ranks)
+
+    def load_weights(self, file: Path) -> None:
+        """Take over what `weights` gave, now in a file. Collective."""
+        load_full_weights(self.deepspeed, file)
+        self._share_scalars()
+
+    def set_scalars(self, scalars: Mapping[str, Tensor]) -> None:
+        """Give the model's scalars the fp32 values that they had before DeepSpeed rounded them. Collective."""
+        for _, fragment in self._scalars:
+            fragment.of_holder(fragment.holder).copy_(scalars[fragment.name])
+        self._share_scalars()
+
+    @torch.no_grad()
+    def _share_scalars(self) -> None:
+        """Let the model compute with the fp32 values of its scalars, of which its parameters are roundings."""
+        if self.precision not in ("bf16", "fp16"):
+            return
+        exact = torch.zeros(2, device=self.deepspeed.device)
+        for number, fragment in self._scalars:
+            exact[number : number + 1] = fragment.of_holder(fragment.holder)
+        dist.all_reduce(exact)  # one rank has each
+        rounded = exact.to(torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        self.module.scalar_remainders.copy_(exact - rounded)
 
     @property
     def loss_scale(self) -> float:
@@ -112,8 +152,12 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     freeze_towers(clip, recipe.optimizer)
     optimizer = _make_optimizer(clip, recipe.optimizer, config)
-    engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
-    return Engine(engine, precision_of(config))
+    scalars = {name: value.detach().clone() for name, value in clip.named_parameters(recurse=False)}
+    with contextlib.redirect_stdout(None):  # one of its optimizers prints how much memory there is
+        deepspeed_engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
+    engine = Engine(deepspeed_engine, precision_of(config))
+    engine.set_scalars(scalars)
+    return engine
 
 
 def _make_optimizer(clip: CLIP, section: OptimizerSection, config: dict[str, Any]) -> Optimizer:
