@@ -130,4 +130,6 @@ class CsvRecords:
                 at = stop if comma < 0 else comma
             if not line.startswith(b",", at):
                 return None if line[at:].strip(b"\r\n") else fields
+            if len(fields) == self._width:
+                return None
             at += 1

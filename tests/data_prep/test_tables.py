@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
+import time
 from collections.abc import Sequence
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_prep.lists.filters import Filters
 from data_prep.lists.list_files import ColumnChoice, find_columns
 from data_prep.lists.rows import Rejects, canonicalise
 from data_prep.tables import lines as lines_module
-from data_prep.tables.lines import OVERLONG, blocks_of_lines, lines
-from data_prep.tables.readers import ROW_READERS, Range, read_chunks
+from data_prep.tables.lines import OVERLONG, CsvRecords, blocks_of_lines, lines
+from data_prep.tables.readers import NO_TEXT, ROW_READERS, Range, read_chunks, read_rows
 from formats.errors import UserError
 
 COLUMNS = {"url": "url", "caption": "caption"}
@@ -70,6 +73,98 @@ def test_json_lines_however_they_are_cut(records: list[bytes], data: st.DataObje
     rows, malformed = rows_of("jsonl", content, cuts)
     assert rows == expected
     assert malformed == sum(line not in good and line != b"" for line in records)
+
+
+FIELDS = st.text(st.sampled_from("ab\",\n\r\0 é'\t"), max_size=6)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(FIELDS, FIELDS, FIELDS), max_size=6),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.booleans(),
+)
+def test_a_well_formed_csv_is_what_python_reads(
+    rows: list[tuple[str, str, str]], line_end: str, quoting: Literal[0, 1], ends: bool
+) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator=line_end, quoting=quoting).writerows(rows)
+    content = text.getvalue().encode()
+    content = content if ends else content.removesuffix(line_end.encode())
+    expected = [tuple(row) for row in csv.reader(io.StringIO(content.decode(), newline=""))]
+    assume(expected == rows)  # the writer may leave a carriage return without quotes
+    records = list(CsvRecords(lines(io.BytesIO(content)), 3))
+    assert [tuple(field.decode() for field in fields or ()) for _, fields in records] == rows
+    assert b"".join(raw for raw, _ in records) == content
+
+
+@settings(deadline=None)
+@given(st.text('",a\n\r', max_size=40).map(str.encode), st.integers(1, 3))
+def test_every_line_of_a_csv_is_in_one_record_or_refused(content: bytes, width: int) -> None:
+    position = 0
+    for raw, fields in CsvRecords(lines(io.BytesIO(content)), width):
+        between = content[position:].partition(raw)[0]
+        assert between.strip(b"\r\n") == b""  # nothing but empty lines
+        position += len(between) + len(raw)
+        assert len(fields or ()) in (0, width)
+        assert fields or b"\n" not in raw.removesuffix(b"\n")  # what is refused is one line
+    assert content[position:].strip(b"\r\n") == b""
+
+
+@pytest.mark.parametrize(
+    ("broken", "given"),
+    [
+        (b'2,"never closed', 7),
+        (b'2,"closed" before text', 7),
+        (b'2,"a", comma', 7),
+        (b"2,too,many", 7),
+        (b"2", 7),
+        (b'2,a 5" pipe', 8),  # a quote within a field is a character like others
+    ],
+)
+@pytest.mark.parametrize("after", [b"x,y", b'x,"y"', b'x,""', b'x,"y, z"', b'x,"y ""z"""'])
+def test_a_row_that_does_not_fit_costs_itself(broken: bytes, given: int, after: bytes) -> None:
+    content = b"\n".join([b"1,one", broken, *[after] * 6, b""])
+    found = [fields for _, fields in CsvRecords(lines(io.BytesIO(content)), 2)]
+    assert (len([fields for fields in found if fields]), found.count(None)) == (given, 8 - given)
+
+
+def test_a_quoted_field_may_have_many_lines_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "MAX_RECORD_BYTES", 200)
+    for line_count, taken in ((20, [b"1", b"3"]), (100, [b"3"])):
+        content = b'1,"' + b"line\n" * line_count + b'"\n3,x\n'
+        found = list(CsvRecords(lines(io.BytesIO(content)), 2))
+        assert [fields[0] for _, fields in found if fields] == taken
+        assert sum(fields is None for _, fields in found) == (0 if line_count == 20 else line_count + 1)
+
+
+@pytest.mark.parametrize("line", [b'a","x\n', b'a,"x""\n', b'a,"x\nb\n'])
+def test_quotes_that_are_never_closed_take_no_more_time_than_their_lines(line: bytes) -> None:
+    seconds = {}
+    for count in (1_000, 8_000):
+        start_s = time.process_time()
+        records = list(CsvRecords(lines(io.BytesIO(line * count)), 2))
+        seconds[count] = time.process_time() - start_s
+        assert len(records) >= count / 2
+    assert seconds[8_000] < 25 * seconds[1_000] + 0.2  # 64 times if every line led to the end
+
+
+def test_rows_are_python_values_whatever_the_kind_of_table() -> None:
+    texts = {
+        "tsv": b"u\tone\nv\tcaf\xe9\n",
+        "csv": b'u,"one"\nv,caf\xe9\n',
+        "jsonl": b'{"url": "u", "caption": "one"}\n{"url": "v", "caption": "\\ud800"}\n',
+        "json": b'[{"url": "u", "caption": "one"}, {"url": "v", "caption": "\\ud800"}]',
+    }
+    for kind, content in texts.items():
+        rows = list(read_rows(kind, io.BytesIO(content), Range(), ["url", "caption"], COLUMNS))
+        assert rows == [{"url": "u", "caption": "one"}, NO_TEXT], kind
+    buffer = io.BytesIO()
+    wrong = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"url": [b"u", b"v"], "caption": wrong}), buffer)
+    rows = list(read_rows("parquet", buffer, Range(), ["url", "caption"], COLUMNS))
+    assert rows == [{"url": b"u", "caption": "one"}, NO_TEXT]
 
 
 @pytest.mark.parametrize("kind", ["tsv", *ROW_READERS])
