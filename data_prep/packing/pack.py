@@ -46,8 +46,11 @@ class Labels:
 def make_labels(source: Source, classnames: Sequence[str] | None, templates: Sequence[str] | None) -> Labels:
     """Classes by name; of a folder, its subfolders in the order of their names, as torchvision's ImageFolder has it.
 
-    Raises UserError for class names that do not belong to the subfolders, or a table without class names.
+    Raises UserError for class names that do not belong to the subfolders, a table without class names, or a template
+    without `{c}`.
     """
+    if bare := next((template for template in templates or () if "{c}" not in template), None):
+        raise UserError(f"--templates: {bare!r} has no {{c}}: write {{c}} where the class name belongs")
     folders = source.classes
     if folders is None and classnames is None:
         raise UserError(f"{source.path} is a table: name its classes with --classnames, a file with one per line")

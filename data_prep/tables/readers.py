@@ -316,12 +316,15 @@ def _is_no_text(value: object) -> bool:
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> pa.Table:
-    return pa.table({name: pa.array([_bytes(row.get(name)) for row in rows], pa.binary()) for name in columns})
+    values = {name: [_bytes(row.get(name), name in TEXT_COLUMNS) for row in rows] for name in columns}
+    return pa.table({name: pa.array(column, pa.binary()) for name, column in values.items()})
 
 
-def _bytes(value: object) -> bytes | None:
+def _bytes(value: object, is_text: bool = False) -> bytes | None:
     if value is None or isinstance(value, bytes):
         return value
+    if is_text and value != value:  # NaN stands for nothing
+        return None
     text = value if isinstance(value, str) else json.dumps(value)
     # surrogateescape gives an undecodable byte back as it was, surrogatepass a lone JSON \ud800: neither is UTF-8
     try:

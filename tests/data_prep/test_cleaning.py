@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import unicodedata
 from urllib.parse import urlsplit
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.lists.cleaning import canonical_url, canonical_urls, clean_captions
+from data_prep.lists.cleaning import BOXES, boxes, canonical_url, canonical_urls, clean_captions, numbers
 
 BIDI = "\N{RIGHT-TO-LEFT OVERRIDE}\N{POP DIRECTIONAL FORMATTING}\N{RIGHT-TO-LEFT ISOLATE}\N{POP DIRECTIONAL ISOLATE}"
 INVISIBLE = set(BIDI + "\0\x07\x1b\x7f\N{SOFT HYPHEN}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}\N{TAG SPACE}")
@@ -100,3 +101,71 @@ def test_the_fast_path_is_the_parser_and_both_are_idempotent(urls: list[str]) ->
 )
 def test_the_url_that_a_browser_would_request(url: str, canonical: str | None) -> None:
     assert canonical_url(url) == canonical
+
+
+def as_column(values: list[object], kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(values, kind)])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([".5", " 0.25", "+1.", "-2e1", "3"], [0.5, 0.25, 1.0, -20.0, 3.0]),
+        (["", "  ", None], [None, None, None]),  # nothing was said
+        (["1,5", "nan", "inf", "x", "1e99", "--1", "0x1"], ["no"] * 7),
+        ([float("nan"), float("inf"), -float("inf"), 1e300, 0.5], ["no"] * 4 + [0.5]),
+        ([True, False], ["no", "no"]),
+        ([[0.5], None], ["no", None]),
+        ([7, -3], [7.0, -3.0]),
+    ],
+)
+def test_numbers_as_people_write_them(values: list[object], expected: list[object]) -> None:
+    column, bad = numbers(as_column(values), pa.float32())
+    assert ["no" if is_bad else value for value, is_bad in zip(column.to_pylist(), bad.to_pylist(), strict=True)] == (
+        expected
+    )
+
+
+def test_whole_numbers_keep_to_their_type() -> None:
+    column, bad = numbers(as_column(["640.0", "2147483648", "-1"]), pa.int32())
+    assert (column.to_pylist(), bad.to_pylist()) == ([640, None, -1], [False, True, False])
+
+
+BOX = [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        ("", None),
+        ([], []),
+        ([BOX], [BOX]),
+        (BOX, [BOX]),  # one box by itself
+        (json.dumps([BOX, BOX]), [BOX, BOX]),
+        ({"left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1}, [BOX]),
+        ([{"x1": 0.25, "y1": 0.5, "x2": 0.75, "y2": 1}], [BOX]),
+        (json.dumps({"x": 0.25, "y": 0.5, "w": 0.5, "h": 0.5}), [BOX]),
+        ([[50, 50, 150, 100]], [BOX]),  # pixels of 200 x 100
+        ([[0.5, 0.5, 0.1, 0.1]], "no"),  # right is left of left
+        ([[0.5, 0.5]], "no"),
+        ([[0.1, 0.1, float("nan"), 0.2]], "no"),
+        ([[50, 50, 350, 100]], "no"),  # beyond the image
+        ("[[0.5", "no"),
+        ("a face", "no"),
+        ({"face": 1}, "no"),
+    ],
+)
+def test_boxes_in_the_layouts_that_people_have(value: object, expected: object) -> None:
+    size = (as_column([200], pa.int32()), as_column([100], pa.int32()))
+    column, bad = boxes(as_column([value]), *size)
+    assert ("no" if bad[0].as_py() else column[0].as_py()) == expected
+
+
+def test_pixels_of_an_image_of_unknown_size_are_no_boxes() -> None:
+    size = (as_column([None], pa.int32()), as_column([100], pa.int32()))
+    assert boxes(as_column([[[50, 50, 150, 100]]]), *size)[1].to_pylist() == [True]
+    assert boxes(as_column([[[BOX[0], None, 1.0, 1.0]], [BOX]], BOXES), *(as_column([1, 1]),) * 2)[1].to_pylist() == [
+        True,
+        False,
+    ]

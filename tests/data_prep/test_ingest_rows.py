@@ -7,16 +7,18 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_helpers import done, read, rows_of
 
 from data_prep.lists.cleaning import canonical_url
-from data_prep.lists.filters import Filters
+from data_prep.lists.filters import BlockList, Filters
 from data_prep.lists.ingest import ingest
 from data_prep.lists.list_files import ListFormat
 from data_prep.lists.rows import Options, Rejects, canonicalise
+from formats.errors import UserError
 
 
 def test_each_unusable_row_is_dropped_with_its_reason(tmp_path: Path) -> None:
@@ -74,6 +76,91 @@ def test_malformed_lines_of_csv_and_json_are_counted(tmp_path: Path) -> None:
     assert rows_of(output) == [("http://a/1", "two lines"), ("http://a/4", "nulbyte"), ("http://a/6", "six")]
     assert +tally.dropped == Counter({"malformed line": 4, "not UTF-8": 2, "no caption": 1, "url not http(s)": 1})
     assert read(output)["width"].to_pylist() == [None, None, 640]
+
+
+def write(folder: Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+def test_values_that_cannot_be_used_are_left_empty_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = [".25", " 0.5", "NaN", "inf", "high", ""]
+    rows = "".join(f"http://a/{index},x,{score}\n" for index, score in enumerate(scores))
+    tally = done(ingest([write(tmp_path, "l.csv", "url,caption,similarity\n" + rows)], str(tmp_path / "u.parquet")))
+    assert read(tmp_path / "u.parquet")["similarity"].to_pylist() == [0.25, 0.5, None, None, None, None]
+    assert (tally.written, tally.emptied) == (6, Counter({"similarity is no number": 3}))
+    assert "similarity is no number" in capsys.readouterr().out
+    assert json.loads((tmp_path / "u.ingest.json").read_text())["emptied"] == {"similarity is no number": 3}
+
+
+def test_values_of_json_of_any_kind_are_used_or_counted(tmp_path: Path) -> None:
+    captions: list[object] = ["one", 7, ["a", "b"], {"en": "x"}, True, None, float("nan"), "x"]
+    scores: list[object] = [0.5, "0.5", None, 1, 2, 3, 4, [0.5]]
+    rows = [
+        {"url": f"http://a/{index}", "caption": caption, "similarity": score, "width": True}
+        for index, (caption, score) in enumerate(zip(captions, scores, strict=True))
+    ]
+    for name, content in (("l.jsonl", "\n".join(map(json.dumps, rows))), ("l.json", json.dumps(rows, indent=1))):
+        tally = done(ingest([write(tmp_path, name, content)], str(tmp_path / "u.parquet")))
+        assert rows_of(tmp_path / "u.parquet") == [("http://a/0", "one"), ("http://a/1", "7"), ("http://a/7", "x")]
+        assert read(tmp_path / "u.parquet")["similarity"].to_pylist() == [0.5, 0.5, None]
+        assert +tally.dropped == Counter({"caption is no text": 3, "no caption": 2})
+        assert +tally.emptied == Counter({"width is no number": 3, "similarity is no number": 1})
+        assert tally.read == len(rows)
+
+
+def test_a_row_whose_faces_could_not_be_blurred_is_dropped(tmp_path: Path) -> None:
+    boxes = [[[0.1, 0.1, 0.2, 0.2]], "a face", None]
+    rows = [{"url": f"http://a/{index}", "caption": "x", "face_bboxes": value} for index, value in enumerate(boxes)]
+    path = write(tmp_path, "l.jsonl", "\n".join(map(json.dumps, rows)))
+    tally = done(ingest([path], str(tmp_path / "u.parquet")))
+    assert read(tmp_path / "u.parquet")["face_bboxes"].to_pylist() == [
+        [[pytest.approx(edge) for edge in (0.1, 0.1, 0.2, 0.2)]], None,
+    ]  # fmt: skip
+    assert +tally.dropped == Counter({"face_bboxes are no boxes": 1})
+
+
+@pytest.mark.parametrize(
+    ("filters", "column", "values"),
+    [
+        (Filters(min_similarity=0.3), "similarity", ["high", "low"]),
+        (Filters(max_punsafe=0.3), "punsafe", [True, False]),
+        (Filters(min_side=100), "width", [[1], [2]]),
+        (Filters(block=BlockList(sha256s=frozenset({"a" * 64}))), "sha256", ["5d41402a", "7d793037"]),
+    ],
+)
+def test_a_limit_on_a_column_that_cannot_be_read_is_refused(
+    tmp_path: Path, filters: Filters, column: str, values: list[object]
+) -> None:
+    columns = {"url": ["http://a/1", "http://a/2"], "caption": ["x", "y"], "height": [1, 2], column: values}
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    with pytest.raises(UserError, match=rf"l\.parquet: .* needs .*the first rows have none in the column '{column}'"):
+        ingest([str(tmp_path / "l.parquet")], str(tmp_path / "u.parquet"), Options(filters=filters))
+    assert [path.name for path in tmp_path.iterdir()] == ["l.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("url,caption\nhttp://a/1,x\n".encode("utf-16"), "is UTF-16.*iconv"),
+        ("url,caption\nhttp://a/1,x\n".encode("utf-16-le"), "is UTF-16.*iconv"),
+        (b"url,caption\rhttp://a/1,x\r", r"carriage returns alone.*tr "),
+        (b"url,url,caption\nhttp://a/1,x,y\n", "several columns named 'url'"),
+        (b'"url,caption\nhttp://a/1,x\n', "no header"),
+    ],
+)
+def test_a_text_in_another_form_is_refused_with_what_to_do(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "l.csv").write_bytes(content)
+    with pytest.raises(UserError, match=rf"l\.csv: .*{message}"):
+        ingest([str(tmp_path / "l.csv")], str(tmp_path / "u.parquet"))
+
+
+def test_a_byte_order_mark_and_latin_letters(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes("\ufeffurl,caption\nhttp://a/1,é\n".encode() + "http://a/2,é\n".encode("latin-1"))
+    tally = done(ingest([str(tmp_path / "l.csv")], str(tmp_path / "u.parquet")))
+    assert (rows_of(tmp_path / "u.parquet"), +tally.dropped) == ([("http://a/1", "é")], Counter({"not UTF-8": 1}))
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])

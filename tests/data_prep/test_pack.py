@@ -227,3 +227,142 @@ def test_evaluation_sets_refuse_what_cannot_be_evaluated(tmp_path: Path) -> None
     with pytest.raises(UserError, match="sample 1 is not"):
         write_retrieval_set(tmp_path / "d", [(image, ["fine"]), (b"GIF89a", ["x"])])
     assert not list(tmp_path.rglob("nshards.txt"))
+
+
+def write_images(folder: Path, *names: str) -> None:
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(index))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.jsonl", "list.json", "list.parquet", "parts"])
+def test_tables_of_every_kind_may_hold_paths(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path, "p/0.jpg", "p/1.jpg")
+    rows = [{"file_name": f"p/{index}.jpg", "text": f'a "{index}", b', "id": index} for index in range(2)]
+    path = tmp_path / name
+    if name.endswith("sv"):
+        quoted = [f'"{row["text"]}"'.replace('"', '""')[1:-1] if name == "list.csv" else row["text"] for row in rows]
+        mark = "," if name == "list.csv" else "\t"
+        lines = [mark.join((row["file_name"], text)) for row, text in zip(rows, quoted, strict=True)]
+        path.write_text("\n".join([mark.join(("FILE_NAME", "text")), *lines]))
+    elif name == "parts":
+        rows = [row | {"file_name": f"../{row['file_name']}"} for row in rows]
+        path.mkdir()
+        for index, row in enumerate(rows):
+            pq.write_table(pa.table({key: [value] for key, value in row.items()}), path / f"part-{index}.parquet")
+    elif name == "list.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if name == "list.jsonl" else json.dumps(rows, indent=1))
+    assert main(["pack", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert [sample["txt"].decode() for sample in samples(tmp_path / "out")] == ['a "0", b', 'a "1", b']
+    assert [sample["jpg"] for sample in samples(tmp_path / "out")] == [encoded(0), encoded(1)]
+
+
+def counts(printed: str, title: str = "dropped") -> dict[str, int]:
+    """The table of what was dropped, as printed."""
+    lines = printed.partition(f"  {title}")[2].splitlines()[1:]
+    return {line.rsplit(maxsplit=1)[0].strip(): int(line.rsplit(maxsplit=1)[1]) for line in lines if line[:2] == "  "}
+
+
+def test_every_file_of_a_folder_is_packed_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    captions = {
+        "good.jpg": b"\xef\xbb\xbfone \n", "old.JFIF": b"two", "older.jpe": b"three", "utf16.jpg": "x".encode("utf-16"),
+        "latin.jpg": b"caf\xe9", "mark.jpg": b"\xef\xbb\xbf", "blank.jpg": "\N{ZERO WIDTH SPACE}".encode(),
+        "zero.jpg": b"\0", "a.gif": b"x", "b.bmp": b"x", "c.heic": b"x", "d.heic": b"x",
+    }  # fmt: skip
+    write_images(source, *captions, "alone.jpg", "sub/deep.jpg")
+    for name, text in captions.items():
+        (source / name).with_suffix(".txt").write_bytes(text)
+    (source / "cut.jpg").write_bytes(encoded(size=64)[:300])
+    (source / "cut.txt").write_text("cut")
+    (source / "orphan.txt").write_text("no picture")
+    (source / "notes").write_text("no ending")
+    write_images(source, "._good.jpg", ".hidden/x.jpg")
+    assert main(["pack", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"one", b"three", b"two"]
+    printed = capsys.readouterr().out
+    dropped = counts(printed)
+    assert dropped == {
+        "caption is not UTF-8": 2, "no caption": 5, "not a JPEG, PNG or WebP: *.gif": 1,
+        "not a JPEG, PNG or WebP: *.bmp": 1, "not a JPEG, PNG or WebP: *.heic": 2,
+        "not a JPEG, PNG or WebP: * without an ending": 1, "image does not decode": 1, "caption without a picture": 1,
+    }  # fmt: skip
+    assert f"3 samples of {3 + sum(dropped.values())} files" in printed
+    step = json.loads((tmp_path / "out" / "provenance.jsonl").read_text())
+    assert (step["dropped"], step["read"]) == (dropped, 3 + sum(dropped.values()))
+
+
+def test_every_row_of_a_table_is_packed_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, "a.jpg")
+    (tmp_path / "b.gif").write_bytes(b"GIF89a")
+    image: list[object] = [
+        "a.jpg",
+        "b.gif",
+        "absent.jpg",
+        "",
+        None,
+        "http://a.example/a.jpg",
+        "\0.jpg",
+        ".",
+        7,
+        "a.jpg",
+    ]
+    rows: list[object] = [{"image": value, "caption": "x"} for value in image]
+    texts = [7, ["p", None, "q"], {"en": "x"}, True, [["x"]], "\ud800", None, "\N{ZERO WIDTH SPACE}", [], float("nan")]
+    rows += [{"image": "a.jpg", "caption": value} for value in texts]
+    rows += [[1], "x"]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{\n")
+    assert main(["pack", str(tmp_path / "l.jsonl"), "--output", str(tmp_path / "out"), "--captions", "each"]) == 0
+    assert [sample["txt"].decode() for sample in samples(tmp_path / "out")] == ["x", "x", "7", "p", "q"]
+    printed = capsys.readouterr().out
+    dropped = counts(printed)
+    assert dropped == {
+        "not a JPEG, PNG or WebP: *.gif": 1, "image cannot be read": 3, "no image": 3, "caption is no text": 3,
+        "a url, which data-prep ingest and download are for": 1, "not UTF-8": 1, "no caption": 4, "malformed line": 3,
+    }  # fmt: skip
+    assert f"5 samples of {4 + sum(dropped.values())} rows" in printed
+
+
+def test_rows_of_one_picture_are_one_picture_of_a_retrieval_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    rows = ["image,caption", "a.jpg,one", "b.jpg,two", "a.jpg,", "./a.jpg,three", "absent.jpg,x", "b.jpg,four"]
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    images = [encoded(0), encoded(1), encoded(0), encoded(1)]
+    pq.write_table(pa.table({"image": images, "caption": ["one", "two", "three", "four"]}), tmp_path / "l.parquet")
+    for name, read, joined in (("l.csv", 6, 2), ("l.parquet", 4, 2)):
+        output = tmp_path / f"{name}.set"
+        assert main(["pack", str(tmp_path / name), "--as", "retrieval", "--output", str(output)]) == 0
+        assert [sample["txt"] for sample in read_webdataset(output)] == ["one\nthree", "two\nfour"]
+        assert f"2 samples of {read} rows, {joined} of them joined" in capsys.readouterr().out
+
+
+def test_class_folders_are_a_classification_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "val", tmp_path / "out"
+    write_images(source, "n02/a.jpg", "n01/deeper/b.jpg", "n02/c.JPEG", "d.jpg")
+    pack = ["pack", str(source), "--output", str(output), "--overwrite", "--as", "classification"]
+
+    def packed() -> tuple[list[int], list[str]]:
+        names = (output / "classnames.txt").read_text().splitlines()
+        return [sample["cls"] for sample in read_webdataset(output)], names
+
+    assert main(pack) == 0
+    assert packed() == ([0, 1, 1], ["n01", "n02"])
+    assert (output / "zeroshot_classification_templates.txt").read_text() == "a photo of a {c}.\n"
+    assert counts(capsys.readouterr().out) == {"no label": 1}
+    names = tmp_path / "names.txt"
+    for content, expected in (("cat\ndog\n", [0, 1, 1]), ("n02\nn03\nn01\n", [2, 0, 0])):  # by order, by name
+        names.write_text(content)
+        assert main([*pack, "--classnames", str(names)]) == 0
+        assert packed() == (expected, content.split())
+    names.write_text("cat\ndog\nfox\n")
+    assert "2 class folders" in refusal([*pack, "--classnames", str(names)], capsys)
+    assert "drop the names of columns" in refusal([*pack, "--label-column", "label"], capsys)
+    training = ["pack", str(source), "--output", str(tmp_path / "shards"), "--templates", str(names)]
+    assert "'cat' has no {c}" in refusal(training, capsys)
+    names.write_text("a {c}\n")
+    assert main(training) == 0
+    assert [sample["txt"] for sample in samples(tmp_path / "shards")] == [b"a n01", b"a n02", b"a n02"]
