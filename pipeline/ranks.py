@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ class PendingMaximum:
 
 T = TypeVar("T")
 LOADER_DEATH_NOTICE_S = 1.0
+MEETING_PATIENCE = timedelta(minutes=10)  # imports from a file system that all nodes load at once take their time
 
 
 class PeerLostError(UserError):
@@ -206,8 +209,50 @@ def _environment_from_launcher() -> None:
             )
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] != "1":
         raise UserError("MASTER_PORT is not set: export the same free port on every rank")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name}={os.environ[name]!r} in the environment is no number: a launcher sets it")
+
+
+def _meet(rank: int, world_size: int) -> Any:
+    """Where ranks find each other: the main one listens at MASTER_PORT.
+
+    Raises UserError if it cannot, PeerLostError on others, and on all if one does not come.
+    """
+    if world_size == 1:  # nobody to meet: a port that is free now could be taken by the time it is listened at
+        return dist.HashStore()  # type: ignore[attr-defined]
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    # in a thread, to be left behind: torch waits without end for a stranger's program that listens there in silence
+    met: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_rendezvous, args=(rank, world_size, met), daemon=True).start()
+    try:
+        found = met.get(timeout=MEETING_PATIENCE.total_seconds() + 1)
+    except queue.Empty:
+        found = dist.DistError(f"no answer within {MEETING_PATIENCE}")
+    if not isinstance(found, Exception):
+        return found
+    if not isinstance(found, dist.DistError):
+        raise found
+    reason = str(found).splitlines()[0][:200]
+    if rank > 0:
+        raise PeerLostError(
+            f"rank {rank} could not reach rank 0 at {address}:{port}, see its output for why ({reason})"
+        ) from found
+    if "EADDRINUSE" in reason:
+        raise UserError(f"port {port} is taken on {address}: choose another MASTER_PORT for all ranks") from found
+    if isinstance(found, dist.DistNetworkError):
+        raise UserError(f"rank 0 cannot listen at port {port}: choose another MASTER_PORT ({reason})") from found
+    raise PeerLostError(f"not all {world_size} ranks came to {address}:{port} ({reason})") from found
+
+
+def _rendezvous(rank: int, world_size: int, met: queue.SimpleQueue[Any]) -> None:
+    try:
+        rendezvous = dist.rendezvous("env://", rank, world_size, timeout=MEETING_PATIENCE)  # type: ignore[attr-defined]
+        met.put(next(rendezvous)[0])
+    except Exception as error:
+        met.put(error)
 
 
 def init_ranks(patience: timedelta | None = None) -> Ranks:
@@ -229,8 +274,7 @@ def init_ranks(patience: timedelta | None = None) -> Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" else None  # tells NCCL which GPU is this rank's before first use
-        # alone there is nobody to meet: a port that is free now could be taken by the time it is listened at
-        store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size))[0]  # type: ignore[attr-defined]
+        store = _meet(rank, world_size)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, device_id=device_id, timeout=patience
         )
