@@ -58,14 +58,17 @@ class SampleOrder:
         number = bisect.bisect_right(starts, offset) - 1
         return shards[number], offset - starts[number]
 
-    def windows(self, positions: range) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """A stretch of positions window by window: its shards, and which of all their samples stand there."""
+    def windows(self, positions: range) -> Iterator[tuple[Sequence[int], np.ndarray | None]]:
+        """A stretch of positions window by window: its shards, and which of their samples stand there, None for all."""
         position = positions.start
         while position < positions.stop:
             epoch, window, within = self._find(position)
-            drawn = self._window(epoch, window)[within : within + positions.stop - position]
-            yield self._epoch(epoch).windows[window][0], drawn
-            position += len(drawn)
+            shards = self._epoch(epoch).windows[window][0]
+            size = sum(self.shard_sizes[shard] for shard in shards)
+            length = min(size - within, positions.stop - position)
+            is_whole = length == size and not self._with_replacement  # then nothing need be drawn
+            yield shards, None if is_whole else self._window(epoch, window)[within : within + length]
+            position += length
 
     def windows_at(self, position: int) -> tuple[Sequence[int], Sequence[int]]:
         """Shards of the window at a position, and of the window after it."""

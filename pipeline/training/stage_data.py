@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from formats.errors import UserError
@@ -48,11 +49,16 @@ class StageData:
         counts = self._order.samples_by_set(self._stage.positions(step))
         return dict(zip(self._data.names, counts, strict=True))
 
-    def coverage_of_epochs(self, step: int) -> list[str]:
-        """What was seen of each epoch that a step, counted from 0, completed."""
+    def say_coverage(self, step: int) -> None:
+        """Print what was seen of each epoch that a step, counted from 0, completed; nobody waits for long."""
         plan = self._stage.batches
-        size = plan.num_samples
-        return [
-            describe_coverage(f"epoch {epoch + 1}", self._data, self._order, [range(epoch * size, (epoch + 1) * size)])
-            for epoch in range(plan.position(step) // size, plan.position(step + 1) // size)
-        ]
+        for epoch in range(plan.position(step) // plan.num_samples, plan.position(step + 1) // plan.num_samples):
+            if self._stage.recipe.data.sampling == "with_replacement":  # every sample is counted
+                threading.Thread(target=self._say_coverage_of, args=(epoch,), daemon=True, name="coverage").start()
+            else:
+                self._say_coverage_of(epoch)
+
+    def _say_coverage_of(self, epoch: int) -> None:
+        size = self._stage.batches.num_samples
+        read = range(epoch * size, (epoch + 1) * size)
+        print(describe_coverage(f"epoch {epoch + 1}", self._data, self._order, [read]), flush=True)

@@ -103,8 +103,7 @@ class StageTrainer:
             self._run.bad_samples.note(problems, samples_read=self._stage.batches.global_batch_size)
             self._progress = self._stage.reached(step + 1)
             if self._ranks.is_main:
-                for line in self._data.coverage_of_epochs(step):
-                    print(line, flush=True)
+                self._data.say_coverage(step)
             self._run.profiler.after(step + 1)
             self._run.watchdog.beat()
 
