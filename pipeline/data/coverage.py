@@ -1,8 +1,8 @@
 """Which samples a run has seen: counted by going through the order again, not taken from what it should be.
 
-A window that was read to its end holds each of its samples once, unless they are drawn with replacement: so whole shards
-are counted by their sizes, and only where a stretch begins or ends are samples looked at. Nothing is kept from one count
-to the next.
+A window that was read to its end holds each of its samples once, unless they are drawn with replacement: so whole
+shards are counted by their sizes, and only where a stretch begins or ends are samples looked at. Nothing is kept from
+one count to the next.
 """
 
 from __future__ import annotations

@@ -141,6 +141,24 @@ def test_any_ranks_workers_and_restarts_read_the_slow_order(
     assert sum(coverage.repeated for coverage in covered) == sum(count - 1 for count in seen.values())
 
 
+def test_of_billions_no_sample_is_looked_at_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = SampleOrder._draw_window
+
+    def counted(self: SampleOrder, epoch: int, window: int) -> np.ndarray:
+        drawn.append(window)
+        return draw(self, epoch, window)
+
+    monkeypatch.setattr(SampleOrder, "_draw_window", counted)
+    order = MixedOrder([SampleOrder([10_000] * 200_000, window_shards=16, seed=3)], [1])
+    (all_of_it,) = cover(order, [range(order.num_samples)])
+    assert all_of_it.unique == order.num_samples == 2_000_000_000
+    assert not drawn
+    (part,) = cover(order, [range(5, 1_000_007)])
+    assert (part.seen, part.unique) == (1_000_002, 1_000_002)
+    assert len(drawn) == 2, "where the stretch begins and ends"
+
+
 @given(world=worlds(), start=st.integers(0, 300), lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_coverage_counts_what_some_stretches_hold(world: World, start: int, lengths: list[int]) -> None:
