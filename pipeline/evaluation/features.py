@@ -231,7 +231,8 @@ class FeatureEncoder:
         batches = store.missing(share)
         total = sum(len(store.rows(batch)) for batch in batches)
         description = f"{store.collection.name} {store.collection.kind}"
-        hidden = not self.ranks.is_main or not batches
+        # None: only on a terminal
+        hidden = None if self.ranks.is_main and batches else True
         with tqdm(total=total, desc=description, unit="", disable=hidden, leave=False) as progress:
             if batches:
                 with ThreadPoolExecutor(self.workers) as pool:

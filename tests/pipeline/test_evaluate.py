@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -253,8 +254,52 @@ def test_probes_are_done_when_asked_for_and_share_features(
     assert len(list((output / "features").glob("noise-*"))) == 2
     assert len(list((output / "features").glob("noise_train-*"))) == 1
 
-    write_labelled(tmp_path / "half" / "train", images, [0] * 8)
-    (data / "train").rename(tmp_path / "old")
-    (tmp_path / "half" / "train").rename(data / "train")
-    with pytest.raises(UserError, match=r"training split of noise has no sample of class 1 \(strong\)"):
-        run_program(monkeypatch, model, *arguments, "--tasks", "linear_probe")
+    def with_train(labels: Sequence[int]) -> None:
+        shutil.rmtree(data / "train")
+        write_labelled(data / "train", images[: len(labels)], labels)
+
+    def not_loaded(*_: object) -> InferenceModel:
+        raise AssertionError("what cannot work is refused at the start")
+
+    monkeypatch.setattr(program, "load_any_model", not_loaded)
+    for labels, task, message in (
+        ([0] * 8, "linear_probe", r"training split of noise has no sample of class 1 \(strong\)"),
+        (
+            [0, 1],
+            "linear_probe",
+            "noise has 2 training samples, a fifth of which is none to choose",
+        ),
+        ([1, 1, 1, 1, 0], "few_shot", r"few_shot has no sample of class 0 \(faint\) of noise to draw"),
+    ):
+        with_train(labels)
+        with pytest.raises(UserError, match=message):
+            program.main(["--checkpoint", "x", *arguments, "--tasks", task])
+
+
+def test_one_set_that_cannot_be_evaluated_costs_no_other(
+    tmp_path: Path,
+    model: InferenceModel,
+    images: list[ImageFile],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images[2].path.write_bytes(b"\x89PNG\r\n\x1a\n and nothing else")
+    broken = classification_set(tmp_path / "broken", [*images[:2], ImageFile.whole(images[2].path), *images[3:]])
+    images[2].path.write_bytes(b"no picture")
+    other = classification_set(tmp_path / "other", [*images[:2], ImageFile.whole(images[2].path), *images[3:]])
+    sound = retrieval_set(tmp_path / "sound", images[3:])
+    arguments = ("--data", str(broken), str(sound), str(other), "--output", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"2\.png in .*broken/test/0\.tar does not decode"):
+        run_program(monkeypatch, model, *arguments)
+    assert re.search(r"^error: 2\.png in .*other/test/0\.tar does not decode", capsys.readouterr().err, re.MULTILINE)
+    assert [result.dataset for result in read_results(tmp_path / "out" / "results.jsonl")] == ["sound"]
+
+
+def test_a_results_file_that_cannot_be_kept_is_refused_at_the_start(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = retrieval_set(tmp_path / "pictures", images)
+    (tmp_path / "results.jsonl").write_text("a note\n")
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1 is not a result"):
+        run_program(monkeypatch, model, "--data", str(data), "--output", str(tmp_path))
+    assert not (tmp_path / "features").exists()

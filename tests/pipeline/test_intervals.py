@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against the normal approximation, against a loop, and how often they hold the truth."""
+"""Intervals: against the normal approximation, a loop and Wilson's equation, and how often they hold the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.tasks import intervals as bootstrap
-from pipeline.evaluation.tasks.intervals import Outcomes, intervals, means
+from pipeline.evaluation.tasks.intervals import Outcomes, intervals, means, wilson_interval
+from pipeline.evaluation.tasks.multi_label import interval_of_mean_average_precision
 
 
 def test_interval_of_a_share_is_the_normal_one() -> None:
@@ -68,3 +69,24 @@ def test_how_many_are_resampled_at_once_does_not_matter(monkeypatch: pytest.Monk
     monkeypatch.setattr(bootstrap, "_AT_ONCE", 125)
     assert intervals(outcomes) == whole
     assert means(outcomes)["a"] == pytest.approx(values_N.mean().item())
+
+
+@pytest.mark.parametrize(("share", "units"), [(1.0, 8), (0.0, 8), (1.0, 2000), (0.5, 3), (1.0, 1)])
+def test_where_all_outcomes_are_the_same_the_interval_is_wilsons(share: float, units: int) -> None:
+    """It holds the shares p from which what was seen lies at most 1.96 standard deviations of p away."""
+    low, high = intervals({"x": Outcomes(torch.full((units,), share).double())})["x"]
+    assert 0 <= low < share or share == 0 == low
+    assert share < high <= 1 or share == 1 == high
+    for end in {low, high} - {share}:
+        assert abs(end - share) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / units), abs=1e-4)
+
+
+def test_wilsons_units_are_images_and_every_degenerate_metric_has_one() -> None:
+    image_C = torch.arange(40).repeat_interleave(5)
+    found = intervals({"x": Outcomes(torch.ones(200).double(), image_C)})
+    assert found["x"] == wilson_interval(1.0, 40)
+    # each class has its own outcome: the mean over classes is the same in every resample that has both
+    by_class = Outcomes(torch.tensor([1.0, 0.0]).repeat(50).double(), group_N=torch.arange(100) % 2)
+    assert intervals({"x": by_class})["x"] == wilson_interval(0.5, 100)
+    perfect_NC = torch.eye(4).repeat(10, 1)
+    assert interval_of_mean_average_precision(perfect_NC, perfect_NC.bool()) == wilson_interval(1.0, 40)
