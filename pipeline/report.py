@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     robustness = draw_robustness(entries, published)
     effective = effective_robustness_table(entries, published)
     content: dict[str, Any] = {
-        "title": _title([run.name for run in inputs.runs] or [entry.label for entry in entries]),
+        "title": _title(inputs.runs) or ", ".join(entry.label for entry in entries[:_NAMES_IN_TITLE]),
         "created": timestamp(),
         "sources": [str(path) for path in arguments.results],
         "training": training_table(inputs.runs),
@@ -94,10 +94,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _title(names: Sequence[str]) -> str:
-    """The names of what the report is about, not too many of them."""
-    more = len(names) - _NAMES_IN_TITLE
-    return ", ".join(names[:_NAMES_IN_TITLE]) + (f" and {more} more" if more > 0 else "")
+def _title(runs: Sequence[Run]) -> str:
+    """What the report is about: the run with its model and masks, or the names of several."""
+    if len(runs) == 1 and runs[0].recipe:
+        recipe = runs[0].recipe
+        return f"{runs[0].name}: {recipe.model.name}, masking {recipe.masking.strategy}"
+    more = len(runs) - _NAMES_IN_TITLE
+    return ", ".join(run.name for run in runs[:_NAMES_IN_TITLE]) + (f" and {more} more" if more > 0 else "")
 
 
 def _draw_masks(source: Path, runs: Sequence[Run]) -> Sheet:

@@ -171,6 +171,7 @@ def _histogram(
     def paint(axes: Axes, theme: Theme) -> None:
         axes.stairs(counts, edges, fill=True, color=theme.line(0))
         axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
         style_axes(axes, theme)
 
     return draw_chart(name, title, description, paint)
@@ -178,5 +179,5 @@ def _histogram(
 
 def _curve(x: Sequence[float], y: Sequence[float], axes: Axes, theme: Theme) -> None:
     axes.plot(x, y, color=theme.line(0))
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.05 * max(y, default=1))
     style_axes(axes, theme)

@@ -165,38 +165,47 @@ def training_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _training_facts(run: Run) -> dict[str, str]:
-    facts: dict[str, str] = {}
-    if run.recipe:
-        stages = run.recipe.by_stage()
-        recipes = [recipe for _, recipe in stages]
-        facts["model"] = run.recipe.model.name
-        if run.recipe.stages:
-            facts["stages"] = "; ".join(str(name) for name, _ in stages)
-            facts["images"] = _by_stage(str(_image_size(recipe)) for recipe in recipes) + " px"
-        facts["masking"] = _by_stage(_masking(recipe) for recipe in recipes)
-        facts["batch"] = _by_stage(f"{recipe.train.global_batch_size:,}" for recipe in recipes) + " pairs"
-        facts["learning rate"] = _by_stage(f"{recipe.optimizer.lr:g}" for recipe in recipes)
-        facts["weight decay"] = _by_stage(f"{recipe.optimizer.weight_decay:g}" for recipe in recipes)
+    """What was trained on what, then what came of it, then how."""
+    recipe, outcome = _recipe_facts(run.recipe) if run.recipe else {}, _outcome(run)
+    return {name: recipe.pop(name) for name in ("model", "masking", "data") if name in recipe} | outcome | recipe
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, str]:
+    stages = recipe.by_stage()
+    recipes = [of_stage for _, of_stage in stages]
+    facts = {"model": recipe.model.name, "masking": _by_stage(map(_masking, recipes))}
+    if any(map(_data, recipes)):
         facts["data"] = _by_stage(map(_data, recipes))
-        facts["seed"] = str(run.recipe.train.seed)
-    if run.steps:
-        last = run.steps[-1]
-        facts["steps"] = f"{last['step']:,}"
-        if "samples_seen" in last:
-            facts["samples seen"] = f"{last['samples_seen']:,}"
-        if "epoch" in last:
-            facts["epochs"] = f"{last['epoch']:.2f}"
-        if "wall_time_s" in last:
-            facts["wall time"] = format_duration(last["wall_time_s"])
-        if cost := run.cost_at(last["step"]):
-            facts[device_hours_label([run])] = f"{cost.device_h:.3g} on {run.world_size}"
-        for metric, label in (("samples_per_s", "samples/s, median"), ("tokens_per_s", "tokens/s, median")):
-            curves = [stage.curve(metric)[1] for stage in run.by_stage()]
-            if any(curves):
-                facts[label] = _by_stage(f"{statistics.median(values):,.0f}" for values in curves if values)
-        if losses := run.by_stage()[-1].curve("loss")[1]:
-            final = losses[-max(1, len(losses) // 20) :]
-            facts["loss, last 5 % of the log"] = f"{statistics.fmean(final):.3f}"
+    if recipe.stages:
+        facts["stages"] = "; ".join(str(name) for name, _ in stages)
+        facts["images"] = _by_stage(str(_image_size(of_stage)) for of_stage in recipes) + " px"
+    facts["batch"] = _by_stage(f"{of_stage.train.global_batch_size:,}" for of_stage in recipes) + " pairs"
+    facts["learning rate"] = _by_stage(f"{of_stage.optimizer.lr:g}" for of_stage in recipes)
+    facts["weight decay"] = _by_stage(f"{of_stage.optimizer.weight_decay:g}" for of_stage in recipes)
+    return facts | {"seed": str(recipe.train.seed)}
+
+
+def _outcome(run: Run) -> dict[str, str]:
+    if not run.steps:
+        return {}
+    facts = {}
+    last = run.steps[-1]
+    if losses := run.by_stage()[-1].curve("loss")[1]:
+        final = losses[-max(1, len(losses) // 20) :]
+        facts["loss, last 5 % of the log"] = f"{statistics.fmean(final):.3f}"
+    facts["steps"] = f"{last['step']:,}"
+    if "samples_seen" in last:
+        facts["samples seen"] = f"{last['samples_seen']:,}"
+    if "epoch" in last:
+        facts["epochs"] = f"{last['epoch']:.2f}"
+    if "wall_time_s" in last:
+        facts["wall time"] = format_duration(last["wall_time_s"])
+    if cost := run.cost_at(last["step"]):
+        facts[device_hours_label([run])] = f"{cost.device_h:.3g} on {run.world_size}"
+    for metric, label in (("samples_per_s", "samples/s, median"), ("tokens_per_s", "tokens/s, median")):
+        curves = [stage.curve(metric)[1] for stage in run.by_stage()]
+        if any(curves):
+            facts[label] = _by_stage(f"{statistics.median(values):,.0f}" for values in curves if values)
     return facts
 
 
