@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -26,6 +27,10 @@ class Theme:
     def line(self, index: int) -> str:
         """The colour of the line of this number."""
         return self.lines[index % len(self.lines)]
+
+    def dashes(self, index: int) -> str:
+        """Its kind of line: those that share a colour differ in it."""
+        return ("-", "--", "-.", ":")[index // len(self.lines) % 4]
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, lightened for dark pages.
@@ -101,3 +106,10 @@ def plain(text: str, longest: int = 40) -> str:
     text = " ".join(text.split())
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return text.replace("$", r"\$").lstrip("_") or " "
+
+
+def plain_apart(labels: Sequence[str], longest: int = 40) -> list[str]:
+    """Each label as `plain` shows it; whole, however long, where labels that differ would look the same."""
+    looks = {label: plain(label, longest) for label in labels}
+    times = Counter(looks.values())
+    return [looks[label] if times[looks[label]] == 1 else plain(label, len(label)) for label in labels]

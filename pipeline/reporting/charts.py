@@ -9,9 +9,10 @@ from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 
-from formats.charts import Chart, Theme, add_legend, draw_chart, plain, style_axes
+from formats.charts import Chart, Theme, add_legend, draw_chart, plain, plain_apart, style_axes
 from pipeline.evaluation.sets.known import set_key
 from pipeline.reporting.inputs import Checkpoint
 from pipeline.reporting.runs import Run, device_hours_label
@@ -79,8 +80,9 @@ def draw_robustness(entries: Sequence[Entry], published: Published) -> Chart | N
         return None
     if table := published.tables.get(ROBUSTNESS.name):
         for method in table.rows:
-            figures_of = table.figures(method)
-            points.append(Point(figures_of["imagenet"], figures_of["ood"], method, True))
+            printed = table.figures(method)
+            if {"imagenet", "ood"} <= printed.keys():
+                points.append(Point(printed["imagenet"], printed["ood"], method, True))
     return draw_chart(
         "robustness",
         "Robustness",
@@ -91,10 +93,11 @@ def draw_robustness(entries: Sequence[Entry], published: Published) -> Chart | N
 
 def _paint_points(points: Sequence[Point], x_label: str, y_label: str, is_cost: bool, axes: Axes, theme: Theme) -> None:
     labels = list(dict.fromkeys(point.label for point in points if not point.is_published))
-    for index, label in enumerate(labels):
+    for index, (label, shown) in enumerate(zip(labels, plain_apart(labels, 28), strict=True)):
         own = sorted(point for point in points if point.label == label and not point.is_published)
         x, y = [point.x for point in own], [point.y for point in own]
-        axes.plot(x, y, color=theme.line(index), marker="o", linewidth=1.6 if is_cost else 0, label=plain(label, 28))
+        style = {"color": theme.line(index), "linestyle": theme.dashes(index), "marker": "osD^"[index // 6 % 4]}
+        axes.plot(x, y, linewidth=1.6 if is_cost else 0, label=shown, **style)
     for point in points:
         if point.is_published:
             axes.plot([point.x], [point.y], color=theme.text, marker="o", markerfacecolor="none", linewidth=0)
@@ -140,8 +143,8 @@ def draw_curves(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _paint_runs(runs: Sequence[Run], metric: str, is_share: bool, axes: Axes, theme: Theme) -> None:
-    for index, run in enumerate(runs):
-        _draw_run(axes, run, metric, theme.line(index), theme)
+    for index, (run, label) in enumerate(zip(runs, plain_apart([run.name for run in runs]), strict=True)):
+        _draw_run(axes, run, metric, label, index, theme)
     axes.set_xlabel("samples seen")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if is_share:
@@ -152,16 +155,17 @@ def _paint_runs(runs: Sequence[Run], metric: str, is_share: bool, axes: Axes, th
         add_legend(axes, theme)
 
 
-def _draw_run(axes: Axes, run: Run, metric: str, colour: str, theme: Theme) -> None:
+def _draw_run(axes: Axes, run: Run, metric: str, label: str, index: int, theme: Theme) -> None:
     """A line per stage, with a dotted line between: batches and masks differ, and with them what a loss means."""
     stages = [stage for stage in run.by_stage() if stage.curve(metric)[0]]
-    for index, stage in enumerate(stages):
-        if index:
+    for number, stage in enumerate(stages):
+        if number:
             axes.axvline(stage.curve(metric)[0][0], color=theme.text, linewidth=0.8, linestyle=":", alpha=0.6)
-        _draw_stage(axes, stage, metric, colour, label=plain(run.name) if index == 0 else "")
+        (line,) = _draw_stage(axes, stage, metric, theme.line(index))
+        line.set(label="" if number else label, linestyle=theme.dashes(index))
 
 
-def _draw_stage(axes: Axes, stage: Run, metric: str, colour: str, label: str) -> None:
+def _draw_stage(axes: Axes, stage: Run, metric: str, colour: str) -> list[Line2D]:
     positions, values = stage.curve(metric)
     x, mean, low, high = _bin(positions, values)
     deviations = stage.curve(f"{metric}_std")[1]
@@ -170,7 +174,7 @@ def _draw_stage(axes: Axes, stage: Run, metric: str, colour: str, label: str) ->
         low = [center - deviation for center, deviation in zip(mean, spread, strict=True)]
         high = [center + deviation for center, deviation in zip(mean, spread, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, mean, color=colour, linewidth=1.6, label=label, marker="o" if len(x) == 1 else None)
+    return axes.plot(x, mean, color=colour, linewidth=1.6, marker="o" if len(x) == 1 else None)
 
 
 def _bin(positions: list[float], values: list[float]) -> tuple[list[float], list[float], list[float], list[float]]:

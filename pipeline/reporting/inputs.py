@@ -108,26 +108,31 @@ def name_checkpoints(
     found: Sequence[tuple[Result, Path]], runs: Sequence[Run]
 ) -> tuple[tuple[Run, ...], tuple[Checkpoint, ...]]:
     """The runs with names that differ, and the results of each checkpoint, given with the files they are from."""
+    origins: dict[tuple[str, str | None, Path], tuple[Path, Run | None]] = {}
     groups: dict[tuple[Path, Path, str, str | None], dict[tuple[str, str, str | None], Result]] = {}
-    writers = [_writer(result, file, found, runs) for result, file in found]
-    for (result, file), run in zip(found, writers, strict=True):
+    writers: dict[tuple[Path, Path, str, str | None], Run | None] = {}
+    for result, file in found:
         run_path, rest = _split(result)
-        where = run.directory if run else next((home for home in _homes(run_path, file) if home.exists()), run_path)
-        group = groups.setdefault((where, rest, result.model, result.weights_sha256), {})
-        group[result.dataset, result.task, result.content_sha256] = result
+        what = (result.checkpoint or result.model, result.weights_sha256, file)
+        if what not in origins:
+            is_alone = all(_split(other)[0] == run_path for other, of_file in found if of_file == file)
+            origins[what] = _origin(result, file, is_alone, runs)
+        where, run = origins[what]
+        key = (where, rest, result.model, result.weights_sha256)
+        writers[key] = run
+        groups.setdefault(key, {})[result.dataset, result.task, result.content_sha256] = result
     names = shortest_names([*(run.directory for run in runs), *(where for where, *_ in groups)])
-    runs = [replace(run, name=names[run.directory]) for run in runs]
+    named = {run.directory: replace(run, name=names[run.directory]) for run in runs}
     twins = Counter((where, rest, model) for where, rest, model, _ in groups)
-    by_directory = {run.directory: run for run in runs}
-    known = {id(result): by_directory[run.directory] for (result, _), run in zip(found, writers, strict=True) if run}
     checkpoints = []
-    for (where, rest, model, weights_sha256), results in groups.items():
+    for key, results in groups.items():
+        where, rest, model, weights_sha256 = key
         label = names[where] + (", averaged weights" if rest.name == AVERAGED_WEIGHTS else "")
         if twins[where, rest, model] > 1:
             label += f" ({(weights_sha256 or 'unknown weights')[:8]})"
-        first = next(iter(results.values()))
-        checkpoints.append(Checkpoint(label, tuple(results.values()), known.get(id(first))))
-    return tuple(runs), tuple(checkpoints)
+        run = writers[key]
+        checkpoints.append(Checkpoint(label, tuple(results.values()), run and named[run.directory]))
+    return tuple(named.values()), tuple(checkpoints)
 
 
 def shortest_names(paths: Iterable[Path]) -> dict[Path, str]:
@@ -157,32 +162,26 @@ def _split(evaluated: Result | ModelIdentity) -> tuple[Path, Path]:
     return Path(*parts[:at]), Path(*parts[at:])
 
 
-def _homes(run_path: Path, file: Path) -> list[Path]:
-    """Where a path is that an evaluation wrote down: it was started here, or in a folder above its results."""
-    return [(base / run_path).resolve() for base in (Path.cwd(), *file.parents)]
+def _origin(result: Result, file: Path, is_alone: bool, runs: Sequence[Run]) -> tuple[Path, Run | None]:
+    """Where a result's checkpoint is from, and the run that wrote it: by the hash of its weights, else by whole path.
 
-
-def _writer(result: Result, file: Path, found: Sequence[tuple[Result, Path]], runs: Sequence[Run]) -> Run | None:
-    """The run that wrote a result's checkpoint, by the hash of its weights or by its whole path; None if none did.
-
-    A run that was moved without its checkpoints is known by `evaluation/` in it, if all results there are of one run.
+    A run that was moved without its checkpoints is known by `evaluation/` in it, if all results there are of one run
+    (`is_alone`).
     """
     run_path, rest = _split(result)
-    if not rest.parts:
-        return None
-    homes = _homes(run_path, file)
-    here = [run for run in runs if run.directory in homes]
+    # an evaluation wrote down a path from where it was started: a folder above its results, or this one
+    homes = ((base / run_path).resolve() for base in (*file.parents, Path.cwd()))
+    home = next((home for home in homes if home.exists()), None)
     if same := [run for run in runs if result.weights_sha256 in run.weights.values()]:
-        return next((run for run in here if run in same), same[0])
-    if not any(home.exists() for home in homes) and all(
-        _split(other)[0] == run_path for other, at in found if at == file
-    ):
-        here += [
-            run for run in runs if file.parent == run.directory / EVALUATION and run_path.name == run.directory.name
-        ]
-    # what lies at that path now may have been trained anew
+        run = next((run for run in same if run.directory == home), same[0])
+        return run.directory, run
+    if home is None and is_alone:
+        named = [run.directory for run in runs if run.directory.name == run_path.name]
+        home = next((directory for directory in named if directory / EVALUATION == file.parent), None)
+    # what lies there now may have been trained anew
     weights_file = str(rest if rest.name == AVERAGED_WEIGHTS else rest / WEIGHTS)
-    return next((run for run in here if run.weights.get(weights_file) in (None, result.weights_sha256)), None)
+    wrote_it = (run for run in runs if run.weights.get(weights_file) in (None, result.weights_sha256))
+    return home or run_path, next((run for run in wrote_it if run.directory == home and rest.parts), None)
 
 
 def _result_files(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from formats.charts import Chart, Theme, draw_chart, plain
+from formats.charts import Chart, Theme, draw_chart, plain_apart
 from formats.errors import UserError
 from pipeline.evaluation.sets.layouts import ClassificationSet, RetrievalSample, RetrievalSet
 from pipeline.evaluation.tasks import retrieval, zero_shot
@@ -201,7 +201,7 @@ def _paint(counts_CC: Tensor, names: tuple[str, ...], axes: Axes, theme: Theme) 
     share_CC = counts_CC / counts_CC.sum(dim=1, keepdim=True).clamp_min(1)
     shades = LinearSegmentedColormap.from_list("shades", theme.shades)
     axes.imshow(share_CC.numpy(), cmap=shades, vmin=0, vmax=1)
-    ticks, labels = range(len(names)), [plain(name, _NAME_LETTERS) for name in names]
+    ticks, labels = range(len(names)), plain_apart(names, _NAME_LETTERS)
     size = 9 if len(names) <= _MAX_NUMBERED else 7
     axes.set_xticks(ticks, labels, rotation=90, fontsize=size)
     axes.set_yticks(ticks, labels, fontsize=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -107,7 +108,8 @@ def store(job: Job, output: Path, features: Mapping[str, torch.Tensor]) -> None:
     for name, collection_store in stores.items():
         features_ND = F.normalize(features[name].float(), dim=1)
         assert len(features_ND) == len(collection_store.collection)
-        collection_store.write(0, features_ND, [bytes(32)] * len(features_ND))
+        items = [item.encode() if isinstance(item, str) else item.read() for item in collection_store.collection.items]
+        collection_store.write(0, features_ND, [hashlib.sha256(item).digest() for item in items])
     job.directory(output).mkdir(parents=True)
     write_json(job.directory(output) / JOB_FILE, job.record())
     write_json(job.directory(output) / "slice_0_of_1.json", {"seconds": 1.0})

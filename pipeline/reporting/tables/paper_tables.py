@@ -93,8 +93,10 @@ def _figures_of_seed(layout: PaperLayout, results: Sequence[Result]) -> dict[str
 
 def format_interval(result: Result, metric: str) -> str:
     """The 95 % interval of a figure in percent, nothing if the result has none."""
-    ends = result.intervals.get(metric)
-    return f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
+    match result.intervals.get(metric):
+        case [low, high]:
+            return f"[{100 * low:.1f}, {100 * high:.1f}]"
+    return ""
 
 
 def find_results(measure: Measure, results: Sequence[Result]) -> list[Result]:
@@ -200,8 +202,8 @@ def effective_robustness_table(entries: Sequence[Entry], published: Published) -
     table = published.tables.get(ROBUSTNESS.name)
     if table is None or len(table.rows) < _FEWEST_MODELS:
         return None
-    baseline = [table.figures(method) for method in table.rows]
     imagenet, *shifted = ROBUSTNESS.measures
+    baseline = [table.figures(method) for method in table.rows]
     rows = []
     for entry in entries:
         figures = entry_figures(ROBUSTNESS, entry)
@@ -209,17 +211,19 @@ def effective_robustness_table(entries: Sequence[Entry], published: Published) -
             continue
         cells = []
         for measure in shifted:
-            shares = [(row[imagenet.key] / 100, row[measure.key] / 100) for row in baseline]
+            pairs = [(row.get(imagenet.key, 0) / 100, row.get(measure.key, 0) / 100) for row in baseline]
+            line = [(x, y) for x, y in pairs if _is_open(x) and _is_open(y)]
+            has_line = len({x for x, _ in line}) >= _FEWEST_MODELS
             cells.append(
-                _points(effective_robustness(figures[imagenet.key].share, figures[measure.key].share, shares))
-                if measure.key in figures and _is_open(figures[imagenet.key].share)
+                _points(effective_robustness(figures[imagenet.key].share, figures[measure.key].share, line))
+                if has_line and measure.key in figures and _is_open(figures[imagenet.key].share)
                 else Cell("")
             )
         if any(cell.text for cell in cells):
             rows.append(Row(entry.label, tuple(cells), entry.note))
     if not rows:
         return None
-    known = [row[imagenet.key] for row in baseline]
+    known = [row[imagenet.key] for row in baseline if imagenet.key in row]
     return Table(
         "effective_robustness",
         "Effective robustness",

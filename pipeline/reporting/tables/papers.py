@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from formats.errors import UserError
+from formats.files import read_text
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ LAYOUTS = (ZERO_SHOT, RETRIEVAL, LINEAR_PROBE, ROBUSTNESS, SUGARCREPE)
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -141,7 +146,7 @@ class PublishedTable(_Strict):
     """Figures by method, in percent, in the order of `columns`."""
 
     columns: tuple[str, ...]
-    rows: dict[str, tuple[float, ...]]
+    rows: dict[str, tuple[Percent, ...]]
 
     @model_validator(mode="after")
     def _has_whole_rows(self) -> PublishedTable:
@@ -160,8 +165,8 @@ class PublishedCost(_Strict):
 
     system: str
     data: str
-    imagenet: float
-    gpu_hours: float
+    imagenet: Percent
+    gpu_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     source: str
 
 
@@ -169,7 +174,7 @@ class Published(_Strict):
     """Published tables by the name of their group; `methods`: training time relative to CLIP's."""
 
     source: str = ""
-    methods: dict[str, float] = {}
+    methods: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     tables: dict[str, PublishedTable] = {}
     costs: tuple[PublishedCost, ...] = ()
 
@@ -177,10 +182,10 @@ class Published(_Strict):
 def read_published(file: Path = PUBLISHED_FILE) -> Published:
     """The published rows of a file. Raises UserError if it is missing or has another form."""
     try:
-        return Published.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Published.model_validate(yaml.safe_load(read_text(file)))
     except OSError as error:
         raise UserError(f"cannot read the published rows {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
