@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from formats.files import write_atomically, write_json
+from formats.files import read_json, write_atomically, write_json
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import OPTIONS, read_recipe_file
 from pipeline.recipe_options import Change
@@ -24,13 +23,7 @@ def write_record(run_directory: Path, recipe: Recipe, record: dict[str, Any]) ->
 def read_record(run_directory: Path) -> dict[str, Any]:
     """run.json, empty if there is none."""
     path = run_directory / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return record
+    return read_json(path) if path.exists() else {}
 
 
 def check_unchanged(

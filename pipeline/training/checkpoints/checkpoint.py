@@ -120,7 +120,7 @@ def read_contents(checkpoint: Path) -> Contents:
     except FileNotFoundError:
         why = f"no {COMPLETE}: the run stopped while saving it" if checkpoint.is_dir() else "it is gone"
         raise UserError(why) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{COMPLETE} cannot be read: {error}") from None
     try:
         version = content.pop("format_version", 1)
