@@ -29,8 +29,12 @@ class Theme:
         return self.lines[index % len(self.lines)]
 
     def dashes(self, index: int) -> str:
-        """Its kind of line: those that share a colour differ in it."""
+        """Its kind of line: those that share a colour differ in it, and in their markers."""
         return ("-", "--", "-.", ":")[index // len(self.lines) % 4]
+
+    def marker(self, index: int) -> str:
+        """The shape of its points."""
+        return "osD^"[index // len(self.lines) % 4]
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, lightened for dark pages.

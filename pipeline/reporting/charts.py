@@ -96,8 +96,8 @@ def _paint_points(points: Sequence[Point], x_label: str, y_label: str, is_cost: 
     for index, (label, shown) in enumerate(zip(labels, plain_apart(labels, 28), strict=True)):
         own = sorted(point for point in points if point.label == label and not point.is_published)
         x, y = [point.x for point in own], [point.y for point in own]
-        style = {"color": theme.line(index), "linestyle": theme.dashes(index), "marker": "osD^"[index // 6 % 4]}
-        axes.plot(x, y, linewidth=1.6 if is_cost else 0, label=shown, **style)
+        (line,) = axes.plot(x, y, linewidth=1.6 if is_cost else 0, label=shown, marker=theme.marker(index))
+        line.set(color=theme.line(index), linestyle=theme.dashes(index))
     for point in points:
         if point.is_published:
             axes.plot([point.x], [point.y], color=theme.text, marker="o", markerfacecolor="none", linewidth=0)
