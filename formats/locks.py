@@ -1,14 +1,40 @@
-"""Files that processes of a node share: locks that end with their holder, however it ends."""
+"""Locks on files and folders, that end with their holder, however it ends.
+
+Not every file system has them. What would be spoilt without (`open_shared` and the others of a node's cache) is refused
+there; what is only kept from a mistake (`try_lock`) goes on, and says so. A run directory needs none: formats.owners.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
+import sys
 import time
 from pathlib import Path
 from typing import IO
 
+from formats.errors import UserError
+
 _POLL_S = 0.02
+
+
+class NoLocksError(UserError):
+    """The file system has no locks, or does not offer them here."""
+
+
+def try_lock(file: IO[bytes] | int, path: Path, shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False if somebody holds it.
+
+    Where there are no locks, that is said once, and it counts as locked.
+    """
+    try:
+        _flock(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    except BlockingIOError:
+        return False
+    except NoLocksError as error:
+        _warn(str(error))
+    return True
 
 
 def open_shared(path: Path) -> IO[bytes] | None:
@@ -18,7 +44,7 @@ def open_shared(path: Path) -> IO[bytes] | None:
             file = path.open("rb", buffering=0)
         except FileNotFoundError:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _flock(file, path, fcntl.LOCK_SH, wait=True)
         if _is_still(path, file):
             return file
         file.close()
@@ -32,7 +58,7 @@ def open_exclusive(path: Path, wait: bool = True) -> IO[bytes] | None:
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, path, fcntl.LOCK_EX)
             if _is_still(path, file):
                 return file
             file.close()
@@ -52,13 +78,31 @@ def remove_unless_locked(path: Path) -> bool:
         return True
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, path, fcntl.LOCK_EX)
         except BlockingIOError:
             return False
         if not _is_still(path, file):
             return False  # another one by now
         path.unlink()
     return True
+
+
+def _flock(file: IO[bytes] | int, path: Path, kind: int, wait: bool = False) -> None:
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        folder = path if path.is_dir() else path.parent
+        raise NoLocksError(
+            f"{folder} is on a file system without locks ({error.strerror}): two commands at once can spoil what is "
+            "there; a disk of this machine has them"
+        ) from error
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _is_still(path: Path, file: IO[bytes]) -> bool:

@@ -8,7 +8,6 @@ out, each of which may be repeated.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import read_json_lines, write_atomically, write_json_lines
+from formats.locks import try_lock
 from formats.manifest import DATASET, MANIFEST, PROVENANCE, Shard, check_directory, write_manifest
 
 STAGED = ".staged"
@@ -32,7 +32,7 @@ def changing(directory: Path) -> Iterator[Path]:
     Raises UserError when another command is changing the directory.
     """
     check_directory(directory)
-    with _locked(directory, fcntl.LOCK_EX):
+    with _locked(directory):
         _finish(directory)
         staged = directory / STAGED
         staged.mkdir()
@@ -54,7 +54,7 @@ def reading(*directories: Path) -> Iterator[None]:
                 with changing(directory):
                     pass
             check_directory(directory)
-            locks.enter_context(_locked(directory, fcntl.LOCK_SH))
+            locks.enter_context(_locked(directory, shared=True))
         yield
 
 
@@ -64,7 +64,7 @@ def adding(directory: Path) -> Iterator[None]:
 
     Raises UserError when another command is changing the directory.
     """
-    with _locked(directory, fcntl.LOCK_SH):
+    with _locked(directory, shared=True):
         yield
 
 
@@ -132,16 +132,12 @@ def _free_name(directory: Path, shard: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, kind: int) -> Iterator[None]:
+def _locked(directory: Path, shared: bool = False) -> Iterator[None]:
     """Hold the directory against other commands; the lock ends with the process, however it ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another data-prep command works on {directory}: wait until it has ended") from error
-    except OSError:
-        pass  # a filesystem that has no locks
-    try:
+        if not try_lock(descriptor, directory, shared):
+            raise UserError(f"another data-prep command works on {directory}: wait until it has ended")
         yield
     finally:
         os.close(descriptor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from data_prep.web.ledger import OK, advice_for
 from data_prep.web.passes import Pass, Settings, read_statistics
 from data_prep.web.shard_worker import DEFECT, PROGRESS_DIRECTORY, ShardWorker, Task, progress_path, shards_under_way
 from formats.errors import UserError
+from formats.locks import try_lock
 
 POLL_S = 0.2
 LOG = "download.log"
@@ -66,17 +66,11 @@ def working_in(directory: Path, share: tuple[int, int] = (0, 1)) -> Iterator[Bin
     log_name = LOG if count == 1 else f"download_{index}_of_{count}.log"
     with adding(directory), (directory / log_name).open("ab") as log:
         give_up_s = time.monotonic() + PREDECESSOR_S
-        while True:
-            try:
-                # the workers inherit the open file as their standard output, and the lock with it
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up_s:
-                    raise UserError(f"{directory}: another download is at work here; wait for it, or end it") from None
-                time.sleep(POLL_S)
-            except OSError:
-                break  # a filesystem that has no locks: see `publish`
+        # the workers inherit the open file as their standard output, and the lock with it
+        while not try_lock(log, directory):
+            if time.monotonic() > give_up_s:
+                raise UserError(f"{directory}: another download is at work here; wait for it, or end it")
+            time.sleep(POLL_S)
         yield log
 
 
