@@ -16,7 +16,7 @@ from data_prep.tables.files import columns_of, expand, find_column, kind_by_name
 from data_prep.tables.readers import Range, Refused, read_rows
 from formats.errors import UserError
 from formats.tar import MAX_MEMBER_BYTES
-from formats.texts import TextError, decode_text
+from formats.texts import TextError, clean, decode_text
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp")
 IMAGE_NAMES = ("image", "filepath", "path", "image_path", "file_name", "filename", "jpg")
@@ -113,12 +113,12 @@ def _open_folder(folder: Path, files: Sequence[Path], columns: Columns) -> Sourc
 
     def read() -> Iterator[Item]:
         for file in others:
-            name = str(file.relative_to(folder))
+            name = clean(str(file.relative_to(folder)))
             ending = file.suffix.lower()
             if ending not in PICTURE_ENDINGS:
                 yield f"{NOT_TAKEN}: *{ending or ' without an ending'}"
                 continue
-            label = file.relative_to(folder).parts[0] if file.parent != folder else None
+            label = clean(file.relative_to(folder).parts[0]) if file.parent != folder else None
             try:
                 text = captions[file.with_suffix("")].read_bytes() if file.with_suffix("") in captions else None
                 yield Picture(file, captions_of(text), label, name)
@@ -129,7 +129,8 @@ def _open_folder(folder: Path, files: Sequence[Path], columns: Columns) -> Sourc
         for _ in range(orphans):
             yield "caption without a picture"
 
-    classes = {file.relative_to(folder).parts[0] for file in others if file.parent != folder}
+    pictures = (file for file in others if file.suffix.lower() in PICTURE_ENDINGS and file.parent != folder)
+    classes = {clean(file.relative_to(folder).parts[0]) for file in pictures}
     return Source(folder, read, len(others) + orphans, tuple(sorted(classes)))
 
 

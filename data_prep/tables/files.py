@@ -59,7 +59,10 @@ def expand(source: str) -> list[str]:
 def open_table(path: str) -> Iterator[BinaryIO]:
     """A file to read, unpacked where its name says that it is packed."""
     _, bare = fsspec.core.url_to_fs(path)
-    with fsspec.open(path, "rb", compression=infer_compression(bare)) as stream:
+    packed = infer_compression(bare)
+    if packed is None and bare.lower().endswith(COMPRESSED):
+        raise UserError(f"packed as *{bare[bare.rfind('.') :]}, which needs a library that is not installed: unpack it")
+    with fsspec.open(path, "rb", compression=packed) as stream:
         yield stream
 
 
@@ -80,6 +83,10 @@ def text_kind(stream: BinaryIO, kind: str) -> str:
     Raises UserError for UTF-16 and for lines that end in carriage returns alone.
     """
     start = stream.read(SNIFFED_BYTES)
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
+        raise UserError(
+            "is no text but packed, or parquet: give it a name that says so (*.gz, *.parquet), or unpack it"
+        )
     first_line = start.partition(b"\n")[0]
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or first_line.count(0) > len(first_line) // 4:
         raise UserError("is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
