@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import ada_url
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from data_prep.boxes import BoxError, Boxes, read_boxes
 
 # control characters that are no white space, soft hyphen, zero width (but for the joiners that emoji and Persian need),
 # marks and overrides of direction, invisible operators, byte order mark, annotations, tags (hidden ASCII)
@@ -30,10 +27,6 @@ _ALREADY_CANONICAL = (
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
 BOXES = pa.list_(pa.list_(pa.float32()))
-# the edges of a box by name, as left, top, right, bottom, or with width and height in place of the last two
-_CORNERS = (("left", "top", "right", "bottom"), ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
-_SIZED = (("x", "y", "w", "h"), ("x", "y", "width", "height"), ("left", "top", "width", "height"))
-_ROUNDING = 1e-3  # by which a published box may reach beyond its image
 
 
 def clean_captions(captions: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -88,73 +81,28 @@ def numbers(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray
     return column.cast(kind, safe=False), pc.and_(pc.fill_null(given, False), pc.is_null(column))
 
 
-def boxes(
-    column: pa.ChunkedArray, widths: pa.ChunkedArray, heights: pa.ChunkedArray
-) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """A column of boxes as [left, top, right, bottom] in shares of the image, and which rows' boxes are no such thing.
-
-    Boxes may be lists of four numbers or have edges by name, in shares or, where the image's size is known, in pixels,
-    as lists or as JSON text.
-    """
-    if column.type in (BOXES, pa.list_(pa.list_(pa.float64()))) and _are_shares(column):
+def boxes(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """A column of boxes as [left, top, right, bottom], and which of its values are none (`data_prep.boxes`)."""
+    if column.type in (BOXES, pa.list_(pa.list_(pa.float64()))) and _are_corners(column):
         return column.cast(BOXES, safe=False), pa.chunked_array([pa.array(np.zeros(len(column), np.bool_))])
-    found: list[list[list[float]] | None] = []
+    found: list[Boxes | None] = []
     bad = np.zeros(len(column), np.bool_)
-    for row, (value, *size) in enumerate(zip(*(each.to_pylist() for each in (column, widths, heights)), strict=True)):
+    for row, value in enumerate(column.to_pylist()):
         try:
-            found.append(_boxes_of(value, size))
-        except (ValueError, TypeError, KeyError, RecursionError):
+            found.append(None if value in (None, "") else read_boxes(value))
+        except BoxError:
             found.append(None)
             bad[row] = True
     return pa.chunked_array([pa.array(found, BOXES)]), pa.chunked_array([pa.array(bad)])
 
 
-def _are_shares(column: pa.ChunkedArray) -> bool:
-    """Whether all boxes are [left, top, right, bottom] in shares already."""
+def _are_corners(column: pa.ChunkedArray) -> bool:
+    """Whether all boxes are [left, top, right, bottom] already."""
     each = column.combine_chunks().flatten()
     if not pc.all(pc.equal(pc.list_value_length(each), 4), min_count=0, skip_nulls=False).as_py():
         return False
     edges = each.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
-    inside = (edges >= -_ROUNDING) & (edges <= 1 + _ROUNDING)
-    return bool(inside.all() and (edges[:, :2] <= edges[:, 2:]).all())
-
-
-def _boxes_of(value: Any, size: Sequence[int | None]) -> list[list[float]] | None:
-    """Raises ValueError, TypeError or KeyError for what are no boxes."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.strip() else None
-    if value is None:
-        return None
-    if isinstance(value, Mapping) or (value and not isinstance(value[0], list | Mapping)):
-        value = [value]  # one box by itself
-    found = []
-    for box in value:
-        edges = _edges(box)
-        if max(edges) > 1 + _ROUNDING:  # pixels
-            width, height = size
-            if not width or not height:
-                raise ValueError("pixels of an image of unknown size")
-            edges = [edge / side for edge, side in zip(edges, (width, height) * 2, strict=True)]
-        left, top, right, bottom = edges
-        if not (-_ROUNDING <= left <= right <= 1 + _ROUNDING and -_ROUNDING <= top <= bottom <= 1 + _ROUNDING):
-            raise ValueError("a box outside its image")
-        found.append(edges)
-    return found
-
-
-def _edges(box: Any) -> list[float]:
-    if isinstance(box, Mapping):
-        names = next((names for names in (*_CORNERS, *_SIZED) if set(names) <= set(box)), None)
-        if names is None:
-            raise KeyError("no edges")
-        edges = [float(box[name]) for name in names]
-        if names in _SIZED:
-            edges[2:] = [edges[0] + edges[2], edges[1] + edges[3]]
-    else:
-        edges = [float(edge) for edge in box]
-    if len(edges) != 4 or not all(map(math.isfinite, edges)):
-        raise ValueError("not four numbers")
-    return edges
+    return bool(np.isfinite(edges).all() and (edges[:, :2] <= edges[:, 2:]).all())
 
 
 def _replace_where(column: pa.ChunkedArray, mask: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -111,7 +111,7 @@ def _typed(table: pa.Table) -> tuple[pa.Table, dict[str, pa.ChunkedArray]]:
         absent = pa.chunked_array([pa.nulls(table.num_rows, field.type)])
         column = table[field.name] if field.name in table.column_names else absent
         if field.type == BOXES:
-            columns[field.name], bad = boxes(column, columns["width"], columns["height"])
+            columns[field.name], bad = boxes(column)
             unusable[NO_BOXES] = bad
         elif pa.types.is_string(field.type):
             nested = pa.types.is_nested(column.type)

@@ -6,21 +6,17 @@ Arrays: H, W = pixel rows and columns, C = RGB.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
 
+from data_prep import boxes as box_layouts
+from data_prep.boxes import Boxes
 from data_prep.web.ledger import DECODE, TOO_LARGE, FetchError
 from formats import pictures
 from formats.pictures import Header, ImageError, ImageTooLargeError, Pixels
-
-Boxes: TypeAlias = Sequence[Sequence[float]]
 
 # More than a shard may hold: most are scaled down.
 MAX_PIXELS = 50_000_000
@@ -31,10 +27,6 @@ FORMATS: tuple[pictures.Format, ...] = ("jpg", "png", "webp", "gif")
 RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
 WHITE = 255
 LARGEST_SHARE = 2.0  # detectors put edges outside the picture; a box that is smaller in pixels is read as a large share
-_CORNER_NAMES = (("left", "top", "right", "bottom"), ("x1", "y1", "x2", "y2"), ("x0", "y0", "x1", "y1"),
-                 ("xmin", "ymin", "xmax", "ymax"))  # fmt: skip
-_SIZE_NAMES = (("x", "y", "w", "h"), ("x", "y", "width", "height"), ("left", "top", "width", "height"))
-_WHOLE_NAMES = frozenset({"bbox", "box", "boundingbox"})
 BLUR_MARGIN = 0.1  # of a box's longer side, as in the obfuscation of ImageNet's faces (arXiv 2103.06191)
 
 
@@ -106,49 +98,11 @@ def shrink(pixels_HWC: Pixels, width: int, height: int) -> Pixels:
 
 
 def read_boxes(value: Any) -> Boxes:
-    """Boxes to blur as (left, top, right, bottom), from the layouts in which people have them.
-
-    A list of [left, top, right, bottom], of objects with these names (also x1, xmin, …; x, y, width, height; one inside
-    `bbox`), a single one of either, or any of that as JSON text. They are shares of width and height, or pixels if one
-    is larger than 2. Null and nothing are no boxes.
-
-    Raises FetchError for everything else: an unblurred face is worse than no picture.
-    """
-    if isinstance(value, str | bytes):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise FetchError(DECODE, f"boxes to blur are no JSON: {str(value)[:80]}") from error
-    if value is None:
-        return []
-    is_single = isinstance(value, Mapping) or (isinstance(value, list) and value and _is_number(value[0]))
-    boxes = [value] if is_single else value
-    if not isinstance(boxes, list):
-        raise FetchError(DECODE, f"not boxes to blur: {str(value)[:80]}")
-    return [_corners(box) for box in boxes]
-
-
-def _corners(box: Any) -> tuple[float, float, float, float]:
-    if isinstance(box, Mapping):
-        named = {str(name).lower().replace("_", ""): number for name, number in box.items()}
-        for whole in _WHOLE_NAMES.intersection(named):
-            return _corners(named[whole])
-        sides = next(([named[n] for n in names] for names in _CORNER_NAMES if named.keys() >= set(names)), None)
-        if sides is None:
-            sides = next(([named[n] for n in names] for names in _SIZE_NAMES if named.keys() >= set(names)), [])
-            if len(sides) == 4 and all(map(_is_number, sides)):
-                sides = [sides[0], sides[1], sides[0] + sides[2], sides[1] + sides[3]]
-        box = sides
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
-        raise FetchError(DECODE, f"a box to blur is not [left, top, right, bottom]: {str(box)[:80]}")
-    left, top, right, bottom = map(float, box)
-    if not (math.isfinite(left + top + right + bottom) and left <= right and top <= bottom):
-        raise FetchError(DECODE, f"a box to blur is not [left, top, right, bottom]: {str(list(box))[:80]}")
-    return left, top, right, bottom
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    """Boxes to blur, see `data_prep.boxes`. Raises FetchError for what are none."""
+    try:
+        return box_layouts.read_boxes(value)
+    except box_layouts.BoxError as error:
+        raise FetchError(DECODE, str(error)) from error
 
 
 def _as_shares(boxes: Boxes, width: int, height: int) -> Boxes:

@@ -146,26 +146,24 @@ BOX = [0.25, 0.5, 0.75, 1.0]
         ({"left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1}, [BOX]),
         ([{"x1": 0.25, "y1": 0.5, "x2": 0.75, "y2": 1}], [BOX]),
         (json.dumps({"x": 0.25, "y": 0.5, "w": 0.5, "h": 0.5}), [BOX]),
-        ([[50, 50, 150, 100]], [BOX]),  # pixels of 200 x 100
+        ([[50, 50, 150, 100]], [[50, 50, 150, 100]]),  # pixels: the download knows of how many
         ([[0.5, 0.5, 0.1, 0.1]], "no"),  # right is left of left
         ([[0.5, 0.5]], "no"),
         ([[0.1, 0.1, float("nan"), 0.2]], "no"),
-        ([[50, 50, 350, 100]], "no"),  # beyond the image
+        ("[[1e999, 0, 0, 1]]", "no"),
+        (f"[[{10**400}, 0, 0, 1]]", "no"),
+        ('{"box":' * 900 + "1" + "}" * 900, "no"),
         ("[[0.5", "no"),
         ("a face", "no"),
         ({"face": 1}, "no"),
     ],
 )
 def test_boxes_in_the_layouts_that_people_have(value: object, expected: object) -> None:
-    size = (as_column([200], pa.int32()), as_column([100], pa.int32()))
-    column, bad = boxes(as_column([value]), *size)
+    column, bad = boxes(as_column([value]))
     assert ("no" if bad[0].as_py() else column[0].as_py()) == expected
 
 
-def test_pixels_of_an_image_of_unknown_size_are_no_boxes() -> None:
-    size = (as_column([None], pa.int32()), as_column([100], pa.int32()))
-    assert boxes(as_column([[[50, 50, 150, 100]]]), *size)[1].to_pylist() == [True]
-    assert boxes(as_column([[[BOX[0], None, 1.0, 1.0]], [BOX]], BOXES), *(as_column([1, 1]),) * 2)[1].to_pylist() == [
-        True,
-        False,
-    ]
+def test_one_row_with_other_boxes_leaves_the_rest_as_it_is() -> None:
+    column, bad = boxes(as_column([[BOX], [[0.25, None, 1.0, 1.0]], None, [], [[0.5, 0.5, 0.25, 1.0]]], BOXES))
+    assert column.to_pylist() == [[BOX], None, None, [], None]
+    assert bad.to_pylist() == [False, True, False, False, True]
