@@ -55,6 +55,7 @@ class AttentiveCopy(nn.Module):
         for name, average in self.visual.named_parameters():
             average.lerp_(weights[name].detach().to(average.dtype), 1 - decay)
 
-    def scores(self, images: PatchedImages) -> Tensor:
-        """`class_attention` of the copy: fp32 [B, L]."""
-        return class_attention(self.visual, images)
+    def scores(self, images: PatchedImages, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`class_attention` of the copy, its products computed in `dtype`: fp32 [B, L]."""
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            return class_attention(self.visual, images)

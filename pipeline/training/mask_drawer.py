@@ -5,15 +5,18 @@ B images, L patches of an image, T = L + 1 tokens, D width of patch embeddings, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Generator, Tensor
 
 from model.class_attention import AttentiveCopy
 from model.masking import Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
 from model.vision import VisionTransformer, embed_patches
 from pipeline.ranks import Ranks
+from pipeline.recipe import Precision
 from pipeline.training.engines.engine import gathered_weights
 
 _EMBEDDING = ("patch_embedding.weight", "positional_embedding")
@@ -24,12 +27,20 @@ class MaskDrawer:
 
     A mask depends on (seed, step, micro-batch, rank) and on the weights where the strategy looks at them, so that a
     resumed run draws the same ones, and so does a second pass over the same batch.
+
+    precision: of the model, and so of the products of the copy that `attentive` looks through
     """
 
     name = "attentive_copy"
 
     def __init__(
-        self, config: MaskingConfig, visual: VisionTransformer, patch_size: int, seed: int, ranks: Ranks
+        self,
+        config: MaskingConfig,
+        visual: VisionTransformer,
+        patch_size: int,
+        seed: int,
+        ranks: Ranks,
+        precision: Precision = "fp32",
     ) -> None:
         self.config = config
         self.patch_size = patch_size
@@ -38,6 +49,7 @@ class MaskDrawer:
             with gathered_weights(visual) as weights:
                 self.copy = AttentiveCopy(visual, weights)
         self._visual = visual
+        self._dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self._seed = seed
         self._rank = ranks.rank
         self._generator = Generator(device=ranks.device)
@@ -49,7 +61,7 @@ class MaskDrawer:
         guidance = Guidance(
             progress=progress,
             embed=self._embed() if self.config.embedding_mix else None,
-            class_attention=self.copy.scores if self.copy else None,
+            class_attention=functools.partial(self.copy.scores, dtype=self._dtype) if self.copy else None,
         )
         return images, choose_patches(images, self.config, self._generator, guidance)
 

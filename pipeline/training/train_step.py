@@ -55,15 +55,10 @@ def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks)
     speed_up(clip, stage)
     section = stage.recipe.optimizer
     engine = make_engine(clip, stage.recipe, config, ranks)
-    decay = section.ema_decay
-    return Learner(
-        engine,
-        MaskDrawer(stage.masking, clip.visual, stage.model.vision.patch_size, stage.seed, ranks),
-        make_step_loss(stage.recipe.loss, ranks),
-        section.max_grad_norm,
-        None if decay is None else WeightAverage(engine, decay, stage.first_step, ranks),
-        ranks,
-    )
+    patch_size, decay = stage.model.vision.patch_size, section.ema_decay
+    masks = MaskDrawer(stage.masking, clip.visual, patch_size, stage.seed, ranks, engine.precision)
+    average = None if decay is None else WeightAverage(engine, decay, stage.first_step, ranks)
+    return Learner(engine, masks, make_step_loss(stage.recipe.loss, ranks), section.max_grad_norm, average, ranks)
 
 
 class Encoded(NamedTuple):

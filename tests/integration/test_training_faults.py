@@ -39,8 +39,9 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def same_weights(run: Path, first_step: int, second_step: int) -> bool:
-    first, second = (load_file(run / f"checkpoints/step_{n:08d}/model.safetensors") for n in (first_step, second_step))
+def same_weights(run: Path, first_step: int, second_step: int, file: str = "model") -> bool:
+    steps = (first_step, second_step)
+    first, second = (load_file(run / f"checkpoints/step_{step:08d}/{file}.safetensors") for step in steps)
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -75,14 +76,21 @@ def test_rolling_back_takes_the_weights_of_the_last_checkpoint(
 ) -> None:
     """Before the first checkpoint there is nothing to go back to; afterwards data and steps go on."""
     options = [*options, f"train.deepspeed_config={template}", "faults.on_non_finite=roll_back"]
+    options.append("optimizer.ema_decay=0.5")
     program = start(tmp_path, options, {"nan": [(1, 0), (7, 1)]})
     assert program.wait() == [0, 0], program.output()
     run = tmp_path / "run"
     assert "no checkpoint of this stage to roll back to" in program.output(0)
     assert f"rolled back to the weights of {run / 'checkpoints/step_00000006'}" in program.output(0)
-    assert same_weights(run, 6, 8)
-    assert not same_weights(run, 8, 9)
-    assert [line["samples_seen"] for line in lines(run / "metrics.jsonl")] == [16 * step for step in range(1, 11)]
+    for file in ("model", "model_ema"):
+        assert same_weights(run, 6, 8, file), file
+        assert not same_weights(run, 8, 9, file), file
+    skipped = load_file(run / "checkpoints/step_00000008/faults.safetensors")["skipped_steps"]
+    assert skipped.tolist() == [2, 8], "what counts faults goes on counting"
+    figures = lines(run / "metrics.jsonl")
+    assert [line["samples_seen"] for line in figures] == [16 * step for step in range(1, 11)]
+    assert all(line["seconds_per_step"] > 0 and line["samples_per_s"] > 0 for line in figures)
+    assert [line["save_s"] > 0 for line in figures] == [line["step"] in (4, 7, 9, 10) for line in figures]
 
 
 def test_a_spike_is_said_and_may_stop_the_run(tmp_path: Path, options: list[str]) -> None:

@@ -110,6 +110,19 @@ def test_attentive_copy_follows_at_its_own_pace(clip: CLIP, pixels: Tensor) -> N
     assert plain.copy is None
 
 
+def test_attentive_looks_in_the_precision_of_the_model(clip: CLIP, pixels: Tensor) -> None:
+    config = MaskingConfig("attentive")
+    exact, rounded = (MaskDrawer(config, clip.visual, 8, 1, rank(), precision) for precision in ("fp32", "bf16"))
+    images, _ = exact.draw(pixels, 3, 0, 0.5)
+    assert exact.copy is not None
+    in_fp32, in_bf16 = exact.copy.scores(images), exact.copy.scores(images, torch.bfloat16)
+    assert in_fp32.dtype == in_bf16.dtype == torch.float32
+    assert not torch.equal(in_fp32, in_bf16)
+    torch.testing.assert_close(in_bf16, in_fp32, rtol=0.05, atol=2e-4)
+    kept = [set(drawer.draw(pixels, 3, 0, 0.5)[1].selection.kept_K.tolist()) for drawer in (exact, rounded)]
+    assert len(kept[0] & kept[1]) > 0.9 * len(kept[0])
+
+
 def packed_captions(rows: list[int]) -> PackedTokens:
     """Captions of given lengths, the same token ids whatever their neighbours."""
     captions = [torch.cat((torch.arange(1, LENGTHS[row]) + row, torch.tensor([49]))) for row in rows]
