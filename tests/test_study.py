@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 from conftest import RANK_ENVIRONMENT
 from forked_ranks import start_program
+from slurm_cluster import wait_for
 
 from pipeline import train
 
@@ -137,3 +143,34 @@ def test_tables_of_pages_are_those_of_the_record() -> None:
     draw_study, doc_tables = module("draw_study"), module("doc_tables")
     for (page, name), text in draw_study.tables(draw_study.recorded()).items():
         assert doc_tables.marked(name, text) in page.read_text(), "run python benchmarks/study/draw_study.py"
+
+
+def interrupted_run(job: Any) -> None:
+    """As training does: a signal is only noted, and the run ends with the code that says so."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    Path(job.name).write_text(str(os.getpid()))
+    while not told:
+        time.sleep(0.01)
+    run_study = module("run_study")
+    with (
+        patch.object(run_study, "load_recipe", return_value=None),
+        patch.object(run_study.training_run, "train", return_value=run_study.training_run.EXIT_INTERRUPTED),
+    ):
+        run_study.train(job)
+
+
+@pytest.mark.parametrize("whole_study", [False, True])
+def test_what_is_asked_to_stop_begins_no_other_run(whole_study: bool, tmp_path: Path) -> None:
+    lanes = module("lanes")
+    jobs = [lanes.Job(str(tmp_path / name), tmp_path, tmp_path / "log") for name in "abc"]
+    study = multiprocessing.get_context("fork").Process(
+        target=lanes.run_jobs,
+        args=(interrupted_run, jobs, 1, time.monotonic() + 60, lambda *_: None),
+    )
+    study.start()
+    wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "a").read_text(), "the first run")
+    os.kill(int(study.pid or 0) if whole_study else int((tmp_path / "a").read_text()), signal.SIGTERM)
+    study.join(30)
+    assert study.exitcode == (143 if whole_study else 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "log"]

@@ -30,6 +30,9 @@ class Job:
     log: Path
 
 
+OnEnd = Callable[[Job, bool], None]
+
+
 def preload() -> None:
     """Import what training imports at its start and at its first step."""
     for module in _PRELOADED:
@@ -41,9 +44,11 @@ def run_jobs(
     jobs: Sequence[Job],
     lanes: int,
     end_s: float,
-    on_end: Callable[[Job, bool], None],
+    on_end: OnEnd,
 ) -> None:
     """Give jobs to `lanes` processes in their order; at `end_s` (of time.monotonic) those under way are ended.
+
+    A lane that is asked to stop (SIGTERM) takes no further job, and all are when this process is.
 
     on_end: with every job that has ended, and whether it went well
     """
@@ -54,6 +59,19 @@ def run_jobs(
     processes = [context.Process(target=_lane, args=(work, jobs, waiting, ended)) for _ in range(lanes)]
     for process in processes:
         process.start()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        _wait(processes, jobs, ended, end_s, on_end)
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    for process in processes:
+        if process.is_alive():
+            os.killpg(int(process.pid or 0), signal.SIGKILL)
+
+
+def _wait(processes: Sequence[Any], jobs: Sequence[Job], ended: Any, end_s: float, on_end: OnEnd) -> None:
     while time.monotonic() < end_s:
         alive = any(process.is_alive() for process in processes)
         try:
@@ -63,14 +81,15 @@ def run_jobs(
                 return
             continue
         on_end(jobs[number], is_well)
-    for process in processes:
-        if process.is_alive():
-            os.killpg(int(process.pid or 0), signal.SIGKILL)
 
 
 def _lane(work: Callable[[Job], None], jobs: Sequence[Job], waiting: Any, ended: Any) -> None:
     os.setsid()  # a group of its own, loader processes included, to be ended as one
-    while (number := waiting.get()) is not None:
+    while True:
+        for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(asked, signal.SIG_DFL)  # training listens to these, and notes them for the run that is over
+        if (number := waiting.get()) is None:
+            return
         job = jobs[number]
         job.log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(job.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

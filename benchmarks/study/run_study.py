@@ -29,6 +29,7 @@ from lanes import Job, preload, run_jobs
 from study_plan import BASELINE, Run, Study, merged, read_study, recipe_of
 
 from pipeline import evaluate
+from pipeline.planning.plan_tables import plan_warnings
 from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training import training_run
@@ -57,7 +58,9 @@ def _ranks() -> Ranks:
 
 def train(job: Job) -> None:
     """What `pipeline/train.py` does, without a start of its own."""
-    code = training_run.train(load_recipe(str(job.recipe), []), _ranks())
+    code = training_run.train(load_recipe(str(job.recipe), []), _ranks(), plan_warnings)
+    if code == training_run.EXIT_INTERRUPTED:
+        raise SystemExit(code)  # asked to stop, and saved: the lane stops too, and the same command goes on
     if code:
         raise RuntimeError(f"exit code {code}")
 
