@@ -1,7 +1,7 @@
 """Which of the project's modules a batch, a url and an evaluation image really pass through, in order.
 
-`python benchmarks/journeys.py` makes a little data, runs the real programs on it under Python's profiler hook, notes each
-function of the project that is called between the two ends of a journey, and writes docs/journeys.md and
+`python benchmarks/journeys.py` makes a little data, runs the real programs on it under Python's profiler hook, notes
+each function of the project that is called between the two ends of a journey, and writes docs/journeys.md and
 results/journeys.json. A module counts when one of its functions runs; importing it does not.
 """
 
@@ -23,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
-from record import record
 from serve import QuietHandler
 
 from data_prep.__main__ import main as data_prep

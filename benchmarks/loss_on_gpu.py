@@ -23,8 +23,7 @@ from loss_memory import Loss, make_leaves, open_clip_loss
 from record import record
 from torch import Tensor
 
-from model.loss import ContrastiveLoss
-from model.loss_tiles import TorchTiles, make_tiles
+from model.loss import ContrastiveLoss, TorchTiles, make_tiles
 
 
 def open_clip_bf16(*leaves: Tensor) -> Tensor:

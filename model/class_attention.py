@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from model.attention_backends import dense_attention
+from model.attention import dense_attention
 from model.masking.selection import keep_all
 from model.patches import PatchedImages
-from model.vision import VisionTransformer
+from model.towers import VisionTransformer
 
 
 @torch.no_grad()

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import SelfAttention
-from model.attention_backends import Backend
+from model.attention import Backend, SelfAttention
 from model.config import CLIPConfig, config_from_name
 from model.masking.selection import PatchSelection, keep_all
 from model.packing import PackedTokens
 from model.patches import PatchedImages
-from model.text import TextTransformer
-from model.vision import VisionTransformer
+from model.towers import TextTransformer, VisionTransformer
 
 _MAX_LOGIT_SCALE = math.log(100)
 
@@ -123,7 +121,7 @@ class CLIP(nn.Module):
         return None
 
     def use_backend(self, backend: Backend) -> None:
-        """Force a way to compute attention; "auto" chooses by device and precision (model/attention_backends.py)."""
+        """Force a way to compute attention; "auto" chooses by device and precision (model/attention.py)."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.backend = backend

@@ -13,11 +13,10 @@ import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from formats.errors import UserError
-from model.attention_backends import BACKENDS, Backend
+from model.attention import BACKENDS, Backend
 from model.config import Activation, CLIPConfig, Pool, config_from_name
-from model.loss import LossKind
-from model.loss_tiles import Kernel
-from model.masking.config import MaskingConfig
+from model.loss import Kernel, LossKind
+from model.masking.strategies import MaskingConfig
 from pipeline.recipe_options import Location, OnResume, PerStage, Section, merge_stages, options_of
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]
@@ -37,7 +36,7 @@ class ModelSection(Section):
     start_from: OnResume[Location] = Field(
         "", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)"
     )
-    attention: Backend = Field("auto", description=" | ".join(BACKENDS) + " (model/attention_backends.py)")
+    attention: Backend = Field("auto", description=" | ".join(BACKENDS) + " (model/attention.py)")
 
     @model_validator(mode="after")
     def _known_model(self) -> ModelSection:

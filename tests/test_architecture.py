@@ -37,7 +37,7 @@ def imported_packages(source: str) -> Iterator[str]:
 def violations(package: str, source: str) -> set[str]:
     found = set(imported_packages(source))
     if package == "model":
-        # a CUDA torch brings triton along; model.loss_tiles works without
+        # a CUDA torch brings triton along; model.loss works without
         return found - {"model", "torch", "triton", "__future__"} - set(sys.stdlib_module_names)
     return (found & FIRST_PARTY) - MAY_IMPORT[package] | found & NEVER[package]
 

@@ -1,4 +1,4 @@
-"""Sums over a rectangle of the logits matrix in fused Triton kernels (model.loss_tiles.Tiles): logits stay on the chip.
+"""Sums over a rectangle of the logits matrix in fused Triton kernels (model.loss.Tiles): logits stay on the chip.
 
 R rows, C columns, D width; r, c rows and columns of a tile, d a slice of the width.
 Products are made of three in TF32, which is fp32 but for the last bits. Nothing is added up atomically: the same input
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.loss_tiles import SigmoidSums
+from model.loss import SigmoidSums
 
 # Partial sums per column take a 2,048th of the matrix of that many rows.
 _ROWS_AT_ONCE = 8192

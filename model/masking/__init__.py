@@ -1,7 +1,6 @@
 """Which patches of each image are kept (docs/masking.md).
 
-config       what to drop, and how the share changes during training
-strategies   one interface to all of them: `choose_patches`
+strategies   what to drop, and how the share changes during training; one interface to all: `choose_patches`
 selection    exactly as many patches as the budget says, the least similar ones
 cluster      similarity to random anchors (the paper)
 spatial      random, block, grid
@@ -10,9 +9,8 @@ reference    what the released cluster-masking code computes
 """
 
 from model.masking.cluster import anchor_similarity, draw_anchors
-from model.masking.config import STRATEGIES, MaskingConfig
 from model.masking.selection import PatchSelection, keep_all, select_patches
-from model.masking.strategies import Guidance, Masks, choose_patches
+from model.masking.strategies import STRATEGIES, Guidance, MaskingConfig, Masks, choose_patches
 from model.patches import PatchedImages, patchify
 
 __all__ = [

@@ -15,7 +15,7 @@ from formats.errors import UserError
 from model.clip import CLIP
 from model.masking import Guidance, MaskingConfig, PatchedImages, PatchSelection, choose_patches
 from model.packing import lengths_to_cu_seqlens
-from model.vision import embed_patches
+from model.towers import embed_patches
 
 # They depend on a second model, or on the other images of the batch.
 _NOT_ALONE = ("attentive", "cluster-reference")

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from model.class_attention import AttentiveCopy
 from model.masking import Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
-from model.vision import VisionTransformer, embed_patches
+from model.towers import VisionTransformer, embed_patches
 from pipeline.ranks import Ranks
 from pipeline.recipe import Precision
 from pipeline.training.engines.engine import gathered_weights

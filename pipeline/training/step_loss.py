@@ -17,8 +17,7 @@ from torch import Tensor
 
 from formats.errors import UserError
 from model.clip import CLIPOutput
-from model.loss import ContrastiveLoss, Exchange, OwnColumns, PairLoss, attach_gradients
-from model.loss_tiles import make_tiles
+from model.loss import ContrastiveLoss, Exchange, OwnColumns, PairLoss, attach_gradients, make_tiles
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection
 from pipeline.training.feature_exchange import GatheredColumns, RingColumns

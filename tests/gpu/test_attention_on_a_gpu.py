@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from model.attention import packed_attention
-from model.attention_backends import Backend
+from model.attention import Backend, packed_attention
 from model.clip import CLIP
 from model.config import Pool, config_from_name
 from model.masking import MaskingConfig, PatchedImages, choose_patches

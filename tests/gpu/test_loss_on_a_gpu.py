@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import ContrastiveLoss, LossKind
-from model.loss_tiles import TorchTiles, make_tiles
+from model.loss import ContrastiveLoss, LossKind, TorchTiles, make_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

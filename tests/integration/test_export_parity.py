@@ -30,7 +30,7 @@ from torch import Tensor
 
 from model.config import config_from_name
 from model.patches import normalize_pixels
-from model.positions import resize_grid
+from model.towers import resize_grid
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.export import FORMATS, export, random_examples

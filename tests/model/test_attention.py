@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from model.attention import packed_attention
-from model.attention_backends import Backend, _attention_by_products, choose_backend
+from model.attention import Backend, _attention_by_products, choose_backend, packed_attention
 from model.packing import PackedLayout, lengths_to_cu_seqlens
 
 LENGTHS = [[5, 5, 5], [2, 30, 17, 1, 16], [7], [1, 1, 1], [20, 40, 2]]

@@ -13,8 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.loss import ContrastiveLoss, LossKind, contrastive_loss
-from model.loss_tiles import TorchTiles
+from model.loss import ContrastiveLoss, LossKind, TorchTiles, contrastive_loss
 
 KINDS: tuple[LossKind, ...] = ("info_nce", "sigmoid")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.clip import CLIP
-from model.positions import fit_positions, resize_grid
+from model.towers import fit_positions, resize_grid
 
 
 def test_the_same_grid_is_left_alone() -> None:

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.loss import ContrastiveLoss, LossKind, PairLoss
-from model.loss_tiles import Tiles, TorchTiles
+from model.loss import ContrastiveLoss, LossKind, PairLoss, Tiles, TorchTiles
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 

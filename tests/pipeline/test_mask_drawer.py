@@ -17,7 +17,7 @@ from model.config import config_from_name
 from model.loss import contrastive_loss
 from model.masking import STRATEGIES, Guidance, MaskingConfig, Masks, PatchedImages, choose_patches
 from model.packing import PackedTokens, pack_tokens
-from model.vision import embed_patches
+from model.towers import embed_patches
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer, seed_masks

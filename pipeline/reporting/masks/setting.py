@@ -14,7 +14,7 @@ from formats.errors import UserError, nearest_of
 from model.class_attention import class_attention
 from model.config import config_from_name
 from model.masking import STRATEGIES, Guidance, MaskingConfig
-from model.vision import VisionTransformer, embed_patches
+from model.towers import VisionTransformer, embed_patches
 from pipeline.inference import load_for_inference
 from pipeline.recipe import Recipe
 

@@ -10,7 +10,7 @@ import torch
 
 from model.clip import CLIP
 from model.config import CLIPConfig
-from model.positions import resize_grid
+from model.towers import resize_grid
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.stage_plan import Stage
 

@@ -13,7 +13,7 @@ from formats.files import sha256_of
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.patches import PIXEL_MEAN, PIXEL_STD
-from model.positions import fit_positions
+from model.towers import fit_positions
 from pipeline.data.tokenizer import ClipBytePairs, Tokenizer
 from pipeline.foreign.byte_pairs import byte_pairs_of
 from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign

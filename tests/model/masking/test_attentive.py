@@ -16,8 +16,8 @@ from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
 from model.patches import normalize_pixels
+from model.towers import VisionTransformer
 from model.transformer import Block
-from model.vision import VisionTransformer
 
 
 def make_tower(seed: int = 0) -> VisionTransformer:

@@ -24,7 +24,7 @@ from model.masking import (
 from model.masking.cluster import cluster_similarity, embedding_cosines
 from model.masking.pgs import pgs_scores
 from model.patches import PIXEL_STD
-from model.vision import embed_patches
+from model.towers import embed_patches
 
 
 def cosine(u: np.ndarray, v: np.ndarray) -> float:

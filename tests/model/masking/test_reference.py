@@ -14,7 +14,7 @@ from torch import Tensor
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig, PatchedImages, draw_anchors, patchify
-from model.vision import VisionTransformer
+from model.towers import VisionTransformer
 
 Kept = tuple[Tensor, Tensor]
 
