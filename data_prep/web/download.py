@@ -14,19 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.boxes import BoxError, read_boxes
 from data_prep.web.ledger import (
     COLUMNS,
     LISTED_HASH,
     OK,
     RETRIABLE,
-    FetchError,
     count_outcomes,
     last_outcomes,
     print_outcomes,
 )
 from data_prep.web.passes import FIXED, Pass, Settings, list_files, read_passes, statistics_path
 from data_prep.web.processes import check_distributor, fill_missing_shards, working_in
-from data_prep.web.web_image import read_boxes
 from formats.errors import UserError, nearest_of
 from formats.files import read_json_lines, replacing, sha256_of, write_json_lines
 from formats.manifest import DATASET, MANIFEST, PROVENANCE
@@ -143,7 +142,7 @@ def _fill(directory: Path, one: Pass, settings: Settings, log: BinaryIO) -> None
 def check_list(urls: Path, settings: Settings) -> None:
     """Refuse, before the first request, a list with anything that would keep a shard from being written."""
     files = [path for path in list_files(urls) if path.is_file()]
-    boxes = 0
+    rows = rows_with_boxes = 0
     first: dict[str, pa.DataType] = {}
     for path in files:
         try:
@@ -156,14 +155,18 @@ def check_list(urls: Path, settings: Settings) -> None:
                 types = f"{columns.get(other, 'absent')}, and {first.get(other, 'absent')} in {files[0].name}"
                 raise UserError(f"{path}: its column {other} is {types}: {INGEST}")
             for batch in file.iter_batches():
-                boxes += _check_rows(path, batch, settings.blur_column)
+                rows_with_boxes += _check_rows(path, batch, settings.blur_column)
+                rows += len(batch)
         except pa.ArrowException as error:
             raise UserError(f"{path}: {str(error).splitlines()[0]}: {INGEST}") from error
-    if settings.blur_column and not boxes:
+    if settings.blur_column and not rows_with_boxes:
         raise UserError(
             f"{urls}: all of --blur-column {settings.blur_column} is null, so that nothing would be blurred: "
             "name the column with the boxes (an empty list says that a picture has none)"
         )
+    if settings.blur_column and rows_with_boxes < rows:
+        unsaid = rows - rows_with_boxes
+        print(f"{unsaid:,} of {rows:,} rows have null in {settings.blur_column}: nothing is blurred in their pictures")
 
 
 def _check_columns(path: Path, schema: pa.Schema, blur_column: str | None) -> None:
@@ -176,10 +179,9 @@ def _check_columns(path: Path, schema: pa.Schema, blur_column: str | None) -> No
         raise UserError(f"{path} has two columns {twice[0]}: {INGEST}")
     for name in {"url", "caption", "sha256"}.intersection(schema.names):
         kind = schema.field(name).type
-        value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)) and (
-            name != "sha256" or not pa.types.is_null(kind)
-        ):
+        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_absent = name == "sha256" and pa.types.is_null(kind)
+        if value_type not in (pa.string(), pa.large_string(), pa.string_view()) and not is_absent:
             raise UserError(f"{path}: its column {name} is {kind}, not text: {INGEST}")
 
 
@@ -197,8 +199,8 @@ def _check_rows(path: Path, batch: pa.RecordBatch, blur_column: str | None) -> i
     try:
         for value in batch[blur_column].to_pylist():
             read_boxes(value)
-    except FetchError as error:
-        raise UserError(f"{path}: --blur-column {blur_column}: {error.message}") from error
+    except BoxError as error:
+        raise UserError(f"{path}: --blur-column {blur_column}: {error}") from error
     return len(batch) - int(batch[blur_column].null_count)
 
 

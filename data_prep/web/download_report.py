@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib.axes import Axes
 
 from data_prep.console import progress_bar
@@ -101,9 +102,9 @@ def _summarise(directory: Path) -> Summary:
 
 
 def _add_shard(summary: Summary, table: pa.Table) -> None:
-    failed = table.to_pandas()
-    failed = failed[(failed["class"] != OK) & (failed["url"] != "")]  # blank: forgotten
-    for name, url, message in zip(failed["class"], failed["url"], failed["error_message"], strict=True):
+    has_failed = pc.and_(pc.not_equal(table["class"], OK), pc.not_equal(table["url"], ""))  # blank: forgotten
+    failed = table.filter(has_failed).select(["class", "url", "error_message"])
+    for name, url, message in zip(*(column.to_pylist() for column in failed.columns), strict=True):
         summary.failures_by_host[_host(url), name] += 1
         summary.messages.setdefault(name, Counter())[_PARTICULARS.sub("…", message)] += 1
     _bound(summary.failures_by_host)

@@ -47,11 +47,12 @@ from data_prep.web.passes import Settings
 from formats.manifest import version_of
 
 MAX_REDIRECTS = 5
-MAX_HEADER_BYTES = 65_536  # of one line; aiohttp allows 128 of them
+MAX_HEADER_BYTES = 70_000  # of one line: 64 KB and its name; aiohttp allows 128 of them
 KEEP_CONNECTION_S = 15.0
 MAX_KEPT_CONNECTIONS = 1_000
 REMEMBERED_HOSTS = 10_000  # between shards
 SLOW_START_S = 5.0  # the throughput counts from here on
+PROXY_WANTS_PASSWORD = 407
 REDIRECTS = (301, 302, 303, 307, 308)
 ACCEPT = "image/jpeg,image/png,image/webp,image/gif;q=0.9,*/*;q=0.1"
 
@@ -87,15 +88,17 @@ class HttpClient:
         self._slots = asyncio.Semaphore(max(1, min(settings.threads, descriptors // 4)))
         self._max_kept = min(descriptors // 4, MAX_KEPT_CONNECTIONS)
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._session, self._session_that_closes = (self._new_session(keep) for keep in (True, False))
+        trust = ssl.create_default_context()
+        self._session = self._new_session(trust, keep_connections=True)
+        self._session_that_closes = self._new_session(trust, keep_connections=False)
 
-    def _new_session(self, keep_connections: bool) -> aiohttp.ClientSession:
+    def _new_session(self, trust: ssl.SSLContext, keep_connections: bool) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # the semaphores limit
                 resolver=self._names,
                 use_dns_cache=False,
-                ssl=ssl.create_default_context(),
+                ssl=trust,
                 socket_factory=self._socket,
                 force_close=not keep_connections,
                 keepalive_timeout=KEEP_CONNECTION_S if keep_connections else None,
@@ -176,9 +179,8 @@ class HttpClient:
         timeout = aiohttp.ClientTimeout(total=max(left_s, 0.001), sock_connect=wait_s, sock_read=wait_s)
         while True:
             try:
-                async with self._session_now().get(
-                    url, allow_redirects=False, timeout=timeout, proxy=proxy
-                ) as response:
+                session = self._session_now()
+                async with session.get(url, allow_redirects=False, timeout=timeout, proxy=proxy) as response:
                     return await self._answer(url, response, is_image)
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
                 cause = getattr(error, "os_error", error)
@@ -257,6 +259,8 @@ def user_agent(contact: str | None) -> str:
 
 def _refusal(status: int, reason: str, headers: CIMultiDictProxy[str]) -> FetchError:
     message = f"HTTP {status} {reason}".strip()
+    if status == PROXY_WANTS_PASSWORD:
+        return FetchError(CONNECT, f"the proxy: {message}", status)
     retry_after_s = _retry_after_s(headers.get("Retry-After"))
     if status == 429:
         return FetchError(THROTTLED, message, status, True, retry_after_s)
@@ -284,6 +288,8 @@ def _failure(error: Exception) -> FetchError:
     message = f"{type(error).__name__}: {str(error)[:200]}"
     if isinstance(cause, RefusedAddressError):
         return FetchError(REFUSED, str(cause))
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return FetchError(CONNECT, f"the proxy: HTTP {error.status} {error.message}", retryable=error.status >= 500)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return FetchError(TIMEOUT, message, retryable=True)
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import cv2
 import pyarrow as pa
 
+from data_prep.boxes import read_boxes
 from data_prep.shards.writer import TarWriter
 from data_prep.web.http_client import HttpClient, raise_descriptor_limit
 from data_prep.web.ledger import (
@@ -37,7 +38,7 @@ from data_prep.web.ledger import (
     write_ledger,
 )
 from data_prep.web.passes import Pass, Settings, read_rows, sample_key, shard_name, statistics_path
-from data_prep.web.web_image import WebImage, read_boxes, to_jpeg
+from data_prep.web.web_image import WebImage, to_jpeg
 from formats.files import flush_to_disk, replacing, to_json, write_json
 
 Row: TypeAlias = dict[str, Any]
@@ -252,5 +253,5 @@ def _finish(data: bytes, row: Row, settings: Settings) -> tuple[str, WebImage]:
     listed = row.get("sha256")
     if listed and listed.lower() != digest and not settings.accept_changed:
         raise FetchError(HASH, f"sha256 {digest}")
-    boxes = read_boxes(row[settings.blur_column]) if settings.blur_column else []
+    boxes = read_boxes(row[settings.blur_column]) if settings.blur_column else ()
     return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes)

@@ -6,13 +6,11 @@ Arrays: H, W = pixel rows and columns, C = RGB.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
 
-from data_prep import boxes as box_layouts
 from data_prep.boxes import Boxes
 from data_prep.web.ledger import DECODE, TOO_LARGE, FetchError
 from formats import pictures
@@ -95,14 +93,6 @@ def shrink(pixels_HWC: Pixels, width: int, height: int) -> Pixels:
         return cv2.resize(pixels_HWC, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     soft_HWC = cv2.GaussianBlur(pixels_HWC, (3, 3), 0.74 * (factor - 1) ** 0.36)
     return cv2.resize(soft_HWC, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
-
-
-def read_boxes(value: Any) -> Boxes:
-    """Boxes to blur, see `data_prep.boxes`. Raises FetchError for what are none."""
-    try:
-        return box_layouts.read_boxes(value)
-    except box_layouts.BoxError as error:
-        raise FetchError(DECODE, str(error)) from error
 
 
 def _as_shares(boxes: Boxes, width: int, height: int) -> Boxes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from make_images import encoded, jpeg_of_many_scans, png_bomb
 from PIL import Image, ImageOps
 
 from data_prep.web.ledger import FetchError
-from data_prep.web.web_image import RESIZE_MODES, blur_boxes, read_boxes, shrink, to_jpeg
+from data_prep.web.web_image import RESIZE_MODES, blur_boxes, shrink, to_jpeg
 from formats.pictures import jpeg_orientation, without_metadata
 
 
@@ -143,66 +142,12 @@ def test_faces_are_blurred_before_anything_else_is_lost() -> None:
             blur_boxes(noise, wrong)
 
 
-SHARES = [(0.25, 0.25, 0.5, 0.75)]
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ([[0.25, 0.25, 0.5, 0.75]], SHARES),
-        ([0.25, 0.25, 0.5, 0.75], SHARES),
-        ([{"left": 0.25, "top": 0.25, "right": 0.5, "bottom": 0.75}], SHARES),
-        ({"X_min": 0.25, "Y_min": 0.25, "X_max": 0.5, "Y_max": 0.75}, SHARES),
-        ([{"x": 0.25, "y": 0.25, "w": 0.25, "h": 0.5, "score": 0.9}], SHARES),
-        ([{"x": 0.25, "y": 0.25, "width": 0.25, "height": 0.5}], SHARES),
-        ([{"x1": 0.25, "y1": 0.25, "x2": 0.5, "y2": 0.75}], SHARES),
-        ([{"bbox": [0.25, 0.25, 0.5, 0.75], "label": "face"}], SHARES),
-        ("[[0.25, 0.25, 0.5, 0.75]]", SHARES),
-        ('[{"x": 0.25, "y": 0.25, "w": 0.25, "h": 0.5}]', SHARES),
-        ([[1, 2, 3, 4], [0, 0, 40, 50]], [(1, 2, 3, 4), (0, 0, 40, 50)]),
-        ([[Decimal("0.25"), 0, 1, 1]], [(0.25, 0, 1, 1)]),
-        (None, []),
-        ([], []),
-        ("", []),
-        (" null", []),
-        ("[]", []),
-    ],
-)
-def test_boxes_are_read_in_the_layouts_that_people_have(value: object, expected: list) -> None:
-    assert read_boxes(value) == expected
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "left",
-        "[[0, 0, 1",
-        "7",
-        7,
-        [["0", "0", "1", "1"]],
-        [[0, 0, 1]],
-        [[0, 0, 1, True]],
-        [[0.5, 0.5, 0.2, 0.2]],  # x, y, width, height without names
-        [{"x": 0, "y": 0, "w": -1, "h": 1}],
-        [{"x": 0, "y": 0}],
-        [{"left": None, "top": 0, "right": 1, "bottom": 1}],
-        [None],
-        [[0, 0, float("nan"), 1]],
-        [[0, 0, float("inf"), 1]],
-        {},
-    ],
-)
-def test_boxes_that_cannot_be_read_are_an_error(value: object) -> None:
-    with pytest.raises(FetchError, match="box"):
-        read_boxes(value)
-
-
 def test_boxes_in_pixels_are_of_the_original() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     data = jpeg(Image.fromarray(noise), subsampling=0)
-    in_shares = to_jpeg(data, 40, "keep_ratio", read_boxes([[0.25, 0.25, 0.5, 0.5]]))
-    assert to_jpeg(data, 40, "keep_ratio", read_boxes([[30, 20, 60, 40]])) == in_shares
-    assert to_jpeg(data, 40, "keep_ratio", read_boxes(None)) != in_shares
+    in_shares = to_jpeg(data, 40, "keep_ratio", [[0.25, 0.25, 0.5, 0.5]])
+    assert to_jpeg(data, 40, "keep_ratio", [[30, 20, 60, 40]]) == in_shares
+    assert to_jpeg(data, 40, "keep_ratio", ()) != in_shares
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,28 @@ def test_a_proxy_is_asked_for_everything_but_its_exceptions(dns: SmallDns) -> No
         assert not any(b"Proxy-Authorization" in head for head in direct.heads)
 
 
+def test_what_a_proxy_says_of_itself_is_nothing_of_the_url() -> None:
+    with RawWeb() as proxy:
+        proxy.pages = {"http://a.example/robots.txt": answer(b"407 Proxy Authentication Required")}
+        for url in (
+            "http://a.example/1.jpg",
+            "https://a.example/1.jpg",
+        ):  # the latter: CONNECT, which is not known here
+            outcome = through_proxy(proxy, url)
+            assert outcome.startswith("connect: robots.txt: the proxy: HTTP 40")
+            assert "secret" not in outcome
+
+
+def test_a_proxy_may_have_a_name_that_only_this_system_knows() -> None:
+    with RawWeb() as proxy:
+        proxy.pages = {"http://8.8.8.8/1.jpg": answer(body=b"x")}
+        proxies = (("http", f"http://localhost:{proxy.port}"),)
+        assert (
+            outcome_of("http://8.8.8.8/1.jpg", dataclasses.replace(SETTINGS, proxies=proxies, allow_local=False))
+            == "ok"
+        )
+
+
 def test_behind_a_proxy_addresses_are_checked_as_far_as_they_are_known(dns: SmallDns) -> None:
     with RawWeb() as proxy:
         dns.names = {"inner.example": ["192.168.0.1"], "mute.example": None}
