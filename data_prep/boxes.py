@@ -21,7 +21,7 @@ class BoxError(ValueError):
 
 
 def read_boxes(value: Any) -> Boxes:
-    """Boxes as (left, top, right, bottom), in shares of width and height, or pixels if one is larger than 2.
+    """Boxes as (left, top, right, bottom), in shares of width and height or in pixels.
 
     A list of [left, top, right, bottom], of objects with these names (also x1, xmin, …; x, y, width, height; one inside
     `bbox`), a single one of either, or any of that as JSON text. Null and nothing are no boxes.
