@@ -32,8 +32,8 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `to_open_clip`: the state dict of an open_clip model, ready for `CLIP.load_state_dict`.
 
     Weights do not say which activation and pooling they were trained with: the model they are loaded into has to be
-    told. Raises ValueError for weights that open_clip's ViT models do not have (ResNet and timm towers, custom text
-    towers).
+    told. The text tower may have its prefix, as in open_clip's models with `custom_text`. Raises ValueError for weights
+    that open_clip's ViT models do not have (ResNet and timm towers, other text towers).
     """
     renamed = {}
     for name, value in weights.items():
@@ -43,8 +43,8 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[name] = value.reshape(1)
         elif name.startswith("visual."):
             renamed[name] = value
-        elif name.partition(".")[0] in _TEXT_MEMBERS:
-            renamed[_TEXT + name] = value
+        elif name.removeprefix(_TEXT).partition(".")[0] in _TEXT_MEMBERS:
+            renamed[_TEXT + name.removeprefix(_TEXT)] = value
         else:
             raise ValueError(f"{name} is not a weight of an open_clip CLIP with a ViT image tower")
     if _PATCHES not in renamed:

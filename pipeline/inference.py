@@ -18,6 +18,7 @@ from pipeline.data.image_transform import Preprocessing
 from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.evaluation.results import ModelIdentity
 from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
+from pipeline.foreign.open_clip_folder import openai_config
 from pipeline.training.checkpoints.checkpoint import (
     MODEL_CARD,
     TOKENIZER,
@@ -78,7 +79,7 @@ def load_any_model(
     if files is None:
         return load_for_inference(path, device, tokenizer)
     model = read_foreign(files, name)
-    config = model.config or _named(model, name)
+    config = model.with_bias(model.config or _named(model, name))
     clip = CLIP(config)
     weights = model.weights(clip.state_dict())
     mismatch = clip.first_mismatch(weights)
@@ -101,13 +102,20 @@ def load_any_model(
 
 
 def _named(model: ForeignModel, name: str | None) -> CLIPConfig:
-    """The model that a file without a configuration is said to be."""
+    """The model that a file without a configuration is said to be, or that one of OpenAI's is."""
+    path = model.files.path
     if name is None:
-        raise UserError(f"{model.files.path} has no {model.config_file.name} beside it: say which it is with --model")
+        known = openai_config(model.theirs, path.stem) if model.is_openai else None
+        if known is None:
+            raise UserError(f"{path} has no {model.config_file.name} beside it: say which it is with --model")
+        return known
     try:
-        return model.with_bias(config_from_name(name))
+        config = config_from_name(name)
     except ValueError as error:
         raise UserError(f"--model: {error}") from error
+    if model.is_openai and config.activation != "quick_gelu":
+        raise UserError(f"{path} is of OpenAI's form, which has QuickGELU: --model {name}-quickgelu")
+    return config
 
 
 def _tokenizer_of(model: ForeignModel, given: str | None, config: CLIPConfig) -> Tokenizer:

@@ -68,11 +68,13 @@ def find_foreign(source: Path) -> ForeignFiles | None:
 class ForeignModel:
     """What the files say: weights under their own names, and settings.
 
-    config: None for open_clip's weights with no configuration beside them, `settings` is {} then
+    is_openai: one of OpenAI's files, which say by their shapes and numbers what they are
+    config: None for weights with no configuration beside them, `settings` is {} then
     """
 
     files: ForeignFiles
     is_transformers: bool
+    is_openai: bool
     config: CLIPConfig | None
     settings: Mapping[str, Any]
     theirs: Mapping[str, Tensor]
@@ -127,23 +129,18 @@ def read_foreign(files: ForeignFiles, name: str | None = None) -> ForeignModel:
     """
     theirs, is_openai = read_parts(files.parts)
     is_transformers = _is_transformers(theirs, files.folder)
-    model = ForeignModel(files, is_transformers, None, {}, theirs)
+    model = ForeignModel(files, is_transformers, is_openai, None, {}, theirs)
     try:
         if model.config_file.is_file():
             settings = json.loads(model.config_file.read_text(encoding="utf-8"))
             read = transformers_folder.read_config if is_transformers else open_clip_folder.read_config
             config = read(settings, name or files.folder.resolve().name)
-            return replace(model, settings=settings, config=model.with_bias(config))
+            return replace(model, settings=settings, config=config)
     except UNREADABLE as error:
         raise UserError(f"{model.config_file} does not describe a model that can be used here: {error}") from error
     if is_transformers:
         raise UserError(f"{files.path} has transformers' weights, and no {transformers_folder.CONFIG} beside it")
-    if not is_openai:
-        return model
-    try:
-        return replace(model, config=open_clip_folder.openai_config(theirs, name or files.path.stem))
-    except UNREADABLE as error:
-        raise UserError(f"{files.path} is not one of OpenAI's vision transformers: no {error}") from error
+    return model
 
 
 def _is_transformers(theirs: Mapping[str, Tensor], folder: Path) -> bool:

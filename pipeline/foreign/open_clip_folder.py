@@ -23,7 +23,12 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _POOLS: dict[Pool, str] = {"class": "tok", "average": "avg"}
+# Of OpenAI's vision transformers, whose heads are 64 wide: of images, of captions.
+_OPENAI_WIDTHS = {(768, 512), (1024, 768)}
 _OPENAI_HEAD_WIDTH = 64
+# The weights whose shapes say which it is, and their dimensions.
+_OPENAI_SHAPES = {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2}
+_OPENAI_SHAPES |= {"positional_embedding": 2, "text_projection": 2}
 
 # What is read, with open_clip's defaults.
 _VISION: dict[str, Any] = {
@@ -109,10 +114,16 @@ def read_preprocessing(content: Mapping[str, Any], size: int) -> Preprocessing:
     )
 
 
-def openai_config(weights: Mapping[str, Tensor], name: str) -> CLIPConfig:
-    """The model of one of OpenAI's files, all of which have QuickGELU; KeyError for a ResNet."""
+def openai_config(weights: Mapping[str, Tensor], name: str) -> CLIPConfig | None:
+    """The model of one of OpenAI's files, all of which have QuickGELU; None if it is none of their sizes."""
+    if not _OPENAI_SHAPES.keys() <= weights.keys():
+        return None
+    if any(weights[name].dim() != dimensions for name, dimensions in _OPENAI_SHAPES.items()):
+        return None
     width, _, patch_size, _ = weights["visual.conv1.weight"].shape
     vocab_size, text_width = weights["token_embedding.weight"].shape
+    if (width, text_width) not in _OPENAI_WIDTHS:
+        return None
     grid_size = math.isqrt(weights["visual.positional_embedding"].shape[0] - 1)
     return CLIPConfig(
         name=name,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.tokens.clip_merges import ClipBytePairs as TrainedPairs
+from model.config import CLIPConfig, config_from_name
 from pipeline.data.image_transform import Preprocessing, decode_image
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.export import FORMATS, export, random_examples
@@ -91,11 +92,11 @@ def byte_pairs() -> Tokenizer:
     return tokenizer_from_bytes(TrainedPairs.train(captions, 600).to_file(), 40, "trained")
 
 
-def exported(library: str, folder: Path, tokenizer: Tokenizer, **variant: str) -> InferenceModel:
+def exported(library: str, folder: Path, tokenizer: Tokenizer, config: CLIPConfig | None = None) -> InferenceModel:
     """A small model in a library's folder, and the model."""
-    config, encoder = small_config(**variant), tokenizer.encoder
-    text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id, heads=2)
-    model = untrained_model(replace(config, text=text, vision=replace(config.vision, heads=2)), tokenizer)
+    config, encoder = config or small_config(), tokenizer.encoder
+    text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id)
+    model = untrained_model(replace(config, text=text), tokenizer)
     export(model, FORMATS[library], folder, random_examples(model))
     return model
 
@@ -132,10 +133,12 @@ def assert_same_features(found: InferenceModel, expected: InferenceModel) -> Non
 def test_openais_archive_is_read_without_its_code(peer: Peer, tmp_path: Path) -> None:
     """Its shapes and its three numbers say what it is; no --model, no configuration."""
     tokenizer = load_tokenizer(peer("merges"), 40)
-    model = exported("open_clip", tmp_path / "export", tokenizer, activation="quick_gelu")
+    large = config_from_name("ViT-B-32-quickgelu")  # of OpenAI's widths, and hardly deep
+    vision, text = replace(large.vision, layers=1), replace(large.text, layers=2, context_length=40)
+    model = exported("open_clip", tmp_path / "export", tokenizer, replace(large, vision=vision, text=text))
     peer("open_clip_scripted", tmp_path / "export", tmp_path / "openai.pt")
     found = load_any_model(str(tmp_path / "openai.pt"), torch.device("cpu"), peer("merges"))
-    assert found.clip.config.activation == "quick_gelu"
+    assert found.clip.config == replace(model.clip.config, name="openai")
     assert_same_features(found, model)
 
 

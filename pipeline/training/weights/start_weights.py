@@ -137,6 +137,8 @@ def _read_foreign(model: ForeignModel, clip: CLIP, tokenizer: Tokenizer) -> _Sta
     theirs = model.own_tokenizer(tokenizer.context_length)
     if theirs is not None and byte_pairs_of(theirs.encoder).merges != tokenizer.encoder.merges:
         raise UserError(f"{files.folder} was trained with other byte pairs than those of data.tokenizer: use its own")
+    if model.config is None and model.is_openai and clip.config.activation != "quick_gelu":
+        raise UserError(f"{files.path} is of OpenAI's form, which has QuickGELU: set model.activation=quick_gelu")
     _note_other_pixels(model)
     return _Start(files.path, files.sha256, model.config_file, model.config, model.weights(clip.state_dict()))
 
