@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_helpers import done, read, rows_of
 
@@ -201,3 +202,42 @@ def test_canonicalise_equals_the_rule_for_one_row(rows: list[tuple[bytes | None,
     assert canonical["url"].to_pylist() == expected
     assert rejects.counts.total() == len(rows) - len(expected)
     assert len(rejects.examples) <= len(rows)
+
+
+PIECES = [
+    *(
+        b"url",
+        b"caption",
+        b"http://a/1",
+        b"http://a/2",
+        b"x",
+        b",",
+        b"\t",
+        b"\n",
+        b"\r",
+        b'"',
+        b"\xff",
+        b"\0",
+        b"\xef\xbb\xbf",
+    ),
+    *(b"NaN", b"[", b"]", b"{", b"}", b":"),
+    *(b'{"url": "http://a/3", "caption": "x"}', b'{"url": null, "caption": ["x"]}'),
+]
+ANY_TABLE = st.lists(st.sampled_from(PIECES), max_size=20).map(b"".join)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet", "csv.gz"]), st.booleans(), ANY_TABLE)
+def test_any_bytes_are_refused_or_every_row_is_accounted_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, headed: bool, content: bytes
+) -> None:
+    header = {"csv": b"url,caption\n", "tsv": b"url\tcaption\n"}.get(kind, b"") if headed else b""
+    (tmp_path / f"l.{kind}").write_bytes(header + content)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    try:
+        tally = done(ingest([str(tmp_path / f"l.{kind}")], str(tmp_path / "out")))
+    except UserError:
+        assert not (tmp_path / "out").exists()
+    else:
+        assert tally.read == tally.written + tally.dropped.total()
+        assert tally.written == len(rows_of(tmp_path / "out")) > 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from make_images import encoded
 
 from data_prep.__main__ import main
@@ -366,3 +369,36 @@ def test_class_folders_are_a_classification_set(tmp_path: Path, capsys: pytest.C
     names.write_text("a {c}\n")
     assert main(training) == 0
     assert [sample["txt"] for sample in samples(tmp_path / "shards")] == [b"a n01", b"a n02", b"a n02"]
+
+
+CELLS = [
+    *("a.jpg", "./a.jpg", "absent.jpg", "", "x", "two words"),
+    *('"', ",", "\n", "\r\n", '"a.jpg"', "\ufeff", "\0"),
+]
+OBJECTS = st.dictionaries(st.sampled_from(["image", "caption"]), st.sampled_from(CELLS)).map(json.dumps)
+TABLES = st.one_of(
+    st.tuples(st.just("csv"), st.lists(st.sampled_from(CELLS)).map(lambda cells: "image,caption\n" + ",".join(cells))),
+    st.tuples(
+        st.just("tsv"), st.lists(st.sampled_from(CELLS)).map(lambda cells: "image\tcaption\n" + "\t".join(cells))
+    ),
+    st.tuples(st.just("jsonl"), st.lists(OBJECTS).map(lambda rows: "\n".join(['{"image": 1, "caption": 1}', *rows]))),
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TABLES, st.sampled_from(["training", "retrieval"]))
+def test_every_row_of_any_table_is_a_sample_joined_or_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: tuple[str, str], layout: str
+) -> None:
+    kind, content = table
+    write_images(tmp_path, "a.jpg")
+    (tmp_path / f"l.{kind}").write_text(content)
+    capsys.readouterr()
+    arguments = [str(tmp_path / f"l.{kind}"), "--output", str(tmp_path / "out"), "--as", layout, "--overwrite"]
+    code = main(["pack", *arguments])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    if code == 0:
+        line = printed.out.splitlines()[0].rpartition("/out: ")[2]
+        taken, read, *joined = map(int, re.findall(r"\d+", line))
+        assert read == taken + sum(joined) + sum(counts(printed.out).values())
