@@ -51,8 +51,7 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
 
     from model.clip import CLIP
     from model.config import config_from_name
-    from model.masking.selection import keep_all
-    from model.packing import PackedTokens
+    from model.packing import PackedTokens, keep_all
     from pipeline.data.sample_order import BatchPlan
     from pipeline.planning.measurement import TensorMemory
     from pipeline.recipe_files import load_recipe

@@ -20,7 +20,7 @@ from peers.cases import CASES, both_ways, differences, real_pairs
 from peers.client import Peer, peers_python
 from record import record
 
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.patches import patchify
+from model.packing import patchify
 
 ANCHOR_RATIO, MIN_MASK_RATIO, THRESHOLD = 0.03, 0.3, 0.5
 

@@ -25,7 +25,7 @@ from training_steps import CONTEXT, LONGEST, SHORTEST
 
 from model.masking import MaskingConfig, PatchedImages, choose_patches
 from model.masking.reference import reference_masks
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
 
 PATCH_SIZE, IMAGE_SIZE = 16, 224

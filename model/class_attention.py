@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import dense_attention
-from model.masking.selection import keep_all
-from model.patches import PatchedImages
+from model.packing import PatchedImages, keep_all
 from model.towers import VisionTransformer
 
 

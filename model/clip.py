@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from model.attention import Backend, SelfAttention
 from model.config import CLIPConfig, config_from_name
-from model.masking.selection import PatchSelection, keep_all
-from model.packing import PackedTokens
-from model.patches import PatchedImages
+from model.packing import PackedTokens, PatchedImages, PatchSelection, keep_all
 from model.towers import TextTransformer, VisionTransformer
 
 _MAX_LOGIT_SCALE = math.log(100)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from model.attention import SelfAttention
 from model.config import Activation, TextConfig, VisionConfig
 from model.masking.reference import reference_bias
-from model.masking.selection import PatchSelection
-from model.packing import PackedLayout, PackedTokens
+from model.packing import PackedLayout, PackedTokens, PatchSelection
 from model.transformer import Transformer, make_mlp
 
 

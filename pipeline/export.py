@@ -26,9 +26,9 @@ from formats.programs import run
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip, to_open_clip
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from model.transformers_weights import from_transformers, to_transformers
-from pipeline.data.tokenizer import TextEncoder
+from pipeline.data.captions import TextEncoder
 from pipeline.foreign import open_clip_folder, transformers_folder
 from pipeline.image_sources import load_image, read_images
 from pipeline.inference import InferenceModel, load_for_inference

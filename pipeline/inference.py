@@ -14,8 +14,8 @@ from formats.errors import UserError
 from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
+from pipeline.data.captions import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.data.image_transform import Preprocessing
-from pipeline.data.tokenizer import CLIP_BPE, ClipBytePairs, Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.evaluation.results import ModelIdentity
 from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
 from pipeline.foreign.open_clip_folder import openai_config

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from formats.errors import UserError
 from formats.programs import run
-from pipeline.data.tokenizer import CLIP_BPE, load_tokenizer
+from pipeline.data.captions import CLIP_BPE, load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
 from pipeline.planning.plan_tables import describe, to_dict

@@ -22,7 +22,7 @@ from record import record
 from torch import Tensor
 
 from model.masking.cluster import cluster_similarity, draw_anchors
-from model.patches import PatchedImages, normalize_pixels
+from model.packing import PatchedImages, normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
 
 TARGET, MIN_RATIO, ANCHOR_RATIO, PATCH_SIZE = 0.5, 0.3, 0.03, 8

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from model.masking.cluster import anchor_cosines, image_slices, num_anchors
-from model.patches import PatchedImages
+from model.packing import PatchedImages
 
 # Weights of red, green and blue in brightness (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)

@@ -16,9 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from model.masking.cluster import cluster_similarity, draw_anchors
-from model.masking.selection import PatchSelection
-from model.packing import lengths_to_cu_seqlens
-from model.patches import PatchedImages
+from model.packing import PatchedImages, PatchSelection, lengths_to_cu_seqlens
 
 
 class ReferenceMasks(NamedTuple):

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from model.masking.cluster import Embed, cluster_similarity, draw_anchors
+from model.masking.cluster import Embed, cluster_similarity, draw_anchors, select_evenly, select_with_threshold
 from model.masking.pgs import pgs_scores
 from model.masking.reference import reference_masks
-from model.masking.selection import PatchSelection, keep_all, select_evenly, select_with_threshold
 from model.masking.spatial import block_scores, grid_scores, random_scores
-from model.patches import PatchedImages
+from model.packing import PatchedImages, PatchSelection, keep_all
 
 STRATEGIES = ("none", "random", "cluster", "block", "grid", "pgs", "attentive", "cluster-reference")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -20,10 +20,10 @@ from formats.errors import UserError
 from formats.pictures import ImageError
 from formats.texts import TextError, decode_text
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
+from pipeline.data.captions import TextMasker
 from pipeline.data.image_transform import decode_image, random_resized_crop
 from pipeline.data.sample_order import BatchPlan, MixedOrder
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from formats.pictures import decode_picture
-from model.patches import PIXEL_MEAN, PIXEL_STD, normalize_pixels
+from model.packing import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 ResizeMode = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]

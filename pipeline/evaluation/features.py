@@ -31,8 +31,8 @@ from formats.files import make_folder, write_atomically, write_json
 from formats.pictures import ImageError, why_unusual
 from model.clip import CLIP
 from model.masking import MaskingConfig
+from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import Preprocessing, decode_image
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.masked_images import encode_masked
 from pipeline.evaluation.results import ModelIdentity
 from pipeline.evaluation.sets.files import Collection, ImageFile

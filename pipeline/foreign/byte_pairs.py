@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from pipeline.data.tokenizer import ClipBytePairs, TextEncoder, Tokenizer, tokenizer_from_bytes
+from pipeline.data.captions import ClipBytePairs, TextEncoder, Tokenizer, tokenizer_from_bytes
 
 # transformers knows CLIP's two special tokens under these names only
 _START_TOKEN, _END_TOKEN = "<|startoftext|>", "<|endoftext|>"

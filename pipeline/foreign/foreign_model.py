@@ -17,8 +17,8 @@ from formats.errors import UserError
 from model.config import CLIPConfig
 from model.open_clip_weights import from_open_clip
 from model.transformers_weights import from_transformers
+from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import Preprocessing
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.foreign import open_clip_folder, transformers_folder
 from pipeline.foreign.byte_pairs import read_byte_pairs
 from pipeline.foreign.fields import UNREADABLE

@@ -13,9 +13,9 @@ from typing import Any, get_args
 from torch import Tensor
 
 from model.config import CLIPConfig, Pool, TextConfig, VisionConfig
-from model.patches import PIXEL_MEAN, PIXEL_STD
+from model.packing import PIXEL_MEAN, PIXEL_STD
+from pipeline.data.captions import TextEncoder
 from pipeline.data.image_transform import Interpolation, Preprocessing, ResizeMode
-from pipeline.data.tokenizer import TextEncoder
 from pipeline.foreign.byte_pairs import byte_pairs_of, is_clips_own, tokenizer_files
 from pipeline.foreign.fields import per_channel, refuse_others, square, with_defaults
 

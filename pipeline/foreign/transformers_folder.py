@@ -12,9 +12,9 @@ from typing import Any
 
 from formats.errors import UserError
 from model.config import CLIPConfig, TextConfig, VisionConfig
-from model.patches import PIXEL_MEAN, PIXEL_STD
+from model.packing import PIXEL_MEAN, PIXEL_STD
+from pipeline.data.captions import TextEncoder
 from pipeline.data.image_transform import Interpolation, Preprocessing, ResizeMode
-from pipeline.data.tokenizer import TextEncoder
 from pipeline.foreign.byte_pairs import tokenizer_files
 from pipeline.foreign.fields import UNREADABLE, per_channel, refuse_others, square, with_defaults
 

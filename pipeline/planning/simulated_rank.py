@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
+from pipeline.data.captions import TextMasker, Tokenizer, load_tokenizer
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.text_masking import TextMasker
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.planning.measurement import Trial, try_steps
 from pipeline.planning.memory import Memory, estimate_memory

@@ -16,9 +16,9 @@ from torch import Tensor
 from formats.errors import UserError
 from formats.pictures import ImageError
 from model.clip import CLIP
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
+from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.features import load_ahead
 from pipeline.evaluation.jobs import tasks_of
 from pipeline.evaluation.sets.files import Collection, ImageFile

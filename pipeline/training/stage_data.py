@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator
 
 from formats.errors import UserError
+from pipeline.data.captions import TextMasker, Tokenizer
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
-from pipeline.data.text_masking import TextMasker
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.training_data import TrainingData
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage

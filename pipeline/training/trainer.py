@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.clip import CLIP
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.captions import Tokenizer
 from pipeline.data.training_data import TrainingData
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import TrainingState, checkpoint_directory, newest_checkpoint

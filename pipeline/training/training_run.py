@@ -12,10 +12,9 @@ import torch
 
 from formats.errors import UserError
 from formats.files import write_json
+from pipeline.data.captions import TextMasker, load_tokenizer
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.shard_cache import check_room
-from pipeline.data.text_masking import TextMasker
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.training_data import read_training_data
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe

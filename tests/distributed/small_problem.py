@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from model.clip import CLIP, CLIPOutput
 from model.config import config_from_name
 from model.masking import PatchSelection
-from model.masking.selection import keep_all
-from model.packing import PackedTokens
+from model.packing import PackedTokens, keep_all
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks
 from pipeline.recipe import LossSection

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from formats.programs import run
 from model.clip import CLIP
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.ranks import init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.weights.start_weights import load_start_weights

@@ -15,9 +15,7 @@ from torch import Generator, Tensor
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import MaskingConfig
-from model.masking.selection import keep_all
-from model.packing import lengths_to_cu_seqlens
-from model.patches import PatchedImages
+from model.packing import PatchedImages, keep_all, lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
 from pipeline.data.sample_order import BatchPlan
 from pipeline.ranks import Ranks

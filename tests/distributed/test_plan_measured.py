@@ -12,8 +12,7 @@ from forked_ranks import run_ranks
 
 from model.clip import CLIP
 from model.config import config_from_name
-from model.masking.selection import keep_all
-from model.packing import lengths_to_cu_seqlens, pack_tokens
+from model.packing import keep_all, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.data_loader import Batch
 from pipeline.planning.measurement import Trial, try_steps
 from pipeline.planning.memory import estimate_memory, text_memory, vision_memory

@@ -16,8 +16,8 @@ from small_checkpoints import save_small_checkpoint
 
 from formats.errors import UserError
 from model.clip import CLIP
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.sample_order import BatchPlan
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training.checkpoints.checkpoint import TrainingState, complete_checkpoints, list_checkpoints

@@ -21,7 +21,7 @@ from peers.cases import small_config, untrained_model
 from peers.client import Peer
 
 from pipeline import evaluate
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.captions import Tokenizer, load_tokenizer
 from pipeline.export import FORMATS, export, random_examples
 
 pytestmark = pytest.mark.slow

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import config_from_name
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from model.towers import resize_grid
+from pipeline.data.captions import Tokenizer, load_tokenizer
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.export import FORMATS, export, random_examples
 from pipeline.foreign.open_clip_folder import model_cfg
 

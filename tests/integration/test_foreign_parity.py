@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data_prep.tokens.clip_merges import ClipBytePairs as TrainedPairs
 from model.config import CLIPConfig, config_from_name
+from pipeline.data.captions import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.data.image_transform import Preprocessing, decode_image
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.export import FORMATS, export, random_examples
 from pipeline.foreign import open_clip_folder, transformers_folder
 from pipeline.inference import InferenceModel, load_any_model

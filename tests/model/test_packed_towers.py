@@ -26,8 +26,7 @@ from model.masking import (
     keep_all,
     patchify,
 )
-from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens
-from model.patches import normalize_pixels
+from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens, normalize_pixels
 
 Weights = dict[str, Tensor]
 

@@ -20,9 +20,9 @@ from torch import Generator, Tensor
 from model.clip import CLIP
 from model.config import CLIPConfig, config_from_name
 from model.masking import MaskingConfig
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
+from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import Preprocessing, decode_image, resize_center_crop
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.export import FORMATS, export, random_examples
 from pipeline.inference import InferenceModel
 from pipeline.ranks import Ranks

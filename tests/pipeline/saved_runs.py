@@ -13,7 +13,7 @@ import torch
 from model.clip import CLIP
 from model.config import Pool, config_from_name
 from model.masking import MaskingConfig
-from pipeline.data.tokenizer import Tokenizer, _byte_symbols
+from pipeline.data.captions import Tokenizer, _byte_symbols
 from pipeline.training.checkpoints.checkpoint import Contents
 from pipeline.training.checkpoints.checkpoint_writer import publish, write_model_files
 from pipeline.training.progress import Progress

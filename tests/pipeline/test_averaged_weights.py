@@ -11,7 +11,7 @@ from saved_runs import save_run
 
 from formats.errors import UserError
 from formats.files import sha256_of
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.evaluation.results import Result
 from pipeline.inference import InferenceModel, load_any_model
 from pipeline.reporting.inputs import name_checkpoints

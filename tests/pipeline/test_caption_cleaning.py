@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from pipeline.data.tokenizer import tokenizer_from_bytes
+from pipeline.data.captions import tokenizer_from_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from formats.errors import UserError
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 
 
 def test_sentencepiece_captions_start_and_end(tokenizer_file: Path) -> None:

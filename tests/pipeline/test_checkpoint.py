@@ -12,7 +12,7 @@ from saved_runs import save_model
 
 from formats.errors import UserError
 from model.clip import CLIP
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.inference import load_for_inference
 from pipeline.recipe_files import load_recipe
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint, what_is_missing

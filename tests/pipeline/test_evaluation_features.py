@@ -14,7 +14,7 @@ from formats.errors import UserError
 from formats.files import write_atomically
 from model.clip import CLIP
 from model.masking import MaskingConfig
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.evaluation.features import FeatureStore
 from pipeline.evaluation.jobs import Slice, encode_slice, job_files, make_job

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from saved_runs import save_run, synthetic_merges
 
 from formats.errors import UserError
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.export import FORMATS, main
 
 

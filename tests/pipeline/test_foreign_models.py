@@ -28,7 +28,7 @@ from saved_runs import save_run, synthetic_merges
 
 from formats.errors import UserError
 from model.clip import CLIP
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.export import main as export
 from pipeline.foreign import open_clip_folder, transformers_folder
 from pipeline.inference import load_any_model

@@ -14,7 +14,7 @@ from preview_material import PATCH, SIZE, sheet_of, stand_in_checkpoint, write_p
 from torch import Tensor
 
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from pipeline.reporting.masks import setting as preview_setting
 from pipeline.reporting.masks.anatomy import Anatomy, dissect
 from pipeline.training.mask_drawer import seed_masks

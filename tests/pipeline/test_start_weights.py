@@ -18,7 +18,7 @@ from formats.errors import UserError
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.open_clip_weights import to_open_clip
-from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.captions import Tokenizer, load_tokenizer
 from pipeline.export import main as export_main
 from pipeline.inference import InferenceModel, load_for_inference
 from pipeline.ranks import Ranks

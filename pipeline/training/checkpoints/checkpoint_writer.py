@@ -17,7 +17,7 @@ from formats.errors import UserError
 from formats.files import flush_to_disk, sha256_of, write_atomically, write_json
 from model.clip import CLIP
 from model.masking import MaskingConfig
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.captions import Tokenizer
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, TrainSection
 from pipeline.training.checkpoints.checkpoint import (

@@ -12,9 +12,9 @@ from formats.errors import UserError
 from formats.files import sha256_of
 from model.clip import CLIP
 from model.config import CLIPConfig
-from model.patches import PIXEL_MEAN, PIXEL_STD
+from model.packing import PIXEL_MEAN, PIXEL_STD
 from model.towers import fit_positions
-from pipeline.data.tokenizer import ClipBytePairs, Tokenizer
+from pipeline.data.captions import ClipBytePairs, Tokenizer
 from pipeline.foreign.byte_pairs import byte_pairs_of
 from pipeline.foreign.foreign_model import ForeignModel, find_foreign, read_foreign
 from pipeline.ranks import Ranks

@@ -15,7 +15,7 @@ from model.class_attention import AttentiveCopy, class_attention
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 from model.towers import VisionTransformer
 from model.transformer import Block
 

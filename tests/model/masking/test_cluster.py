@@ -23,7 +23,7 @@ from model.masking import (
 )
 from model.masking.cluster import cluster_similarity, embedding_cosines
 from model.masking.pgs import pgs_scores
-from model.patches import PIXEL_STD
+from model.packing import PIXEL_STD
 from model.towers import embed_patches
 
 

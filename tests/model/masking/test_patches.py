@@ -11,7 +11,7 @@ import torch
 from mask_pictures import generator, photos_BCHW, pictures_BCHW
 
 from model.masking import PatchedImages, patchify
-from model.patches import PIXEL_MEAN, PIXEL_STD, normalize_pixels
+from model.packing import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 
 def test_patchify_cuts_rows_and_columns() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.masking import MaskingConfig, PatchedImages, select_patches
 from model.masking.cluster import anchor_cosines
 from model.masking.pgs import balance, draw_candidates, edge_strength, pgs_scores
-from model.patches import normalize_pixels
+from model.packing import normalize_pixels
 
 SOBEL = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
 

@@ -15,7 +15,7 @@ from mask_pictures import choose, generator, kept_BL, pictures_BCHW
 from torch import Tensor
 
 from model.masking import MaskingConfig, anchor_similarity, draw_anchors, patchify, select_patches
-from model.masking.selection import select_evenly, select_with_threshold
+from model.masking.cluster import select_evenly, select_with_threshold
 
 
 @given(

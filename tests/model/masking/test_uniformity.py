@@ -13,7 +13,7 @@ from mask_pictures import choose, generator, kept_BL, share_tolerance
 from torch import Tensor
 
 from model.masking import MaskingConfig, PatchSelection, draw_anchors, select_patches
-from model.masking.selection import select_evenly
+from model.masking.cluster import select_evenly
 
 
 def shares_BL(select: Callable[[int], PatchSelection], B: int, L: int, draws: int) -> Tensor:
