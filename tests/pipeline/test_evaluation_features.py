@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evaluation_material import CPU, encode, encoder_of, letter_model, retrieval_set, write_noise
+from PIL import Image
+from safetensors.torch import save_file
 
 from formats.errors import UserError
 from formats.files import write_atomically
@@ -121,3 +125,36 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
         list(pool.map(lambda n: write_atomically(tmp_path / "file", str(n % 3)), range(200)))
     assert (tmp_path / "file").read_text() in "012"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_features_of_the_first_version_are_found_and_taken_where_they_saw_the_same_pixels(
+    tmp_path: Path, model: InferenceModel, images: list[ImageFile]
+) -> None:
+    """Its pieces say nothing of the decoder, which neither turned pictures nor scaled 16 bits."""
+    for collection, identity, name in (
+        (
+            Collection("a set", "texts", ["a cat", "ein Käfer"]),
+            {"name": "m", "weights_sha256": "ab"},
+            "a_set-d476967a5564c902",
+        ),
+        (
+            Collection("a set", "images", [ImageFile(Path("x/0.tar"), "a.jpg", 512, 99)]),
+            {"image_size": 32},
+            "a_set-9fc23b84fb727976",
+        ),
+    ):
+        assert FeatureStore(tmp_path, collection, identity, 3).directory.name == name
+
+    sixteen_bits = tmp_path / "deep.png"
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16).save(sixteen_bits)
+    store = FeatureStore(tmp_path, Collection("some", "images", [*images[:3], ImageFile.whole(sixteen_bits)]), {}, 2)
+    store.directory.mkdir(parents=True)
+    for first in (0, 2):
+        digests = [hashlib.sha256(item.read()).digest() for item in store.collection.items[first : first + 2]]
+        digests_232 = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(2, 32)
+        features_2D = torch.zeros(2, model.clip.config.embed_dim)
+        file = store.directory / f"{first:09d}-{first + 2:09d}.safetensors"
+        save_file({"features": features_2D, "sha256": digests_232}, file)
+    assert encoder_of(model).encode(store, range(2)) == 2
+    features_ND, _ = store.load()
+    assert (features_ND.norm(dim=1) > 0.5).tolist() == [False, False, True, True]
