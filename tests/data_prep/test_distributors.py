@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,3 +51,12 @@ def test_an_absent_cluster_is_named(tmp_path: Path, distributor: str, monkeypatc
     with pytest.raises(UserError, match=rf"pip install 'cluster-clip\[{distributor}\]'"):
         download(urls, tmp_path / "shards", Settings(distributor=distributor))
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_download_on_this_machine_imports_nothing_that_img2dataset_brings() -> None:
+    """albumentations would ask the network for updates; pandas and wandb are large."""
+    code = "import sys, data_prep.web.processes; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "aiohttp" in imported
+    assert not imported & {"img2dataset", "albumentations", "pandas", "wandb", "matplotlib"}
