@@ -16,6 +16,11 @@ INVISIBLE = (
     r"\x{2060}-\x{206f}\x{feff}\x{fff9}-\x{fffb}\x{e0000}-\x{e007f}]"
 )
 WHITE_SPACE = r"[\t\n\x{b}\f\r \x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]+"
+# what remains visible to nobody, as `formats.texts.is_blank` has it
+BLANK = (
+    r"^[\p{Cc}\p{Cf}\p{Z}\x{34f}\x{115f}\x{1160}\x{17b4}\x{17b5}\x{2800}\x{3164}\x{fe00}-\x{fe0f}\x{ffa0}"
+    r"\x{e0100}-\x{e01ef}]*$"
+)
 _NEEDS_CLEANING = r"[^!-~ ]|  |^ | $"  # anything but printable ASCII with single spaces between
 
 # a browser would send these unchanged; everything else goes through a WHATWG parser

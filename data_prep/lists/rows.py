@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.folders import Folder
-from data_prep.lists.cleaning import BOXES, boxes, canonical_urls, clean_captions, numbers
+from data_prep.lists.cleaning import BLANK, BOXES, boxes, canonical_urls, clean_captions, numbers
 from data_prep.lists.exact_duplicates import Digests, digests, sorted_records
 from data_prep.lists.filters import Filters, conditions
 from data_prep.lists.list_files import ListFormat, Piece
@@ -97,7 +97,7 @@ def _conditions(
         yield "no url", pc.not_equal(urls, "")
         yield "url not http(s)", pc.match_substring_regex(urls, r"^(?i:https?):")
         yield "malformed url", pc.is_valid(canonical["url"])
-    yield "no caption", pc.not_equal(canonical["caption"], "")
+    yield "no caption", pc.invert(pc.match_substring_regex(canonical["caption"], BLANK))
     if NO_BOXES in unusable:  # faces that were to be blurred would not be
         yield NO_BOXES, pc.invert(unusable[NO_BOXES])
     yield from conditions(canonical, filters)

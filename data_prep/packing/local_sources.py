@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,7 +82,7 @@ def open_source(path: Path, columns: Columns) -> Source:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if not _is_hidden(file, path) and file.is_file())
+        files = sorted(_files(path))
         if any(file.suffix.lower() in PICTURE_ENDINGS for file in files) or not any(
             kind_by_name(file.name) for file in path.iterdir()
         ):
@@ -98,8 +98,22 @@ def open_source(path: Path, columns: Columns) -> Source:
     )
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _files(folder: Path) -> Iterator[Path]:
+    """All below a folder, links to folders followed once, without names that begin with a dot.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def _open_folder(folder: Path, files: Sequence[Path], columns: Columns) -> Source:

@@ -164,7 +164,8 @@ class _Tally:
         """Say what was packed and what was not. Raises UserError when it was nothing."""
         if not self.written:
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in self.dropped.most_common())
-            raise UserError(f"nothing of {self.source.path} can be packed: {reasons or 'it is empty'}")
+            hint = "; class folders? see --as classification, or --templates" if self.source.classes else ""
+            raise UserError(f"nothing of {self.source.path} can be packed: {reasons or 'it is empty'}{hint}")
         unit = "files" if self.source.classes is not None else "rows"
         joined = f", {self.joined:,} of them joined to a row of the same picture" if self.joined else ""
         print(f"{output}: {self.written:,} samples of {self.read:,} {unit}{joined}")

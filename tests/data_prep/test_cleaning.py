@@ -5,11 +5,13 @@ import unicodedata
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.lists.cleaning import BOXES, boxes, canonical_url, canonical_urls, clean_captions, numbers
+from data_prep.lists.cleaning import BLANK, BOXES, boxes, canonical_url, canonical_urls, clean_captions, numbers
+from formats.texts import is_blank
 
 BIDI = "\N{RIGHT-TO-LEFT OVERRIDE}\N{POP DIRECTIONAL FORMATTING}\N{RIGHT-TO-LEFT ISOLATE}\N{POP DIRECTIONAL ISOLATE}"
 INVISIBLE = set(BIDI + "\0\x07\x1b\x7f\N{SOFT HYPHEN}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}\N{TAG SPACE}")
@@ -18,6 +20,7 @@ VISIBLE = (
     "aZ~!é\u0301e\N{LATIN SMALL LETTER E WITH ACUTE}שק中\N{ZERO WIDTH JOINER}\N{CAT FACE}"
     "\N{VARIATION SELECTOR-16}\N{ANGSTROM SIGN}"
 )
+SIGNS = [*sorted(INVISIBLE | WHITE), *VISIBLE, *"\u2800\u3164\u034f\ufe0f"]
 CAPTIONS = st.text(st.sampled_from(sorted(INVISIBLE | WHITE) + list(VISIBLE)), max_size=12)
 
 
@@ -45,6 +48,12 @@ def test_cleaning_twice_changes_nothing_more(caption: str) -> None:
     once = clean(caption)
     assert clean(*once) == once
     assert not any(unicodedata.category(character) == "Cc" for character in str(once[0]))
+
+
+@settings(deadline=None)
+@given(st.text(st.one_of(st.sampled_from(SIGNS), st.characters())))
+def test_blank_is_what_shows_nothing(caption: str) -> None:
+    assert pc.match_substring_regex(pa.array([caption]), BLANK)[0].as_py() == is_blank(caption)
 
 
 def test_emoji_and_persian_keep_their_joiners() -> None:

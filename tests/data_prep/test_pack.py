@@ -297,6 +297,19 @@ def test_every_file_of_a_folder_is_packed_or_counted(tmp_path: Path, capsys: pyt
     assert (step["dropped"], step["read"]) == (dropped, 3 + sum(dropped.values()))
 
 
+def test_links_are_followed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "elsewhere")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "again").symlink_to(source)
+    (source / "broken.jpg").symlink_to(tmp_path / "absent.jpg")
+    (source / "broken.txt").write_text("x")
+    assert main(["pack", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert len(samples(tmp_path / "out")) == 3
+    assert counts(capsys.readouterr().out) == {"image cannot be read": 1}
+
+
 def test_every_row_of_a_table_is_packed_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path, "a.jpg")
     (tmp_path / "b.gif").write_bytes(b"GIF89a")
