@@ -30,7 +30,7 @@ class Settings:
     image_size: int = 256
     resize_mode: str = "keep_ratio"
     samples_per_shard: int = 10_000
-    blur_column: str | None = None  # boxes to blur, see `web_image.read_boxes`
+    blur_column: str | None = None  # boxes to blur, see `boxes.read_boxes`
     accept_changed: bool = False  # keep images whose sha256 is not the one in the list
 
     distributor: str = "multiprocessing"

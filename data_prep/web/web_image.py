@@ -114,7 +114,7 @@ def blur_boxes(pixels_HWC: Pixels, boxes: Boxes) -> Pixels:
     longest = 1.0
     for left, top, right, bottom in edges * (width, height, width, height):
         margin = BLUR_MARGIN * max(right - left, bottom - top)
-        longest = max(longest, right - left, bottom - top)
+        longest = min(max(longest, right - left, bottom - top), max(width, height))  # of a box far beyond the picture
         rows = slice(max(0, int(top - margin)), max(0, int(np.ceil(bottom + margin))))
         columns = slice(max(0, int(left - margin)), max(0, int(np.ceil(right + margin))))
         mask_HW[rows, columns] = 1

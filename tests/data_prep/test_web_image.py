@@ -148,6 +148,8 @@ def test_boxes_in_pixels_are_of_the_original() -> None:
     in_shares = to_jpeg(data, 40, "keep_ratio", [[0.25, 0.25, 0.5, 0.5]])
     assert to_jpeg(data, 40, "keep_ratio", [[30, 20, 60, 40]]) == in_shares
     assert to_jpeg(data, 40, "keep_ratio", ()) != in_shares
+    far = to_jpeg(data, 40, "keep_ratio", [[-1e30, 20, 1e30, 1e30]])  # takes no longer than others
+    assert opened(far.data)[10:].std() < opened(data).std() / 3
 
 
 @pytest.mark.parametrize(
