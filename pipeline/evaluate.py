@@ -38,10 +38,10 @@ from pipeline.evaluation.jobs import (
 )
 from pipeline.evaluation.masked_images import check_maskable
 from pipeline.evaluation.results import RESULTS_FILE, format_table, read_results, write_results
-from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
+from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_sets
 from pipeline.evaluation.sweep import read_sweep
 from pipeline.inference import load_any_model
-from pipeline.ranks import Ranks, init_ranks, part_ranks
+from pipeline.ranks import explain_lost_peers, init_ranks, part_ranks
 
 # Of what a rank has to encode, much may be there already: it then waits for the others.
 _PATIENCE = timedelta(days=7)
@@ -56,39 +56,50 @@ def main(argv: Sequence[str]) -> int:
         read_word_frequencies(arguments.word_counts)  # what is wrong with it shows before anything is encoded
     if (arguments.output / RESULTS_FILE).exists():
         read_results(arguments.output / RESULTS_FILE)  # likewise
-    ranks = init_ranks(_PATIENCE)
+    with explain_lost_peers("what is encoded is kept"):
+        ranks = init_ranks(_PATIENCE)
 
-    def load(checkpoint: str) -> FeatureEncoder:
-        model = load_any_model(checkpoint, ranks.device, arguments.tokenizer, arguments.model)
-        masking = model.masking if arguments.mask_images else None
-        if masking is not None:
-            check_maskable(masking)
-        return FeatureEncoder(model, ranks, arguments.workers, masking)
+        def load(checkpoint: str) -> FeatureEncoder:
+            model = load_any_model(checkpoint, ranks.device, arguments.tokenizer, arguments.model)
+            masking = model.masking if arguments.mask_images else None
+            if masking is not None:
+                check_maskable(masking)
+            return FeatureEncoder(model, ranks, arguments.workers, masking)
 
-    encoded: list[Job] = []
-    failures: list[Failure] = []
-    for checkpoint in arguments.checkpoint:
-        try:
-            encoder = ranks.together(partial(load, checkpoint))
-        except UserError as error:
-            failures.append(error)
-            continue
-        model, masking = encoder.model.identity, encoder.masking
-        for data, dataset in datasets.items():
-            job = make_job(model, data, dataset, options, arguments.batch_size, masking, arguments.word_counts)
-            tasks = ", ".join(task.option for task in job.tasks)
-            _print(ranks, f"{model.checkpoint}: {dataset.name}, {tasks}, {len(dataset.samples):,} samples")
+        def jobs_of(encoder: FeatureEncoder) -> list[Job]:
+            model, size, words = encoder.model.identity, arguments.batch_size, arguments.word_counts
+            return [
+                make_job(model, data, dataset, options, size, encoder.masking, words)
+                for data, dataset in datasets.items()
+            ]
+
+        encoded: list[Job] = []
+        failures: list[Failure] = []
+        for checkpoint in arguments.checkpoint:
             try:
-                encode_slice(job, encoder, arguments.slice or Slice(), arguments.output)
-                encoded.append(job)
-            except (UserError, OSError) as error:  # the other sets can still be evaluated
+                encoder = ranks.together(partial(load, checkpoint))
+            except UserError as error:  # others can still be evaluated
                 failures.append(error)
-    # scoring may take long, of a probe above all: nobody waits for it
-    part_ranks(ranks)
+                continue
+            for job in jobs_of(encoder):
+                try:
+                    _encode(job, encoder, arguments.slice, arguments.output)
+                    encoded.append(job)
+                except (UserError, OSError) as error:
+                    failures.append(error)
+        # scoring may take long, of a probe above all: nobody waits for it
+        part_ranks(ranks)
     if ranks.is_main:
         failures += _finish(encoded, arguments.slice, arguments.output, ranks.device)
     raise_first(failures)
     return 0
+
+
+def _encode(job: Job, encoder: FeatureEncoder, part: Slice | None, output: Path) -> None:
+    if encoder.ranks.is_main:
+        tasks = ", ".join(task.option for task in job.tasks)
+        print(f"{job.model.checkpoint}: {job.dataset.name}, {tasks}, {len(job.dataset.samples):,} samples", flush=True)
+    encode_slice(job, encoder, part or Slice(), output)
 
 
 def _finish(jobs: Sequence[Job], part: Slice | None, output: Path, device: torch.device) -> Iterator[Failure]:
@@ -109,15 +120,9 @@ def _finish(jobs: Sequence[Job], part: Slice | None, output: Path, device: torch
             print(f"{format_table(results)}\n\nresults in {output / RESULTS_FILE}", flush=True)
 
 
-def _print(ranks: Ranks, text: str) -> None:
-    if ranks.is_main:
-        print(text, flush=True)
-
-
 def _open(directories: Sequence[Path], options: Sequence[str] | None) -> dict[Path, EvaluationSet]:
     """The data sets of the wanted tasks. Raises UserError for an unknown task and for one without a data set."""
-    check_names(directories)
-    opened = {directory: open_evaluation_set(directory) for directory in directories}
+    opened = open_evaluation_sets(directories)
     fitting = {directory: tasks_of(dataset, options) for directory, dataset in opened.items()}
     for directory, tasks in fitting.items():
         for task in tasks:

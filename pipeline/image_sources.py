@@ -120,8 +120,8 @@ def _images_of_tar(path: Path, count: int) -> list[CaptionedImage]:
 
 def _images_of_folder(directory: Path, count: int) -> list[CaptionedImage]:
     """Images at any depth, in the order of their names; a caption is a .txt file beside its image."""
-    files = (path for path in directory.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_TYPES and path.is_file())
-    paths = sorted(files)
+    found = (path for path in directory.rglob("*") if split_name(path.name)[0])  # not ._name
+    paths = sorted(path for path in found if path.suffix.lower().lstrip(".") in IMAGE_TYPES and path.is_file())
     images = []
     for path in _some(paths, count, directory):
         text = path.with_suffix(f".{CAPTION_TYPE}")

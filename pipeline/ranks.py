@@ -172,8 +172,8 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def explain_lost_peers() -> Iterator[None]:
-    """Around training: the error of a rank whose peer, or loader process, has ended becomes a PeerLostError."""
+def explain_lost_peers(kept: str = "the last checkpoint is intact") -> Iterator[None]:
+    """The error of a rank whose peer, or loader process, has ended becomes a PeerLostError that says what is `kept`."""
     try:
         try:
             yield
@@ -186,12 +186,12 @@ def explain_lost_peers() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise PeerLostError(
                 "another rank ended or cannot be reached, see its output for why; "
-                f"the last checkpoint is intact ({str(error).splitlines()[0][:200]})"
+                f"{kept} ({str(error).splitlines()[0][:200]})"
             ) from error
         if "DataLoader worker" in str(error):  # torch raises it wherever the main thread is
             raise PeerLostError(
                 f"a loader process was killed, as the system does when memory runs out ({str(error).splitlines()[0]}); "
-                "the last checkpoint is intact; fewer data.workers need less memory"
+                f"{kept}; fewer data.workers need less memory"
             ) from error
         raise
 

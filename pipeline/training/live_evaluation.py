@@ -19,15 +19,12 @@ from model.clip import CLIP
 from model.packing import normalize_pixels
 from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import decode_image, resize_center_crop
-from pipeline.evaluation.features import load_ahead
 from pipeline.evaluation.jobs import tasks_of
 from pipeline.evaluation.sets.files import Collection, ImageFile
-from pipeline.evaluation.sets.layouts import EvaluationSet, check_names, open_evaluation_set
+from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_sets
 from pipeline.evaluation.tasks.task import Task
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection
-
-_BATCHES_AHEAD = 2
 
 
 class LiveEvaluation:
@@ -38,10 +35,7 @@ class LiveEvaluation:
         self._tokenizer = tokenizer
         self._ranks = ranks
         self._jobs: list[tuple[EvaluationSet, Task]] = []
-        directories = [Path(directory) for directory in section.data]
-        check_names(directories)
-        for directory in directories:
-            dataset = open_evaluation_set(directory)
+        for dataset in open_evaluation_sets([Path(directory) for directory in section.data]).values():
             self._jobs += [(dataset, task) for task in tasks_of(dataset, None)]
 
     def is_due(self, step: int) -> bool:
@@ -86,7 +80,7 @@ class LiveEvaluation:
     def _encode_batch(self, clip: CLIP, items: Sequence[Any], pool: ThreadPoolExecutor) -> Tensor:
         device, size = self._ranks.device, clip.config.vision.image_size
         if not items or isinstance(items[0], ImageFile):
-            images = list(load_ahead(pool, lambda image: _load(image, size), items, ahead=len(items)))
+            images = list(pool.map(lambda image: _load(image, size), items))
             images = images or [torch.zeros(3, size, size, dtype=torch.uint8)]
             return clip.encode_image(normalize_pixels(torch.stack(images).to(device))).float()
         return clip.encode_text(self._tokenizer.encode_batch(items).to(device)).float()

@@ -6,7 +6,7 @@ Classification and retrieval are CLIP_benchmark's webdatasets; composition is JS
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,6 +144,12 @@ def check_names(directories: Iterable[Path]) -> None:
                 "of sets: leave one out, or rename its directory"
             )
         seen[name] = directory
+
+
+def open_evaluation_sets(directories: Sequence[Path]) -> dict[Path, EvaluationSet]:
+    """The evaluation sets in directories. Raises UserError for two of one name, and as `open_evaluation_set` does."""
+    check_names(directories)
+    return {directory: open_evaluation_set(directory) for directory in directories}
 
 
 def open_evaluation_set(directory: Path) -> EvaluationSet:
