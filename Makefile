@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format peers bench-gpu clean
+.PHONY: help setup demo check test lint format peers bench-gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -26,6 +26,9 @@ setup: $(READY) ## Make .venv with everything the project needs
 demo: $(READY) ## The whole path in minutes: synthetic pairs -> shards -> training -> evaluation -> report
 	@rm -rf demo_run
 	@bash examples/demo.sh demo_run
+
+check: $(READY) lint ## Lint, types and the tests that are not slow: for every save
+	@python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
 
 test: $(READY) lint ## Lint, types and the whole test suite (what CI runs)
 	@python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile

@@ -95,6 +95,13 @@ def train_tokenizer(path: Path) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """What starts whole programs takes longer than one waits for after every save: `make check` leaves it out."""
+    for item in items:
+        if {"integration", "distributed", "slurm"} & set(item.path.parent.relative_to(ROOT).parts):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tests whose tensors are so small that threads only wait for each other."""
