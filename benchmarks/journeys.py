@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
+from record import record
 from serve import QuietHandler
 
 from data_prep.__main__ import main as data_prep
@@ -38,10 +39,14 @@ MOST = {"batch_modules": 20, "url_modules": 15, "evaluation_image_modules": 12, 
 
 @dataclass
 class Journey:
-    """The modules met between the call of `first` and the return of `last`, both names of functions."""
+    """The modules met between the call of `first` and the return of `last`, both names of functions.
+
+    skip: how many calls of `first` begin earlier journeys
+    """
 
     first: str
     last: str
+    skip: int = 0
     modules: list[str] = field(default_factory=list)
     is_open: bool = False
     is_over: bool = False
@@ -56,10 +61,8 @@ class Journey:
             return
         if event == "call":
             if not self.is_open and code.co_name == self.first:
-                self.is_open = True
-                # who asked is on the way, too
-                caller = frame.f_back and _module_of(frame.f_back.f_code)
-                self._meet(caller or module)
+                self.is_open = self.skip == 0
+                self.skip -= 1
             if self.is_open:
                 self._meet(module)
         elif self.is_open and code.co_name == self.last:
@@ -80,14 +83,15 @@ def _module_of(code: CodeType) -> str | None:
 
 
 @contextlib.contextmanager
-def followed(*journeys: Journey) -> Iterator[None]:
-    """Note what is called meanwhile, in all threads."""
+def followed(*journeys: Journey, all_threads: bool = False) -> Iterator[None]:
+    """Note what is called meanwhile: in this thread, or also in those that are started, which decode images."""
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
         for journey in journeys:
             journey.watch(frame, event, argument)
 
-    threading.setprofile(watch)
+    if all_threads:
+        threading.setprofile(watch)
     sys.setprofile(watch)
     try:
         yield
@@ -114,21 +118,22 @@ def make_material(folder: Path, port: int) -> None:
     quietly(data_prep, "tokenizer", folder / "shards", "--output", folder / "tok.model", "--vocab-size", 300)
 
 
-def follow_batch(folder: Path) -> list[str]:
-    """From the request for a batch to the update of the weights; its shard has not been opened before."""
+def follow_batches(folder: Path) -> tuple[list[str], list[str]]:
+    """From the request for a batch to the update of the weights: the first batch of a shard, and the one after it."""
     arguments = ["--recipe", "tiny_cpu", f"data.train={folder / 'shards'}", f"train.output={folder / 'run'}"]
     arguments += [f"data.tokenizer={folder / 'tok.model'}", f"data.cache_directory={folder / 'cache'}"]
-    arguments += ["data.workers=0", "train.max_steps=2", "optimizer.warmup_steps=1"]
+    arguments += ["data.workers=0", "train.max_steps=2", "optimizer.warmup_steps=1", "log.watch_steps=false"]
     arguments += ["train.global_batch_size=16", "train.micro_batch_size=16"]
-    with followed(journey := Journey("timed_fetch", "train_step")):
+    first, second = Journey("timed_fetch", "train_step"), Journey("timed_fetch", "train_step", skip=1)
+    with followed(first, second):
         quietly(train, *arguments)
-    return journey.modules
+    return first.modules, second.modules
 
 
 def follow_image(folder: Path) -> list[str]:
-    """From the opening of a set to the keeping of its images' features."""
-    opening, encoding = Journey("open_evaluation_set", "open_evaluation_set"), Journey("_load_image", "write")
-    with followed(opening, encoding):
+    """From the headers of its tar to the keeping of its features."""
+    opening, encoding = Journey("read_tar_samples", "read_tar_samples"), Journey("_load_image", "write")
+    with followed(opening, encoding, all_threads=True):
         data = folder / "drawn" / "eval" / "retrieval"
         quietly(evaluate, "--checkpoint", folder / "run", "--data", data, "--output", folder / "evaluation")
     return list(dict.fromkeys([*opening.modules, *encoding.modules]))
@@ -139,7 +144,7 @@ def follow_url(folder: Path) -> list[str]:
     one = Pass(0, folder / "urls.parquet", rows=1, classes=(), first_shard=0, samples_per_shard=1)
     worker = ShardWorker(folder / "downloaded", one, Settings(allow_local=True))
     (folder / "downloaded" / "_tmp").mkdir(parents=True)
-    with followed(journey := Journey("__call__", "__call__")):
+    with followed(journey := Journey("__call__", "__call__"), all_threads=True):
         is_done, _ = worker((0, one.rows_of(0)))
     if not is_done or not (folder / "downloaded" / "00000.tar").exists():
         raise SystemExit("the url was not downloaded")
@@ -160,20 +165,91 @@ def imports_of(path: Path) -> set[str]:
     """The project's modules that a file imports."""
     tree = ast.parse(path.read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return {name for name in names if name.split(".")[0] in PACKAGES}
 
 
-def main() -> None:
-    """Follow all three; print them."""
+def purpose_of(module: str) -> str:
+    """The first sentence of a module's docstring."""
+    text = ast.get_docstring(ast.parse((ROOT / module).read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def follow_all() -> dict[str, list[str]]:
+    """The modules of each journey, on data made for it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "drawn").mkdir()
         with serving(folder / "drawn") as port:
             make_material(folder, port)
-            journeys = {"url": follow_url(folder), "batch": follow_batch(folder), "image": follow_image(folder)}
-    for name, modules in journeys.items():
-        print(name, len(modules), *modules, sep="\n  ")
+            url = follow_url(folder)
+        new_shard, batch = follow_batches(folder)
+        return {"url": url, "batch": batch, "new_shard": new_shard, "image": follow_image(folder)}
+
+
+def figures_of(journeys: dict[str, list[str]]) -> dict[str, int]:
+    """What results/journeys.json holds; the packages' size beside the lengths of the ways."""
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return {
+        "url_modules": len(journeys["url"]),
+        "batch_modules": len(journeys["batch"]),
+        "batch_of_a_new_shard_modules": len({*journeys["batch"], *journeys["new_shard"]}),
+        "evaluation_image_modules": len(journeys["image"]),
+        "trainer_imports": len(imports_of(ROOT / "pipeline" / "training" / "trainer.py")),
+        "modules": len([path for path in sources if path.name != "__init__.py"]),
+        "python_lines": sum(len(path.read_text().splitlines()) for path in sources),
+    }
+
+
+def page_of(journeys: dict[str, list[str]]) -> str:
+    """docs/journeys.md."""
+    chapters = [INTRODUCTION]
+    for name, title in TITLES.items():
+        modules = journeys[name]
+        if name == "new_shard":
+            modules = [module for module in modules if module not in journeys["batch"]]
+        lines = [f"{number}. `{module}`: {purpose_of(module)}" for number, module in enumerate(modules, 1)]
+        chapters.append("\n\n".join([*title, "\n".join(lines)]))
+    return "\n\n".join(chapters) + "\n"
+
+
+INTRODUCTION = """# Three journeys
+
+The shortest introduction to the code: the modules that a url, a batch and an evaluation image really pass through, in
+the order in which they first do something. `python benchmarks/journeys.py` runs the real programs on a little data,
+notes which of the project's functions are called on the way, and writes this page. What only starts, watches or ends a
+program is not on it."""
+TITLES = {
+    "url": (
+        "## A url, from the list to the tar",
+        "`data-prep download` cuts the list into shards and gives each to a process, which does this:",
+    ),
+    "batch": (
+        "## A batch, from the tar to the weights",
+        "One step of `pipeline/train.py`, with cluster masks; begin with `train_step.py`:",
+    ),
+    "new_shard": (
+        "### The first batch of a shard",
+        "A shard that has not been read before is opened, and the index of its samples made. That takes these, too:",
+    ),
+    "image": (
+        "## An evaluation image, from the tar to its kept features",
+        "`pipeline/evaluate.py` encodes each image once and keeps its features; tasks are arithmetic on them:",
+    ),
+}
+
+
+def main() -> None:
+    """Follow all, write page and figures; says so, with exit code 1, where a way is longer than it may be."""
+    journeys = follow_all()
+    figures = figures_of(journeys)
+    PAGE.write_text(page_of(journeys))
+    path = record("journeys", figures, "python benchmarks/journeys.py", repeats=1)
+    for name, figure in figures.items():
+        print(f"{name:30}{figure:>8,}" + (f"   (at most {MOST[name]})" if name in MOST else ""))
+    print(f"{PAGE.relative_to(ROOT)}, {path.relative_to(ROOT)}")
+    too_long = [name for name, most in MOST.items() if figures[name] > most]
+    if too_long:
+        sys.exit(f"longer than aimed at: {', '.join(too_long)}")
 
 
 if __name__ == "__main__":

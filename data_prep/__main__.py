@@ -23,7 +23,7 @@ GROUPS = {
     "get pairs from here": (add_synthetic, add_pack),
     "look after shards": (add_verify, add_stats, add_dedup, add_forget, add_reshard, add_merge),
     "make ready for training": (add_tokenizer, add_words),
-    "all of it": (add_build,),
+    "all of it": (lambda commands: add_build(commands, main, make_parser),),
 }
 
 

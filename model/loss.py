@@ -22,14 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class SigmoidSums(NamedTuple):
-    """For the sigmoid loss: sums per row of softplus(logit) and sigmoid(logit), and what goes to the columns."""
-
-    softplus_R: Tensor
-    sigmoid_R: Tensor
-    at_columns_CD: Tensor
-
-
 class Tiles(Protocol):
     """How a rectangle is computed. Tensors are contiguous and of one precision, fp32 or fp64; scale and bias [1].
 
@@ -52,8 +44,11 @@ class Tiles(Protocol):
 
     def add_sigmoid_sums(
         self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor, bias: Tensor, into_rows_RD: Tensor
-    ) -> SigmoidSums:
-        """into_rows += w @ columns, returns w.T @ rows and sums per row; w = sigmoid(logit)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """into_rows += w @ columns, w = sigmoid(logit).
+
+        Returns sums per row of softplus(logit) [R] and of sigmoid(logit) [R], and w.T @ rows [C, D].
+        """
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class TorchTiles:
 
     def add_sigmoid_sums(
         self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor, bias: Tensor, into_rows_RD: Tensor
-    ) -> SigmoidSums:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See Tiles."""
         softplus_R, sigmoid_R = rows_RD.new_zeros(2, len(rows_RD))
         at_columns_CD = torch.zeros_like(columns_CD)
@@ -102,7 +97,7 @@ class TorchTiles:
             sigmoid_R[r] += weight_rc.sum(1)
             into_rows_RD[r].addmm_(weight_rc, columns_CD[c])
             at_columns_CD[c].addmm_(weight_rc.T, rows_RD[r])
-        return SigmoidSums(softplus_R, sigmoid_R, at_columns_CD)
+        return softplus_R, sigmoid_R, at_columns_CD
 
     def _logits(self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Every tile with its place; what a tile holds may be overwritten, the next takes its memory."""
@@ -245,10 +240,10 @@ def _sigmoid(image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, ima
     at_text_BD = torch.zeros_like(text_BD)
 
     def visit(columns_CD: Tensor) -> Tensor:
-        sums = tiles.add_sigmoid_sums(text_BD, columns_CD, scale, bias, at_text_BD)
-        softplus_B.add_(sums.softplus_R)
-        sigmoid_B.add_(sums.sigmoid_R)
-        return sums.at_columns_CD
+        softplus_R, sigmoid_R, at_columns_CD = tiles.add_sigmoid_sums(text_BD, columns_CD, scale, bias, at_text_BD)
+        softplus_B.add_(softplus_R)
+        sigmoid_B.add_(sigmoid_R)
+        return at_columns_CD
 
     at_image_BD = images.sum(visit).sub_(text_BD)
     at_text_BD.sub_(image_BD)

@@ -56,6 +56,90 @@ def test_the_import_check_notices() -> None:
     assert violations("pipeline", "from data_prep.shards.verify import verify") == {"data_prep"}
 
 
+# A room is a module or folder of a package. Each may import those before it, and nothing behind it.
+ROOMS = {
+    "formats": "errors files locks owners tar manifest pictures texts word_counts charts pages programs",
+    "model": (
+        "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
+        "transformers_weights"
+    ),
+    "data_prep": (
+        "boxes console folders parallel shards synthetic tables lists packing tokens near web forget build commands "
+        "__main__"
+    ),
+    "pipeline": (
+        "versions hardware recipe_options recipe recipe_files ranks data foreign evaluation image_sources training "
+        "inference planning reporting bench_data mask_preview plan train evaluate report export"
+    ),
+}
+
+
+def first_party_imports() -> dict[str, set[str]]:
+    """The project's modules, by their dotted names, and which of them each imports, anywhere in its text."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in FIRST_PARTY
+        for path in (ROOT / package).rglob("*.py")
+    }
+    return {name: set(modules_in(path.read_text())) & files.keys() - {name} for name, path in files.items()}
+
+
+def modules_in(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def upward(imports: dict[str, set[str]]) -> list[str]:
+    """Imports within a package that run from a room to one behind it, and rooms that are not in the list."""
+    found = []
+    for name, imported in imports.items():
+        for other in {name, *imported}:
+            (package, *rest), (of, *others) = name.split("."), other.split(".")
+            if package != of or not rest or not others:
+                continue
+            order = ROOMS[package].split()
+            if others[0] not in order:
+                found.append(f"{other}: in no room")
+            elif rest[0] in order and order.index(rest[0]) < order.index(others[0]):
+                found.append(f"{name} -> {other}")
+    return sorted(set(found))
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others: what stays when all that import nothing are taken away."""
+    left = {name: set(imported) for name, imported in imports.items()}
+    while ends := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in ends:
+            del left[name]
+    imported_somewhere = set().union(*left.values())
+    return sorted(name for name in left if name in imported_somewhere)
+
+
+def test_no_import_runs_upward() -> None:
+    assert upward(first_party_imports()) == []
+
+
+def test_no_files_import_each_other() -> None:
+    assert circles(first_party_imports()) == []
+
+
+def test_the_trainer_imports_few_of_the_others() -> None:
+    modules = first_party_imports()
+    assert len([name for name in modules["pipeline.training.trainer"] if "." in name]) <= 20
+
+
+def test_upward_imports_and_circles_are_noticed() -> None:
+    assert upward({"pipeline.data.a": {"pipeline.evaluation.b"}}) == ["pipeline.data.a -> pipeline.evaluation.b"]
+    assert upward({"pipeline.evaluation.b": {"pipeline.data.a", "model.clip"}}) == []
+    assert upward({"pipeline.attic.a": set()}) == ["pipeline.attic.a: in no room"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
 def test_no_module_of_pipeline_shadows_another() -> None:
     installed = set(importlib.metadata.packages_distributions()) - FIRST_PARTY
     taken = installed | set(sys.stdlib_module_names) | {"model", "data_prep"}

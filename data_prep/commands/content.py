@@ -111,7 +111,7 @@ def add_forget(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _forget(options: argparse.Namespace) -> int:
-    from data_prep.shards.forget import forget
+    from data_prep.forget import forget
 
     if options.sha256 is not None:
         forget(options.directory, options.sha256, "sha256", options.processes, options.max_removed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data_prep.commands.options import Commands, add_command, add_processes, array_slice, not_negative, positive
 from data_prep.lists.catalogue import GENERIC, INGESTIBLE
@@ -131,9 +132,14 @@ def _ingest(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_build(commands: Commands[argparse.ArgumentParser]) -> None:
-    """`data-prep build`."""
-    parser = add_command(commands, "build", _build, "every stage from one YAML file; run it again to go on")
+def add_build(
+    commands: Commands[argparse.ArgumentParser],
+    run_command: Callable[[Sequence[str]], int],
+    make_parser: Callable[[], argparse.ArgumentParser],
+) -> None:
+    """`data-prep build`, whose stages are commands: how one is run, and how it is checked."""
+    run = functools.partial(_build, run_command, make_parser)
+    parser = add_command(commands, "build", run, "every stage from one YAML file; run it again to go on")
     parser.add_argument(
         "config", type=path_argument, metavar="CONFIG.yaml", help="stages and their options (docs/ingest.md)"
     )
@@ -142,8 +148,11 @@ def add_build(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the file and print its stages")
 
 
-def _build(options: argparse.Namespace) -> int:
-    from data_prep.__main__ import main, make_parser
+def _build(
+    run_command: Callable[[Sequence[str]], int],
+    make_parser: Callable[[], argparse.ArgumentParser],
+    options: argparse.Namespace,
+) -> int:
     from data_prep.build import build, read_plan, show
 
     if options.slice and not options.only:
@@ -163,4 +172,4 @@ def _build(options: argparse.Namespace) -> int:
         show(plan, check)
         return 0
     share = "{}/{}".format(*options.slice) if options.slice else None
-    return 0 if build(plan, main, check, options.only, share) else 1
+    return 0 if build(plan, run_command, check, options.only, share) else 1

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.loss import SigmoidSums
-
 # Partial sums per column take a 2,048th of the matrix of that many rows.
 _ROWS_AT_ONCE = 8192
 # Programs in which a kernel is started at least, where the rectangle is large enough.
@@ -166,12 +164,12 @@ class TritonTiles:
 
     def add_sigmoid_sums(
         self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor, bias: Tensor, into_rows_RD: Tensor
-    ) -> SigmoidSums:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See Tiles."""
         softplus_R, sigmoid_R = self._add_sums(rows_RD, columns_CD, scale, None, bias, into_rows_RD)
         at_columns_CD = torch.zeros_like(columns_CD)
         self._add_sums(columns_CD, rows_RD, scale, None, bias, at_columns_CD)
-        return SigmoidSums(softplus_R, sigmoid_R, at_columns_CD)
+        return softplus_R, sigmoid_R, at_columns_CD
 
     def _add_sums(
         self,

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from make_images import encoded
 from small_web import Page, SmallWeb
 
-from data_prep.shards.forget import forget
+from data_prep.forget import forget
 from data_prep.shards.publish import changing
 from data_prep.shards.verify import verify
 from data_prep.web.download import Settings, download, retry

@@ -11,7 +11,7 @@ from make_images import good_sample, write_tar
 from make_shards import assert_consistent, captions, make_shards, manifest, picture, sample
 
 from data_prep.__main__ import main
-from data_prep.shards.forget import read_list
+from data_prep.forget import read_list
 from data_prep.shards.verify import verify
 from data_prep.web.ledger import write_ledger
 from formats.errors import UserError

@@ -15,8 +15,8 @@ from make_images import write_tar
 from make_shards import assert_consistent, contents, killed_at, make_shards, manifest, sample, snapshot
 from shard_reading import loader_index
 
+from data_prep.forget import forget
 from data_prep.near.dedup import dedup
-from data_prep.shards.forget import forget
 from data_prep.shards.merge import merge
 from data_prep.shards.publish import changing, reading
 from data_prep.shards.reshard import Layout, reshard
