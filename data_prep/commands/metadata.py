@@ -98,9 +98,9 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 def _ingest(options: argparse.Namespace) -> int:
     from data_prep.lists.filters import Filters, read_block_lists
-    from data_prep.lists.ingest import ingest
+    from data_prep.lists.ingest import Slice, ingest
     from data_prep.lists.list_files import ColumnChoice, ListFormat
-    from data_prep.lists.rows import Options, Slice
+    from data_prep.lists.rows import Options
 
     if "none" in options.unique and len(options.unique) > 1:
         raise UserError("--unique none goes with no other key")

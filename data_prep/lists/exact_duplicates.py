@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u4")])
 BUCKETS = 1024  # finest division of the digests, by their first bits
@@ -31,6 +32,18 @@ def digests(texts: pa.ChunkedArray) -> Digests:
     sha256 = hashlib.sha256
     joined = b"".join([sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
     return np.ascontiguousarray(np.frombuffer(joined, np.uint64).reshape(-1, 4)[:, :2])
+
+
+def pair_digests(table: pa.Table) -> Digests:
+    """[n, 2] digests of url, a line feed and caption: what uids are made of."""
+    return digests(pc.binary_join_element_wise(table["url"], table["caption"], "\n"))
+
+
+KEYS: Mapping[str, Callable[[pa.Table], Digests]] = {
+    "url": lambda table: digests(table["url"]),
+    "caption": lambda table: digests(table["caption"]),
+    "pair": pair_digests,
+}
 
 
 def sorted_records(digests_N2: Digests) -> tuple[Records, list[int]]:

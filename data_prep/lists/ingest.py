@@ -29,7 +29,6 @@ from data_prep.lists.rows import (
     Options,
     Part,
     Rejects,
-    Slice,
     check_columns,
     ingest_piece,
     piece_name,
@@ -45,6 +44,14 @@ COUNT_TOLERANCE = 0.001
 ROWS_PER_GROUP = 100_000
 REPORT, REJECTS = "ingest.json", "rejects.jsonl"
 _OWN_FILE = re.compile(r"part-\d+\.parquet|ingest\.json|rejects\.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Share `index` of `count` of the work, for array jobs; index from 0."""
+
+    index: int = 0
+    count: int = 1
 
 
 @dataclasses.dataclass

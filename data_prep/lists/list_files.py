@@ -24,8 +24,8 @@ from data_prep.tables.files import (
     open_table,
     text_kind,
 )
-from data_prep.tables.lines import lines
-from data_prep.tables.readers import Chunk, Range, is_text, read_chunks
+from data_prep.tables.lines import Range, lines
+from data_prep.tables.readers import Chunk, is_text, read_chunks
 from formats.errors import UserError, nearest_of
 
 PIECE_BYTES = 128 << 20  # of text: about 600,000 rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 
 from data_prep.folders import Folder
 from data_prep.lists.cleaning import BLANK, BOXES, boxes, canonical_urls, clean_captions, numbers
-from data_prep.lists.exact_duplicates import Digests, digests, sorted_records
+from data_prep.lists.exact_duplicates import KEYS, Digests, pair_digests, sorted_records
 from data_prep.lists.filters import Filters, conditions
 from data_prep.lists.list_files import ListFormat, Piece
 from data_prep.tables.files import naming
-from data_prep.tables.readers import EXAMPLE_CHARS, NOT_UTF8, Chunk, as_bytes, is_text
+from data_prep.tables.lines import EXAMPLE_CHARS
+from data_prep.tables.readers import NOT_UTF8, Chunk, as_bytes, is_text
 from formats.errors import UserError, nearest_of
 
 UID_HEX_DIGITS = 32
@@ -125,11 +126,6 @@ def _typed(table: pa.Table) -> tuple[pa.Table, dict[str, pa.ChunkedArray]]:
     }
 
 
-def pair_digests(table: pa.Table) -> Digests:
-    """[n, 2] digests of url, a line feed and caption: what uids are made of."""
-    return digests(pc.binary_join_element_wise(table["url"], table["caption"], "\n"))
-
-
 def _uids(table: pa.Table) -> pa.ChunkedArray:
     given = pc.fill_null(table["uid"], "")
     if pc.all(pc.not_equal(given, ""), min_count=0).as_py():
@@ -176,12 +172,6 @@ def _readable(value: object) -> str:
 FORMAT_VERSION = 2  # of the work folder; raise it when the same options would give other rows
 ROWS_PER_PART = 1_000_000
 
-KEYS: Mapping[str, Callable[[pa.Table], Digests]] = {
-    "url": lambda table: digests(table["url"]),
-    "caption": lambda table: digests(table["caption"]),
-    "pair": pair_digests,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -190,14 +180,6 @@ class Options:
     list_format: ListFormat = dataclasses.field(default_factory=ListFormat)
     filters: Filters = dataclasses.field(default_factory=Filters)
     unique: tuple[str, ...] = ("url",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Share `index` of `count` of the work, for array jobs; index from 0."""
-
-    index: int = 0
-    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.tables.files import columns_of, expand, find_column, kind_by_name, naming, open_table, text_kind
-from data_prep.tables.readers import Range, Refused, read_rows
+from data_prep.tables.lines import Range, Refused
+from data_prep.tables.readers import read_rows
 from formats.errors import UserError
 from formats.tar import MAX_MEMBER_BYTES
 from formats.texts import TextError, clean, decode_text

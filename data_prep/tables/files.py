@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
+from data_prep.tables.json_tables import load_json_list
 from data_prep.tables.lines import CsvRecords, lines
-from data_prep.tables.readers import load_json_list
 from formats.errors import UserError, nearest_of
 
 SNIFFED_BYTES = 4096

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20  # a longer line is skipped; captions of megabytes still reach the filter that counts them
 MAX_RECORD_BYTES = 1 << 20  # of a CSV row over several lines: a quote that is still open then was never closed
 OVERLONG = b"(a line too long to read)\n"  # stands for a skipped line; no list has a row of this form
+EXAMPLE_CHARS = 300
+MALFORMED = "malformed line"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A piece of one table: bytes of a text file (lines that begin in it), or row groups of a parquet file."""
+
+    start: int = 0
+    stop: int | None = None  # None: to the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A row that cannot be read: why, and how it begins."""
+
+    reason: str
+    text: str
+
+
+def malformed(line: bytes) -> Refused:
+    """A line that does not fit."""
+    return Refused(MALFORMED, line[:EXAMPLE_CHARS].decode("utf-8", "replace").rstrip("\r\n"))
 
 
 def blocks_of_lines(

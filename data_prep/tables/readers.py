@@ -17,32 +17,23 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from data_prep.tables.lines import OVERLONG, CsvRecords, blocks_of_lines, lines
+from data_prep.tables.json_tables import read_coco_json, read_json, read_json_lines, read_sbu_json
+from data_prep.tables.lines import (
+    EXAMPLE_CHARS,
+    OVERLONG,
+    CsvRecords,
+    Range,
+    Refused,
+    Row,
+    blocks_of_lines,
+    lines,
+    malformed,
+)
 from formats.errors import UserError
 
 ROWS_PER_CHUNK = 50_000
 ROWS_PER_BATCH = 256  # of parquet, where rows hold pictures
-EXAMPLE_CHARS = 300
-MALFORMED, NOT_UTF8 = "malformed line", "not UTF-8"
-
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """A piece of one table: bytes of a text file (lines that begin in it), or row groups of a parquet file."""
-
-    start: int = 0
-    stop: int | None = None  # None: to the end
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """A row that cannot be read: why, and how it begins."""
-
-    reason: str
-    text: str
-
+NOT_UTF8 = "not UTF-8"
 
 NO_TEXT = Refused(NOT_UTF8, "")
 
@@ -139,7 +130,7 @@ def read_tsv(stream: BinaryIO, part: Range, names: Sequence[str], columns: Mappi
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").removesuffix(b"\r").replace(b"\r", b" ")
         block, refused = _split_malformed(block, len(names))
-        refused += [_malformed(OVERLONG)] * overlong
+        refused += [malformed(OVERLONG)] * overlong
         if not block:
             yield Chunk(_table([], list(columns)), refused)
             continue
@@ -169,7 +160,7 @@ def _split_malformed(block: bytes, fields: int) -> tuple[bytes, list[Refused]]:
     if not bad.any():
         return block, []
     refused = [
-        _malformed(block[start : min(end, start + EXAMPLE_CHARS)])
+        malformed(block[start : min(end, start + EXAMPLE_CHARS)])
         for start, end in zip(starts[bad].tolist(), ends[bad].tolist(), strict=True)
     ]
     good_bytes = np.repeat(~bad, ends + 1 - starts)[: len(block)]
@@ -182,64 +173,7 @@ def read_csv(
     """Fields with commas between them; quoted ones may hold commas, line breaks and, doubled, quotes."""
     indices = {name: names.index(source) for name, source in columns.items()}
     for raw, fields in CsvRecords(lines(stream, part.start), len(names)):
-        yield _malformed(raw) if fields is None else {name: fields[index] for name, index in indices.items()}
-
-
-def read_json_lines(
-    stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]
-) -> Iterator[Row | Refused]:
-    """One JSON object per line."""
-    for line in lines(stream, part.start, part.stop):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            yield _picked(value, columns) or _malformed(line)
-
-
-def read_json(
-    stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]
-) -> Iterator[Row | Refused]:
-    """One JSON list of objects; read whole."""
-    for value in load_json_list(stream):
-        yield _picked(value, columns) or _malformed(json.dumps(value).encode())
-
-
-def load_json_list(stream: BinaryIO) -> list[Any]:
-    """Raises UserError for a file that is not a JSON list."""
-    value = _load_json(stream)
-    if not isinstance(value, list):
-        raise UserError("not a JSON list of objects")
-    return value
-
-
-def read_sbu_json(
-    stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]
-) -> Iterator[Row | Refused]:
-    """SBU: one object of equally long lists, `image_urls` and `captions`; read whole (860,000 rows)."""
-    value = _json_object(stream, "image_urls", "captions")
-    urls, captions = value["image_urls"], value["captions"]
-    if len(urls) != len(captions):
-        raise UserError(f"not a whole list: {len(urls):,} image_urls, but {len(captions):,} captions")
-    for url, caption in zip(urls, captions, strict=True):
-        yield {"url": url, "caption": caption}
-
-
-def read_coco_json(
-    stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]
-) -> Iterator[Row | Refused]:
-    """COCO captions: `images` with `coco_url`, `annotations` with `image_id` and `caption`; read whole."""
-    value = _json_object(stream, "images", "annotations")
-    images = {str(image.get("id")): image for image in value["images"] if isinstance(image, dict)}
-    empty: dict[str, Any] = {}
-    for annotation in value["annotations"]:
-        if not isinstance(annotation, dict):
-            yield _malformed(json.dumps(annotation).encode())
-            continue
-        image = images.get(str(annotation.get("image_id")), empty)
-        size = {"width": image.get("width"), "height": image.get("height")}
-        yield {"url": image.get("coco_url"), "caption": annotation.get("caption"), **size}
+        yield malformed(raw) if fields is None else {name: fields[index] for name, index in indices.items()}
 
 
 def read_parquet(stream: BinaryIO, part: Range, names: Sequence[str], columns: Mapping[str, str]) -> Iterator[Chunk]:
@@ -264,29 +198,6 @@ ROW_READERS: Mapping[str, Reader] = {
     "sbu-json": read_sbu_json,
     "coco-json": read_coco_json,
 }
-
-
-def _picked(value: object, columns: Mapping[str, str]) -> Row | None:
-    """The columns of a JSON object; None for anything else."""
-    return {name: value.get(source) for name, source in columns.items()} if isinstance(value, dict) else None
-
-
-def _malformed(line: bytes) -> Refused:
-    return Refused(MALFORMED, line[:EXAMPLE_CHARS].decode("utf-8", "replace").rstrip("\r\n"))
-
-
-def _load_json(stream: BinaryIO) -> Any:
-    try:
-        return json.load(stream)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not a JSON file: {error}") from error
-
-
-def _json_object(stream: BinaryIO, *keys: str) -> dict[str, Any]:
-    value = _load_json(stream)
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in keys):
-        raise UserError(f"not an object with the lists {' and '.join(keys)}")
-    return value
 
 
 def _chunks(records: Iterable[Row | Refused], columns: Sequence[str]) -> Iterator[Chunk]:

@@ -16,9 +16,9 @@ from ingest_helpers import KEEP_ALL, done, read, rows_of
 
 from data_prep.lists import list_files, rows
 from data_prep.lists.filters import Filters
-from data_prep.lists.ingest import ingest
+from data_prep.lists.ingest import Slice, ingest
 from data_prep.lists.list_files import Piece
-from data_prep.lists.rows import Options, Slice
+from data_prep.lists.rows import Options
 
 
 def draw_lists(folder: Path, rows: int, seed: int) -> list[tuple[str, str]]:

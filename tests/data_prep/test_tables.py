@@ -20,8 +20,8 @@ from data_prep.lists.filters import Filters
 from data_prep.lists.list_files import ColumnChoice, find_columns
 from data_prep.lists.rows import Rejects, canonicalise
 from data_prep.tables import lines as lines_module
-from data_prep.tables.lines import OVERLONG, CsvRecords, blocks_of_lines, lines
-from data_prep.tables.readers import NO_TEXT, ROW_READERS, Range, read_chunks, read_rows
+from data_prep.tables.lines import OVERLONG, CsvRecords, Range, blocks_of_lines, lines
+from data_prep.tables.readers import NO_TEXT, ROW_READERS, read_chunks, read_rows
 from formats.errors import UserError
 
 COLUMNS = {"url": "url", "caption": "caption"}
