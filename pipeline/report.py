@@ -98,7 +98,8 @@ def _title(runs: Sequence[Run]) -> str:
     """What the report is about: the run with its model and masks, or the names of several."""
     if len(runs) == 1 and runs[0].recipe:
         recipe = runs[0].recipe
-        return f"{runs[0].name}: {recipe.model.name}, masking {recipe.masking.strategy}"
+        masks = recipe.masking.strategy.replace("none", "no")
+        return f"{runs[0].name}: {recipe.model.name}, {masks} masking"
     more = len(runs) - _NAMES_IN_TITLE
     return ", ".join(run.name for run in runs[:_NAMES_IN_TITLE]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/reports.md: a report in Chromium, wide and light, narrow and dark, from a heading on.
+"""The pictures of docs/reports.md: a report in Chromium, wide and light, narrow and dark, from its top or a heading.
 
 python docs/images/make_report.py demo_run/report/report.html
 """
@@ -19,7 +19,7 @@ from small_browser import Page, open_browser  # noqa: E402
 
 # Name, width in pixels, colours, the heading it begins with, height in pixels.
 PICTURES = (
-    ("report_wide.png", 1280, "light", "Benchmarks", 1500),
+    ("report_wide.png", 1280, "light", "", 1400),
     ("report_narrow.png", 400, "dark", "Retrieval, looked at", 1500),
 )
 COLOURS = 128
@@ -28,7 +28,9 @@ COLOURS = 128
 def take(page: Page, report: Path, width: int, colours: str, heading: str, height: int) -> Image.Image:
     """A part of the page as it looks."""
     page.show(report, width, colours)
-    top = page.run(f"[...document.querySelectorAll('h2')].find(h => h.textContent === {heading!r}).offsetTop") - 16
+    top = 0
+    if heading:
+        top = page.run(f"[...document.querySelectorAll('h2')].find(h => h.textContent === {heading!r}).offsetTop") - 16
     whole = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     return whole.crop((0, top, width, min(top + height, whole.height)))
 

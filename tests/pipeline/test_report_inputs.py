@@ -136,7 +136,7 @@ def test_a_mean_of_one_category_is_no_second_column() -> None:
     means = {"acc/object": 0.5, "acc/attribute": 0.65}
     (table,) = dataset_tables(checkpoints_of([result_of("a", "pairs", metrics | means)]))
     assert [column.label for column in table.columns] == ["acc", "replace_obj", "swap_att", "add_att", "attribute"]
-    assert "object is replace_obj here, and not shown twice." in table.notes
+    assert "Not shown twice: object is replace_obj." in table.notes
 
 
 PATHS = st.lists(st.lists(st.sampled_from(["a", "b", "seed0"]), min_size=1, max_size=4), min_size=1, max_size=6)

@@ -99,7 +99,8 @@ def _dataset_table(group: Sequence[Measured], number: int) -> Table:
     metrics = distinct(name for result in results for name in result.metrics)
     same = _same_columns(metrics)
     shown = [metric for metric in metrics if metric not in same]
-    notes = [f"{metric_label(one)} is {metric_label(other)} here, and not shown twice." for one, other in same.items()]
+    equal = [f"{metric_label(mean)} is {metric_label(only)}" for mean, only in same.items()]
+    notes = [f"Not shown twice: {', '.join(equal)}."] if equal else []
     if any(result.intervals for result in results):
         notes.append("In brackets: 95 % interval.")
     return Table(
