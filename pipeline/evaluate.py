@@ -64,12 +64,14 @@ def main(argv: Sequence[str]) -> int:
             masking = model.masking if arguments.mask_images else None
             if masking is not None:
                 check_maskable(masking)
-            return FeatureEncoder(model, ranks, arguments.workers, masking)
+            return FeatureEncoder(
+                model.identity, model.clip, model.tokenizer, model.preprocessing, ranks, arguments.workers, masking
+            )
 
         def jobs_of(encoder: FeatureEncoder) -> list[Job]:
-            model, size, words = encoder.model.identity, arguments.batch_size, arguments.word_counts
+            size, words = arguments.batch_size, arguments.word_counts
             return [
-                make_job(model, data, dataset, options, size, encoder.masking, words)
+                make_job(encoder.model, data, dataset, options, size, encoder.masking, words)
                 for data, dataset in datasets.items()
             ]
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -189,25 +189,17 @@ class FeatureStore:
         def is_current(image: ImageFile, digest_32: Tensor) -> bool:
             data = image.read()
             is_same = hashlib.sha256(data).digest() == bytes(digest_32.tolist())
-            return is_same and (decoder == _DECODER or why_unusual(data) is None)
+            return is_same and (decoder == _DECODER or _is_usual(data))
 
         with ThreadPoolExecutor(_READERS) as pool:
             return all(pool.map(is_current, self.collection.items[piece.first : piece.end], digests_n32))
 
 
-class EncodingModel(Protocol):
-    """What an encoder needs of a model (`pipeline.inference.InferenceModel`)."""
-
-    @property
-    def clip(self) -> CLIP: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def preprocessing(self) -> Preprocessing: ...
-    @property
-    def checkpoint(self) -> str: ...
-    @property
-    def identity(self) -> ModelIdentity: ...
+def _is_usual(data: bytes) -> bool:
+    try:
+        return why_unusual(data) is None
+    except ImageError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -218,7 +210,10 @@ class FeatureEncoder:
     `masking`, on request, hides patches of the images as training did; an evaluation looks at whole images otherwise.
     """
 
-    model: EncodingModel
+    model: ModelIdentity
+    clip: CLIP
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
     ranks: Ranks
     workers: int
     masking: MaskingConfig | None = None
@@ -271,7 +266,7 @@ class FeatureEncoder:
     def _load_image(self, image: ImageFile) -> tuple[Tensor, bytes]:
         data = image.read()
         try:
-            pixels_3SS = self.model.preprocessing(decode_image(data))
+            pixels_3SS = self.preprocessing(decode_image(data))
         except ImageError as error:
             raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
         return pixels_3SS, hashlib.sha256(data).digest()
@@ -279,11 +274,11 @@ class FeatureEncoder:
     def _encode_images(self, images_3SS: list[Tensor]) -> Tensor:
         images_BCHW = torch.stack(images_3SS).to(self.ranks.device)
         if self.masking is not None:
-            return encode_masked(self.model.clip, images_BCHW, self.masking)
-        return self.model.clip.encode_image(self.model.preprocessing.normalize(images_BCHW))
+            return encode_masked(self.clip, images_BCHW, self.masking)
+        return self.clip.encode_image(self.preprocessing.normalize(images_BCHW))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        return self.model.clip.encode_text(self.model.tokenizer.encode_batch(texts).to(self.ranks.device))
+        return self.clip.encode_text(self.tokenizer.encode_batch(texts).to(self.ranks.device))
 
 
 def _load_text(text: str) -> tuple[str, bytes]:

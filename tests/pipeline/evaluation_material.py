@@ -66,7 +66,8 @@ class OneAfterAnother(Ranks):
 
 
 def encoder_of(model: InferenceModel, rank: int = 0, world_size: int = 1) -> FeatureEncoder:
-    return FeatureEncoder(model, OneAfterAnother(rank, rank, world_size, CPU), workers=2)
+    ranks = OneAfterAnother(rank, rank, world_size, CPU)
+    return FeatureEncoder(model.identity, model.clip, model.tokenizer, model.preprocessing, ranks, workers=2)
 
 
 def encode(encoder: FeatureEncoder, items: Sequence[ImageFile] | Sequence[str], batch_size: int = 3) -> Tensor:
