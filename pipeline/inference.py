@@ -84,7 +84,8 @@ def load_any_model(
     weights = model.weights(clip.state_dict())
     mismatch = clip.first_mismatch(weights)
     if mismatch:
-        raise UserError(f"{files.path} is not the {config.name} that its configuration describes: {mismatch}")
+        source = "its configuration describes" if model.config else "--model names"
+        raise UserError(f"{files.path} is not the {config.name} that {source}: {mismatch}")
     clip.load_state_dict(weights)
     preprocessing = model.preprocessing(config.vision.image_size)
     return InferenceModel(

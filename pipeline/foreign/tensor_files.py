@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -122,10 +123,10 @@ def _read(path: Path) -> object:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # readers of torch and pickle raise whatever they like
-        reason = " ".join(str(error).split())[:160]
+        other = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path} is not a plain file of tensors, and nothing else is unpickled; where you trust it, save its "
-            f"state_dict() alone, as safetensors: {reason}"
+            f"{path} is not a plain file of tensors{f': it holds {other[1]}' if other else ''}; nothing else is "
+            "unpickled: where you trust it, save its state_dict() alone, as safetensors"
         ) from error
 
 

@@ -100,9 +100,9 @@ def without_defaults(folder: Path) -> None:
     """A configuration as short as transformers reads it."""
     content = json.loads((folder / "config.json").read_text())
     for tower in ("text_config", "vision_config"):
-        for name in ("layer_norm_eps", "projection_dim", "model_type", "max_position_embeddings", "vocab_size"):
+        for name in ("layer_norm_eps", "projection_dim", "model_type", "max_position_embeddings"):
             content[tower].pop(name, None)
-    content["text_config"]["eos_token_id"] = [49_407]
+    content["text_config"]["eos_token_id"] = [content["text_config"]["eos_token_id"]]
     (folder / "config.json").write_text(json.dumps(content))
 
 

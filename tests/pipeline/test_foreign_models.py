@@ -41,7 +41,7 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=CPU)
 
 @pytest.fixture(scope="module")
 def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_merges(tmp_path_factory.mktemp("merges") / "merges.gz")
+    return synthetic_merges(tmp_path_factory.mktemp("merges") / "merges.gz", count=1000)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,16 @@ def test_an_export_gives_the_features_of_its_run(library: str, run: Path, merges
 def exports(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     return {library: exported(run, library, folder / library) for library in ("open_clip", "transformers")}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A file of open_clip's weights of the size that names stand for, nothing beside it; and its merges."""
+    folder = tmp_path_factory.mktemp("bare")
+    merges = synthetic_merges(folder / "merges.gz")
+    run = save_run(folder / "run", load_tokenizer(str(merges), 77))
+    file = exported(run, "open_clip", folder / "model") / "open_clip_model.safetensors"
+    return file.rename(folder / "weights.safetensors"), merges
 
 
 @pytest.mark.parametrize("form", [*OPEN_CLIP_FILES, *TRANSFORMERS_FOLDERS])
@@ -131,21 +141,19 @@ def test_weights_of_the_sigmoid_loss(merges: Path, tmp_path: Path) -> None:
         assert torch.equal(sigmoid.visual.proj, load_any_model(str(plain), CPU).clip.visual.proj)
 
 
-def test_files_of_openais_form_have_quick_gelu(
-    run: Path, merges: Path, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_files_of_openais_form_have_quick_gelu(bare: tuple[Path, Path], tmp_path: Path) -> None:
+    weights, merges = bare
     file = tmp_path / "openai.pt"
-    torch.save(load_file(exports["open_clip"] / "open_clip_model.safetensors") | numbers(int), file)
+    torch.save(load_file(weights) | numbers(int), file)
     with pytest.raises(UserError, match="say which it is with --model"):
         load_any_model(str(file), CPU, str(merges))
     with pytest.raises(UserError, match="has QuickGELU: --model ViT-test-8-quickgelu"):
         load_any_model(str(file), CPU, str(merges), "ViT-test-8")
     found = load_any_model(str(file), CPU, str(merges), "ViT-test-8-quickgelu")
     assert found.clip.config.activation == "quick_gelu"
-    plain = load_any_model(str(run), CPU)
-    with pytest.raises(UserError, match=r"has QuickGELU: set model.activation=quick_gelu"):
-        load_start_weights(CLIP(plain.clip.config), str(file), plain.tokenizer, ALONE)
-    load_start_weights(CLIP(found.clip.config), str(file), plain.tokenizer, ALONE)
+    with pytest.raises(UserError, match=r"has QuickGELU: set model\.activation=quick_gelu"):
+        load_start_weights(CLIP.from_name("ViT-test-8"), str(file), found.tokenizer, ALONE)
+    load_start_weights(CLIP(found.clip.config), str(file), found.tokenizer, ALONE)
 
 
 def test_two_folders_of_the_same_weights_have_features_of_their_own(exports: dict[str, Path], tmp_path: Path) -> None:
@@ -289,7 +297,7 @@ Damage = Callable[[Path], object]
         (
             "transformers",
             lambda f: ((f / "merges.txt").write_text("#version: 0.2\na b\n"), (f / "vocab.json").unlink()),
-            "embedding of 49,408 tokens and the tokenizer has 515",
+            "embedding of 1,514 tokens and the tokenizer has 515",
         ),
     ],
 )
@@ -326,11 +334,11 @@ def test_a_tokenizer_of_another_kind_is_refused(exports: dict[str, Path], merges
     with pytest.raises(UserError, match=r"names the tokenizer some/tokenizer: put its tokenizer.json beside it"):
         load_any_model(str(named), CPU)
     for model in (folder, named):
-        assert load_any_model(str(model), CPU, str(merges)).tokenizer.encoder.vocab_size == 49_408
+        assert load_any_model(str(model), CPU, str(merges)).tokenizer.encoder.vocab_size == 1_514
 
 
 def test_training_from_a_folder_of_other_byte_pairs_is_refused(exports: dict[str, Path], tmp_path: Path) -> None:
-    other = synthetic_merges(tmp_path / "other.gz")
+    other = synthetic_merges(tmp_path / "other.gz", count=1000)
     lines = gzip.decompress(other.read_bytes()).decode().split("\n")
     other.write_bytes(gzip.compress("\n".join([lines[0], *reversed(lines[1:])]).encode()))
     config = load_any_model(str(exports["transformers"]), CPU).clip.config
@@ -339,11 +347,10 @@ def test_training_from_a_folder_of_other_byte_pairs_is_refused(exports: dict[str
             load_start_weights(CLIP(config), str(folder), load_tokenizer(str(other), 77), ALONE)
 
 
-def test_a_bare_file_needs_a_name(run: Path, merges: Path, tmp_path: Path) -> None:
-    folder = exported(run, "open_clip", tmp_path / "model")
-    file = (folder / "open_clip_model.safetensors").rename(tmp_path / "weights.safetensors")
+def test_a_bare_file_needs_a_name(bare: tuple[Path, Path]) -> None:
+    file, merges = map(str, bare)
     with pytest.raises(UserError, match="say which it is with --model"):
-        load_any_model(str(file), CPU, str(merges))
-    assert load_any_model(str(file), CPU, str(merges), "ViT-test-8").name == "ViT-test-8"
-    with pytest.raises(UserError, match="is not the ViT-nano-8"):
-        load_any_model(str(file), CPU, str(merges), "ViT-nano-8")
+        load_any_model(file, CPU, merges)
+    assert load_any_model(file, CPU, merges, "ViT-test-8").name == "ViT-test-8"
+    with pytest.raises(UserError, match="is not the ViT-nano-8 that --model names"):
+        load_any_model(file, CPU, merges, "ViT-nano-8")
