@@ -126,6 +126,10 @@ class HttpClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End what is under way."""
         await self._robots.close()
         await self._session.close()
         await self._session_that_closes.close()
@@ -233,13 +237,6 @@ class HttpClient:
         made = socket.socket(family, kind, protocol)
         self._sockets.add(made)
         return made
-
-
-def raise_descriptor_limit() -> None:
-    """Allow this process, and those that it starts, as many open files as the system lets it have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit that they do not name
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _location(text: str) -> URL:

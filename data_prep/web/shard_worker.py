@@ -7,11 +7,13 @@ This stands where img2dataset has its Downloader: an object that its distributor
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import random
+import resource
 import time
 import traceback
 from collections import Counter
@@ -25,7 +27,7 @@ import pyarrow as pa
 
 from data_prep.boxes import read_boxes
 from data_prep.shards.writer import TarWriter
-from data_prep.web.http_client import HttpClient, raise_descriptor_limit
+from data_prep.web.http_client import HttpClient
 from data_prep.web.ledger import (
     FORGOTTEN,
     HASH,
@@ -83,13 +85,22 @@ class ShardWorker:
 @functools.lru_cache(maxsize=1)
 def _network(settings: Settings) -> tuple[asyncio.AbstractEventLoop, HttpClient]:
     """This process's event loop and client: what they know of names and hosts serves one shard after the other."""
-    raise_descriptor_limit()
+    _raise_descriptor_limit()
     loop = asyncio.new_event_loop()
-    return loop, loop.run_until_complete(_make_client(settings))
+    client = loop.run_until_complete(_make_client(settings))
+    atexit.register(lambda: loop.run_until_complete(client.close()))
+    return loop, client
 
 
 async def _make_client(settings: Settings) -> HttpClient:
     return HttpClient(settings)
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow this process as many open files as the system lets it have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit that they do not name
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Shard:
