@@ -108,8 +108,22 @@ def pack_retrieval(source: Source, output: Path, *, overwrite: bool = False) -> 
 def pack_classification(source: Source, output: Path, labels: Labels, *, overwrite: bool = False) -> int:
     """Write a zero-shot classification set from labelled pictures; returns their number."""
     with _packing(source, output, overwrite) as (partial, tally):
-        samples = ((image, labels.number_of(picture)) for picture, image in tally.usable(source.read(), labelled=True))
-        tally.written = write_classification_set(partial, samples, labels.classnames, labels.templates)
+        filled: set[int] = set()
+
+        def samples() -> Iterator[tuple[bytes, int]]:
+            for picture, image in tally.usable(source.read(), labelled=True):
+                number = labels.number_of(picture)
+                filled.add(number)
+                yield image, number
+
+        tally.written = write_classification_set(partial, samples(), labels.classnames, labels.templates)
+    empty = [name for number, name in enumerate(labels.classnames) if number not in filled]
+    if empty:
+        print(
+            print(
+                f"note: no picture of {len(empty)} classes ({', '.join(empty[:5])}): an evaluation refuses such a set"
+            )
+        )
     return tally.written
 
 

@@ -374,6 +374,7 @@ def test_class_folders_are_a_classification_set(tmp_path: Path, capsys: pytest.C
         names.write_text(content)
         assert main([*pack, "--classnames", str(names)]) == 0
         assert packed() == (expected, content.split())
+        assert ("no picture of 1 classes (n03)" in capsys.readouterr().out) == ("n03" in content)
     names.write_text("cat\ndog\nfox\n")
     assert "2 class folders" in refusal([*pack, "--classnames", str(names)], capsys)
     assert "drop the names of columns" in refusal([*pack, "--label-column", "label"], capsys)
