@@ -187,6 +187,15 @@ def test_what_file_systems_leave_behind_is_no_member(tmp_path: Path) -> None:
     assert sample.captions == ("x",)  # type: ignore[union-attr]
 
 
+def test_what_file_systems_leave_behind_is_no_file_of_a_set(tmp_path: Path) -> None:
+    write_composition_set(tmp_path / "crepe")
+    (tmp_path / "crepe" / "._swap_obj.json").write_bytes(b"\0\5\x16\7")
+    assert len(open_evaluation_set(tmp_path / "crepe").samples) == 3
+    write_classification_set(tmp_path / "shapes")
+    (tmp_path / "shapes" / "test" / "._0.tar").write_bytes(b"\0\5\x16\7")
+    assert len(open_evaluation_set(tmp_path / "shapes").samples) == 2
+
+
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
 def test_a_link_for_a_picture_is_no_picture(kind: bytes, tmp_path: Path) -> None:
     write_test_split(tmp_path, [[("a.png", png()), ("a.txt", b"x")]])

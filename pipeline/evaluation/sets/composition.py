@@ -94,7 +94,7 @@ def read_composition_set(directory: Path) -> CompositionSet | GroupSet:
 
     Raises UserError that names the file and the entry for everything that does not fit.
     """
-    files = sorted(path for path in directory.glob("*.json") if path.name != DATASET_FILE)
+    files = sorted(path for path in directory.glob("[!.]*.json") if path.name != DATASET_FILE)
     if not files:
         raise UserError(f"no categories in {directory}: expected files such as swap_att.json beside images/")
     entries = [(file, index, entry) for file in files for index, entry in _entries(file)]

@@ -123,7 +123,7 @@ def split_samples(split: Path) -> list[TarSample]:
     text = read_text(count_file, "the number of shards 0.tar, 1.tar, … beside it").strip()
     if not _NUMBER.fullmatch(text) or int(text) == 0:
         raise UserError(f"{count_file} must hold a positive integer, the number of shards; it holds {text[:80]!r}")
-    found = len(list(split.glob("*.tar")))
+    found = len(list(split.glob("[!.]*.tar")))
     if found > int(text):
         raise UserError(f"{split} holds {found} tars, but nshards.txt says {text}: some would not be evaluated")
     samples = [sample for shard in range(int(text)) for sample in read_tar_samples(split / f"{shard}.tar")]
