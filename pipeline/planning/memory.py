@@ -91,6 +91,8 @@ def _states(load: Workload) -> dict[str, int]:
     extra = {
         "cast weights": 2 * (sizes.total - sizes.embeddings) if is_cast else 0,
         "attentive copy": _FP32 * sizes.vision if load.attentive else 0,
+        # DeepSpeed's optimizer for stage 1 then adds up all of them on every rank
+        "sums of gradients": _FP32 * sizes.trained if load.zero_stage == 1 and load.sums_in_fp32 else 0,
     }
     average = _FP32 * sizes.trained * load.averages_weights
     master, moments = _FP32 * sizes.trained, _FP32 * (2 * sizes.trained - sizes.with_muon)
@@ -122,19 +124,22 @@ def _move_to_host(load: Workload, states: dict[str, int]) -> int:
 
 def _buckets(load: Workload) -> int:
     """Where gradients wait to be averaged; DeepSpeed allocates them whole, however small the model."""
-    if load.zero_stage == 0:
+    if load.zero_stage == 0 or (load.zero_stage == 1 and load.sums_in_fp32):
         return 0
     copies = 2 if load.overlaps_reduction and load.zero_stage < 3 else 1
     if load.precision == "autocast":
         copies *= 2  # gradients in bf16 have buckets of their own
-    return copies * load.weight_bytes * load.reduce_bucket
+    width = load.weight_bytes
+    if load.reduces_in_fp32:  # sums are in fp32 already, in stage 2 at least; else a copy of the bucket is
+        width = _FP32 if load.sums_in_fp32 and load.zero_stage < 3 else width + _FP32
+    return copies * width * load.reduce_bucket
 
 
 def _gradients(load: Workload, so_far: int) -> int:
     """What a rank keeps outside of buckets, of `so_far` bytes of the last micro-batch and all of those before it."""
-    whole = load.weight_bytes * load.parameters.trained
     if load.zero_stage == 3:
-        return whole // load.world_size  # a buffer that is always there
+        return load.sum_bytes * load.parameters.trained // load.world_size  # a buffer that is always there
+    whole = (load.sum_bytes if load.zero_stage == 2 else load.weight_bytes) * load.parameters.trained
     computed = whole if load.accumulation_steps > 1 else so_far
     if load.zero_stage == 0 or (load.zero_stage == 1 and load.accumulation_steps > 1) or load.world_size == 1:
         return computed

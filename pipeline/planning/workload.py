@@ -14,7 +14,13 @@ from model.clip import CLIP
 from model.config import CLIPConfig, TextConfig, VisionConfig
 from model.loss import LossKind
 from pipeline.recipe import OptimizerSection, Precision, Recipe
-from pipeline.training.engines.engine_config import offload_device, precision_of, zero_stage
+from pipeline.training.engines.engine_config import (
+    accumulates_in_fp32,
+    offload_device,
+    precision_of,
+    reduces_in_fp32,
+    zero_stage,
+)
 from pipeline.training.engines.optimizer import freeze_towers, parameter_groups
 from pipeline.training.stage_plan import Stage
 
@@ -119,6 +125,7 @@ class Workload:
     patches: kept of all images of a micro-batch
     norm_in_fp64: whether DeepSpeed itself computes the norm of gradients
     reduce_bucket, max_live: elements, as in the DeepSpeed configuration
+    sums_in_fp32, reduces_in_fp32: 16-bit gradients of micro-batches, and of ranks
     """
 
     model: CLIPConfig
@@ -137,6 +144,8 @@ class Workload:
     norm_in_fp64: bool
     reduce_bucket: int
     max_live: int
+    sums_in_fp32: bool
+    reduces_in_fp32: bool
     offload_optimizer: bool
     offload_parameters: bool
     attentive: bool
@@ -161,8 +170,15 @@ class Workload:
         return 2 if self.precision in ("bf16", "fp16") else 4
 
     @property
+    def sum_bytes(self) -> int:
+        """Of a number in the sum of micro-batches' gradients."""
+        return 4 if self.sums_in_fp32 else self.weight_bytes
+
+    @property
     def gradient_bytes(self) -> int:
         """Of all gradients on their way between ranks."""
+        if self.reduces_in_fp32:
+            return 4 * self.parameters.trained
         saved = 2 * self.parameters.linear if self.precision == "autocast" else 0
         return self.weight_bytes * self.parameters.trained - saved
 
@@ -198,6 +214,8 @@ def workload_of(
         norm_in_fp64=bool(zero.get("compute_grad_norm", True)),
         reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
         max_live=int(zero.get("stage3_max_live_parameters", _MAX_LIVE)),
+        sums_in_fp32=accumulates_in_fp32(config),
+        reduces_in_fp32=reduces_in_fp32(config),
         offload_optimizer=offload_device(config, "optimizer") == "cpu",
         offload_parameters=offload_device(config, "param") == "cpu",
         attentive=recipe.masking.strategy == "attentive",

@@ -32,12 +32,13 @@ GLOO_TOLERANCE = 0.25
 
 
 class Case(NamedTuple):
-    """Options of a run."""
+    """Options of a run; `wide`: gradients of micro-batches and ranks add up in fp32."""
 
     zero_stage: int
     precision: str
     accumulation: int
     options: tuple[str, ...] = ()
+    wide: bool = False
 
 
 CASES = [
@@ -50,13 +51,15 @@ CASES = [
     Case(1, "fp32", 2, ("loss.cache_gradients=true",)),
     Case(1, "fp32", 1, ("loss.exchange=ring",)),
     Case(1, "bf16", 1, ("optimizer.image_lr_ratio=0",)),
+    *(Case(stage, "bf16", 2, wide=True) for stage in (1, 2, 3)),
 ]
+WIDE = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
 def run_case(ranks: Ranks, case: Case, directory: Path) -> tuple[Workload, Trial]:
     template = directory / f"rank{ranks.rank}.json"
     zero = {"stage": case.zero_stage, "reduce_bucket_size": 2_000_000}
-    template.write_text(json.dumps({"zero_optimization": zero}))
+    template.write_text(json.dumps({"zero_optimization": zero} | (WIDE if case.wide else {})))
     pairs = 64
     recipe = load_recipe(
         "base",
