@@ -119,11 +119,8 @@ def pack_classification(source: Source, output: Path, labels: Labels, *, overwri
         tally.written = write_classification_set(partial, samples(), labels.classnames, labels.templates)
     empty = [name for number, name in enumerate(labels.classnames) if number not in filled]
     if empty:
-        print(
-            print(
-                f"note: no picture of {len(empty)} classes ({', '.join(empty[:5])}): an evaluation refuses such a set"
-            )
-        )
+        names = ", ".join(empty[:5])
+        print(f"note: no picture of {len(empty)} classes ({names}): an evaluation refuses such a set")
     return tally.written
 
 
