@@ -17,7 +17,7 @@ from torch import Tensor
 
 from formats.errors import UserError
 from formats.manifest import MANIFEST, read_manifest
-from formats.pictures import ImageError
+from formats.pictures import ImageError, ImageTooLargeError
 from formats.tar import CAPTION_TYPE, IMAGE_TYPES, read_tar, split_name
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.data.shard_reader import index_tar
@@ -60,6 +60,8 @@ def load_image(image: ImageFile, size: int) -> Tensor:
     """Its middle square as evaluation sees it: uint8 [3, S, S]. Raises UserError if it cannot be read or decoded."""
     try:
         return resize_center_crop(decode_image(image.read()), size)
+    except ImageTooLargeError as error:
+        raise UserError(f"{image} is over the limit: {error}") from error
     except ImageError as error:
         raise UserError(f"{image} does not decode: {error}") from error
 

@@ -92,7 +92,7 @@ def test_unusable_images_are_named_and_the_rest_is_shown(
     skipped = capsys.readouterr().err.splitlines()
     assert len(skipped) == 2
     assert "3.jpg does not decode" in skipped[0]
-    assert "4.png does not decode: 20000 x 10 pixels is over the limit" in skipped[1]
+    assert "4.png is over the limit: 20000 x 10 pixels" in skipped[1]
 
 
 def test_no_usable_image(tmp_path: Path) -> None:
