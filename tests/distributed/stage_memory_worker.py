@@ -22,7 +22,7 @@ from pipeline.training.training_run import TrainingRun
 
 def state_of(trainer: StageTrainer) -> list[weakref.ref]:
     """What takes memory: weights or this rank's part of them, and the optimiser's fp32 copies and moments."""
-    engine = trainer._engine
+    engine = trainer._learner.engine.deepspeed
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)

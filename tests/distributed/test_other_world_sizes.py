@@ -20,7 +20,7 @@ from forked_ranks import run_ranks
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.recipe_files import load_recipe
-from pipeline.training import trainer
+from pipeline.training import stage_data
 from pipeline.training.training_run import EXIT_INTERRUPTED, TrainingRun
 
 
@@ -30,7 +30,7 @@ def train(ranks: Ranks, options: Sequence[str], stop_after: int | None) -> tuple
     Returns the exit code, the keys of each micro-batch of this rank, and what it printed.
     """
     read: list[list[str]] = []
-    make_loader = trainer.make_loader
+    make_loader = stage_data.make_loader
 
     def recorded(*arguments: object) -> Iterator[Batch]:
         for batch in make_loader(*arguments):  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def train(ranks: Ranks, options: Sequence[str], stop_after: int | None) -> tuple
             yield batch
 
     printed = io.StringIO()
-    with patch.object(trainer, "make_loader", recorded), contextlib.redirect_stdout(printed):
+    with patch.object(stage_data, "make_loader", recorded), contextlib.redirect_stdout(printed):
         code = TrainingRun(load_recipe("demo", options), ranks).run()
     return code, read, printed.getvalue()
 
@@ -81,10 +81,11 @@ def test_from_4_to_2_to_3_ranks(shards: Path, tokenizer_file: Path, tmp_path: Pa
     assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
     by_set = Counter(str(Path(key.partition(": ")[0]).parent) for key in keys)
     assert metrics[-1]["samples_seen_by_set"] == {str(shards): by_set[str(shards)], str(other): by_set[str(other)]}
-    # warm-up of 3 steps and a cosine to the 14th, in steps of the first batch
+    # warm-up of 3 steps and a cosine that ends with the 14th, in steps of the first batch
     expected = []
     for seen in [0, *(line["samples_seen"] for line in metrics[:-1])]:
-        warm_up, decay = (seen / 16 + 1) / 3, 0.5 * (1 + math.cos(math.pi * max(0, seen / 16 - 3) / 11))
+        done = min(1.0, max(0, seen / 16 - 3) / 10)
+        warm_up, decay = (seen / 16 + 1) / 3, 0.5 * (1 + math.cos(math.pi * done))
         expected.append(1e-3 * (min(1, warm_up) if seen < 3 * 16 else decay))
     assert [line["lr"] for line in metrics] == pytest.approx(expected)
 

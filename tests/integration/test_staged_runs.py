@@ -143,7 +143,8 @@ def test_stages_on_two_ranks(stage: int, tmp_path: Path, launch: Callable, stage
     assert {line["image_tokens"] for line in whole} == {4 * (16 + 1)}
     assert small[11]["lr"] < small[1]["lr"] == 1e-3
     assert whole[0]["lr"] == 1e-4  # a warm-up of its own, of one step
-    assert whole[17]["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 16 / 17)) / 2)
+    assert whole[16]["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 15 / 16)) / 2)
+    assert whole[17]["lr"] == 0
 
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000030")

@@ -16,6 +16,7 @@ from model.clip import CLIP
 from model.config import Pool, config_from_name
 from pipeline.recipe import OptimizerSection
 from pipeline.recipe_files import load_recipe
+from pipeline.training.engines.engine import asking_first
 from pipeline.training.engines.muon import MuonAdamW, orthogonalized
 from pipeline.training.engines.optimizer import (
     freeze_towers,
@@ -159,3 +160,23 @@ def test_where_muon_cannot_see_whole_matrices_it_is_refused(template: str, messa
     check_optimizer(OptimizerSection(), config)
     with pytest.raises(UserError, match=message):
         check_optimizer(OptimizerSection(name="muon"), config)
+
+
+class Plain(torch.optim.Optimizer):
+    """Knows nothing of scales and skips, as DeepSpeed's."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= parameter.grad
+
+
+def test_an_optimizer_that_does_not_know_of_skips_is_taught_to_ask() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = asking_first(Plain)([weight], {})
+    for found_inf, grad_scale, expected in [(1.0, None, [1.0, 2.0]), (0.0, 4.0, [0.5, 1.5]), (0.0, None, [-1.5, -0.5])]:
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.grad_scale = None if grad_scale is None else torch.tensor(grad_scale)
+        optimizer.step()
+        assert weight.tolist() == expected

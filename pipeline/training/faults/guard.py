@@ -82,6 +82,8 @@ class Fault:
 class FaultPolicy:
     """Finds faults among steps, in order. Every rank holds one, sees the same outcomes and comes to the same result."""
 
+    name = "faults"  # of its file in a checkpoint
+
     def __init__(self, section: FaultsSection) -> None:
         self._section = section
         self._losses: deque[float] = deque(maxlen=section.spike_window_steps)
@@ -93,11 +95,6 @@ class FaultPolicy:
         """The faults among these steps."""
         faults = [self._find(outcome) for outcome in outcomes]
         return [fault for fault in faults if fault is not None]
-
-    @property
-    def name(self) -> str:
-        """Of its file in a checkpoint."""
-        return "faults"
 
     def state(self) -> dict[str, Tensor]:
         """What it remembers, for a run that goes on from a checkpoint to judge as this one."""
@@ -250,6 +247,8 @@ class BadSamples:
     count_before: of all ranks before it
     """
 
+    name = "bad_samples"  # of its file in a checkpoint
+
     def __init__(self, run_directory: Path, ranks: Ranks, max_ratio: float, data: str) -> None:
         self.count = 0
         self.count_before = 0
@@ -258,11 +257,6 @@ class BadSamples:
         self._ranks = ranks
         self._max_ratio = max_ratio
         self._data = data
-
-    @property
-    def name(self) -> str:
-        """Of its file in a checkpoint."""
-        return "bad_samples"
 
     def state(self) -> dict[str, Tensor]:
         """How many there were, and how many samples were read. Collective."""
