@@ -16,6 +16,7 @@ from formats.errors import UserError
 from pipeline import evaluate, export, report, train
 
 FIXTURES = ROOT / "tests" / "fixtures"
+EARLIER = FIXTURES / "commit_4369668"
 sys.path.append(str(FIXTURES))
 
 from make_4369668 import STEPS, add_smallest_model, recipe_options  # noqa: E402
@@ -29,7 +30,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, in whose folder the programs work: paths in its files are relative."""
     folder = tmp_path / "earlier"
-    shutil.copytree(FIXTURES / "commit_4369668", folder)
+    shutil.copytree(EARLIER, folder)
     monkeypatch.chdir(folder)
     for name, value in RANK_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,9 @@ def _candidates(run_directory: Path) -> list[Path]:
     """Checkpoints that were finished once, newest first; usable or not."""
     finished = {checkpoint for checkpoint in list_checkpoints(run_directory) if (checkpoint / COMPLETE).exists()}
     latest = checkpoints_directory(run_directory) / "latest"
-    if latest.exists():
-        finished.add(latest.with_name(latest.read_text().strip()))
+    named = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    if re.fullmatch(r"step_\d+", named):  # else it is damaged, and the checkpoints speak for themselves
+        finished.add(latest.with_name(named))
     if not finished and (run_directory / METRICS).exists():
         print(f"{run_directory} was stopped before its first checkpoint: it starts again", flush=True)
     return sorted(finished, reverse=True)
