@@ -172,6 +172,15 @@ def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_m
     )
 
 
+def batches_of(loader: DataLoader[Sample]) -> Iterator[Batch]:
+    """Its batches in order; raises UserError in one line for what a worker could not read."""
+    try:
+        yield from loader
+    except UserError as error:
+        # a worker's error arrives with its traceback in the message; the last line is ours
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
 def _outlast_signals(worker: int) -> None:
     """A signal to the whole process tree, as launchers send it, is for the training process: it needs its loader still.
 

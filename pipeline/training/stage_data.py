@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from formats.errors import UserError
 from pipeline.data.captions import TextMasker, Tokenizer
 from pipeline.data.coverage import describe_coverage
-from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
+from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, batches_of, make_loader
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.training_data import TrainingData
@@ -35,11 +34,7 @@ class StageData:
         dataset = TrainingSet(shards, self._order, self._stage.seed, captions, image_size, recipe.data.crop_min_area)
         places = MicroBatches(plan, self._ranks.rank, first_step, self._stage.end_step)
         loader = make_loader(dataset, places, recipe.data.workers, self._ranks.device.type == "cuda")
-        try:
-            yield from loader
-        except UserError as error:
-            # a worker's error arrives with its traceback in the message; the last line is ours
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        return batches_of(loader)
 
     def samples_seen_by_set(self, step: int) -> dict[str, int]:
         """In the first `step` steps of the run; empty where there is one set only."""

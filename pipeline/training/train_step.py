@@ -97,18 +97,19 @@ def train_step(
 
     step: counted from 0 over the run
     progress: through the stage, from 0 at the first step to 1 at the last
-    observer: measures the step, if it is to
+    observer: measures the step, if somebody asks; made before its batches are fetched
     """
     engine, masks = learner.engine, learner.masks
-    observer = observer or StepObserver(learner.ranks)
+    ended = observer.end if observer else _nobody_asks
+    ended("data")
 
     def encode(number: int) -> Encoded:
         batch = micro_batches[number].to(learner.ranks.device)
         images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
         patches_KP = images.gather(chosen.selection.kept_K)
-        observer.end("masks")
+        ended("masks")
         output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT)
-        observer.end("forward")
+        ended("forward")
         return Encoded(batch, images, chosen, output)
 
     means, finite = [], []
@@ -116,24 +117,31 @@ def train_step(
     for number in range(len(micro_batches)):
         encoded = encode(number)
         loss = loss_of(number, encoded.output)
-        observer.see_features(encoded.output)
-        observer.end("loss")
+        ended("loss")
         engine.backward(spread_non_finite(loss))
-        observer.end("backward")
+        ended("backward")
         means.append(_means(loss, encoded))
         finite.append(_finite(encoded.output))
+        if observer:
+            observer.see_features(encoded.output)
 
     grad_norm = engine.gradient_norm()  # of all ranks: where one has a loss or gradient that is not finite, nor is this
     skipped = (~grad_norm.isfinite()).float()
     divide_by = (grad_norm / learner.max_grad_norm).clamp(min=1.0) if learner.max_grad_norm else None
-    observer.before_update(engine)
+    if observer:
+        observer.before_update(engine)
     engine.update(divide_by, skipped)
-    observer.after_update()
+    if observer:
+        observer.after_update()
     if learner.average:
         learner.average.update(step)
     masks.update_copy()
-    observer.end("update")
+    ended("update")
     return StepReport(torch.stack(means).mean(dim=0), grad_norm, skipped, torch.cat(finite))
+
+
+def _nobody_asks(phase: str) -> None:
+    """Where no observer wants to know how long a phase took."""
 
 
 def spread_non_finite(loss: Tensor) -> Tensor:

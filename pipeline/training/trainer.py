@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from model.clip import CLIP
 from pipeline.data.captions import Tokenizer
+from pipeline.data.data_loader import Batch
 from pipeline.data.training_data import TrainingData
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import TrainingState, checkpoint_directory, newest_checkpoint
@@ -23,7 +25,7 @@ from pipeline.training.faults.liveness import StopRequest, Watchdog
 from pipeline.training.live_evaluation import LiveEvaluation
 from pipeline.training.observing.metrics import MetricsWindow
 from pipeline.training.observing.run_logger import RunLogger, timestamp
-from pipeline.training.observing.step_observer import ProfileWindow, StepObserver
+from pipeline.training.observing.step_observer import ProfileWindow, StepObserver, memory_peak_bytes
 from pipeline.training.progress import Progress
 from pipeline.training.stage_data import StageData
 from pipeline.training.stage_plan import Stage
@@ -74,7 +76,6 @@ class StageTrainer:
         )
         self._progress = stage.reached(stage.first_step)
         self._vote = StepVote(run.ranks)
-        self._observer = StepObserver(run.ranks)
 
     def resume(self, checkpoint: Path, progress: Progress) -> None:
         """Go on from a checkpoint within this stage."""
@@ -88,16 +89,17 @@ class StageTrainer:
         self._window = MetricsWindow(self._stage, self._ranks)
         while self._progress.step < self._stage.end_step:
             step = self._progress.step
-            lr = self._stage.learning_rate(step)
+            lr, progress = self._stage.learning_rate(step), self._stage.progress(step)
             self._learner.engine.set_learning_rate(lr)
-            if self._recipe.log.watch_steps and self._has_line(step + 1):
-                self._observer.begin()
+            is_watched = self._recipe.log.watch_steps and self._has_line(step + 1)
+            observer = StepObserver(self._ranks) if is_watched else None
             self._run.profiler.before(step + 1)
 
-            micro_batches = self._window.timed_fetch(batches, self._stage.batches.accumulation_steps)
-            self._observer.end("data")
-            report = train_step(self._learner, micro_batches, step, self._stage.progress(step), self._observer)
-            self._window.add(report)
+            fetch_start_s = time.perf_counter()
+            micro_batches = self._fetch(batches)
+            data_wait_s = time.perf_counter() - fetch_start_s
+            report = train_step(self._learner, micro_batches, step, progress, observer)
+            self._window.add(report, data_wait_s)
             self._guard.note(step + 1, report, micro_batches)
             problems = [problem for batch in micro_batches for problem in batch.problems]
             self._run.bad_samples.note(problems, samples_read=self._stage.batches.global_batch_size)
@@ -111,7 +113,7 @@ class StageTrainer:
             ends = stops or step + 1 == self._stage.end_step
             is_logged = ends or self._has_line(step + 1)
             if is_logged:
-                self._log(lr, logger)
+                self._log(lr, logger, observer)
             if ends or schedule.is_due(step + 1, is_logged):
                 self._check_steps()  # no checkpoint holds a step that nobody has looked at
                 self._save(must_succeed=ends)
@@ -131,14 +133,18 @@ class StageTrainer:
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the step that comes next."""
+        return [next(batches) for _ in range(self._stage.batches.accumulation_steps)]
+
     def _has_line(self, step: int) -> bool:
         """Whether metrics are due after so many steps."""
         is_last = step == self._stage.end_step
         return is_last or step % self._recipe.train.log_every_steps == 0 or self._run.evaluation.is_due(step)
 
-    def _log(self, lr: float, logger: RunLogger | None) -> None:
+    def _log(self, lr: float, logger: RunLogger | None, observer: StepObserver | None) -> None:
         """A line of metrics; stops the run if it shows what must not be. Collective."""
-        metrics = self._metrics(lr)
+        metrics = self._metrics(lr, observer)
         if self._run.evaluation.is_due(self._progress.step):
             metrics |= self._evaluate()
         if logger:
@@ -146,7 +152,7 @@ class StageTrainer:
         self._run.bad_samples.check(metrics["bad_samples"])  # every rank sees the same figures
         self._check_steps()
 
-    def _metrics(self, lr: float) -> dict[str, Any]:
+    def _metrics(self, lr: float, observer: StepObserver | None) -> dict[str, Any]:
         """Figures of the steps since the last line, over all ranks. Waits for the device."""
         step, window = self._progress.step, self._window
         figures = window.close()
@@ -161,7 +167,8 @@ class StageTrainer:
             **figures,
             "bad_samples": self._run.bad_samples.total(),
             "lr": lr,
-            **self._observer.read(figures["grad_norm"]),
+            **(observer.read(figures["grad_norm"]) if observer else {}),
+            "memory_peak_bytes": memory_peak_bytes(self._ranks.device),
             "save_s": window.save_s,
             "save_share": self._run.checkpoints.total_save_s / (time.perf_counter() - self._run.start_s),
             "wall_time_s": time.perf_counter() - self._run.start_s,

@@ -60,15 +60,12 @@ def observe(ranks: Ranks, stages: list[int], directory: str) -> list[list[dict[s
         masks = MaskDrawer(MASKING, clip.visual, 8, 0, ranks)
         step_loss = make_step_loss(recipe.loss, ranks)
         learner = Learner(engine, masks, step_loss, recipe.optimizer.max_grad_norm, average=None, ranks=ranks)
-        observer = StepObserver(ranks)
         read = []
         for step in range(3):
-            if step != 1:
-                observer.begin()
-            observer.end("data")
+            observer = StepObserver(ranks) if step != 1 else None
             batches = [make_batch(slice(B * ranks.rank, B * (ranks.rank + 1)))]
             norm = float(train_step(learner, batches, step, 0.5, observer).grad_norm)
-            read.append({"grad_norm": norm, **observer.read(norm)})
+            read.append({"grad_norm": norm, **(observer.read(norm) if observer else {})})
         found.append(read)
         engine.release()
     return found
@@ -113,7 +110,6 @@ def test_norms_are_those_of_plain_torch(world_size: int, tmp_path: Path) -> None
     reference = expected()
     for rank_found in run_ranks(observe, world_size, stages, str(tmp_path)):
         for stage, read in zip(stages, rank_found, strict=True):
-            assert read[1].keys() == {"grad_norm", "memory_peak_bytes"}, "a step that is not watched costs nothing"
             assert read[1]["grad_norm"] == pytest.approx(reference[1]["grad_norm"], rel=2e-3)
             for step in (0, 2):
                 for name, value in reference[step].items():
@@ -123,7 +119,6 @@ def test_norms_are_those_of_plain_torch(world_size: int, tmp_path: Path) -> None
                 assert min(shares) >= 0
                 assert max(shares[2], shares[4]) > 0
                 assert 0 <= read[step]["batch_image_accuracy"] <= 1
-                assert read[step]["memory_peak_bytes"] > 2**20
 
 
 def test_accuracy_within_a_batch_is_that_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from pipeline.training.engines.engine_config import offload_device, precision_of
 from pipeline.training.engines.fragments import (
     Fragment,
     find_fragments,
-    find_gradients,
     full_weights,
     load_full_weights,
 )
@@ -68,13 +67,30 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """Of the step's gradients on all ranks, fp32 scalar; infinite or NaN where one of them is. Collective."""
-        gradients = [piece for _, pieces in find_gradients(self.deepspeed) for piece in pieces]
+        gradients = [piece for _, pieces in self.gradients() for piece in pieces]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
         if self.stage > 0:  # a rank has a share of them
             square = norm.square().to(self.deepspeed.device)
             dist.all_reduce(square)
             norm = square.sqrt()
         return norm / self.loss_scale if self.precision == "fp16" else norm
+
+    def gradients(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """Each holder, and what lies end to end in its gradient; after a step's last backward pass."""
+        optimizer: Any = self.deepspeed.optimizer
+        if optimizer is self.deepspeed.basic_optimizer:
+            return [(p, [p.grad]) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        is_stage_3 = self.stage == 3
+        groups = [] if is_stage_3 else self.deepspeed.basic_optimizer.param_groups
+        holders = optimizer.fp32_partitioned_groups_flat if is_stage_3 else [group["params"][0] for group in groups]
+        if self.deepspeed.zero_cpu_offload():
+            if self.deepspeed.device.type == "cuda":
+                torch.cuda.synchronize()  # gradients may be on their way to the CPU
+            return [(holder, [holder.grad]) for holder in holders]
+        sums_in_fp32 = getattr(optimizer, "fp32_groups_gradient_flat_partition", None)
+        if sums_in_fp32 is not None:  # stage 1
+            return [(holder, [gradient]) for holder, gradient in zip(holders, sums_in_fp32, strict=True)]
+        return list(zip(holders, optimizer.averaged_gradients.values(), strict=True))
 
     def update(self, divide_by: Tensor | None, skip: Tensor) -> None:
         """Update the weights with gradients divided by a scalar; where `skip` is 1 and not 0, nothing changes.
@@ -112,7 +128,7 @@ class Engine:
             return
         exact = torch.zeros(2, device=self.deepspeed.device)
         for number, fragment in self._scalars:
-            exact[number : number + 1] = fragment.of_holder(fragment.holder)
+            exact[number] = fragment.holder.detach().view(-1)[fragment.offset]
         dist.all_reduce(exact)  # one rank has each
         rounded = exact.to(torch.bfloat16 if self.precision == "bf16" else torch.float16)
         self.module.scalar_remainders.copy_(exact - rounded)

@@ -81,24 +81,6 @@ def _find_of_parameters(engine: DeepSpeedEngine, names: dict[int, str]) -> Itera
             yield Fragment(names[id(parameter)], start, length, holder, offset, is_only_copy=True)
 
 
-def find_gradients(engine: DeepSpeedEngine) -> list[tuple[Tensor, list[Tensor]]]:
-    """Each holder, and what lies end to end in its gradient; after a step's last backward pass."""
-    optimizer: Any = engine.optimizer
-    if optimizer is engine.basic_optimizer:
-        return [(p, [p.grad]) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    is_stage_3 = engine.zero_optimization_stage() == 3
-    groups = [] if is_stage_3 else engine.basic_optimizer.param_groups
-    holders = optimizer.fp32_partitioned_groups_flat if is_stage_3 else [group["params"][0] for group in groups]
-    if engine.zero_cpu_offload():
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()  # gradients may be on their way to the CPU
-        return [(holder, [holder.grad]) for holder in holders]
-    sums_in_fp32 = getattr(optimizer, "fp32_groups_gradient_flat_partition", None)
-    if sums_in_fp32 is not None:  # stage 1
-        return [(holder, [gradient]) for holder, gradient in zip(holders, sums_in_fp32, strict=True)]
-    return list(zip(holders, optimizer.averaged_gradients.values(), strict=True))
-
-
 def full_weights(engine: DeepSpeedEngine, ranks: Ranks) -> dict[str, Tensor]:
     """The fp32 weights in the main rank's memory, whatever the ZeRO stage; nothing on other ranks. Collective."""
     fragments = find_fragments(engine)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from model.flops import step_flops
-from pipeline.data.data_loader import Batch
 from pipeline.hardware import accelerator_of
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
@@ -37,15 +36,9 @@ class MetricsWindow:
         self._paused_s = 0.0
         self._data_wait_s = 0.0
 
-    def timed_fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
-        """The next micro-batches; the time this takes counts as waiting for data."""
-        start_s = time.perf_counter()
-        fetched = [next(batches) for _ in range(count)]
-        self._data_wait_s += time.perf_counter() - start_s
-        return fetched
-
-    def add(self, report: StepReport) -> None:
-        """One step's; the loss of one that was skipped does not count."""
+    def add(self, report: StepReport, data_wait_s: float) -> None:
+        """One step's, and how long it waited for its data; the loss of one that was skipped does not count."""
+        self._data_wait_s += data_wait_s
         self._sums += torch.where(self._is_loss & (report.skipped > 0), 0, report.means_R)
         self._skipped += report.skipped
         self._grad_norm = report.grad_norm

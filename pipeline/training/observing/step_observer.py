@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.clip import CLIPOutput
 from pipeline.ranks import Ranks
 from pipeline.training.engines.engine import Engine
-from pipeline.training.engines.fragments import Fragment, find_fragments, find_gradients
+from pipeline.training.engines.fragments import Fragment, find_fragments
 from pipeline.training.side_files import Unwritable
 
 PHASES = ("data", "masks", "forward", "loss", "backward", "update")
@@ -34,61 +34,46 @@ _PROFILE_ROWS = 30
 
 
 class StepObserver:
-    """Watches the step between `begin` and `read`; a step without `begin` costs nothing."""
+    """Watches one step, from when it is made; `read` waits for the device."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._clock: PhaseClock | None = None
-        self._norms: TowerNorms | None = None
+        self._clock = PhaseClock(ranks.device)
         self._accuracies: list[Tensor] = []
-
-    def begin(self) -> None:
-        """Watch the step that comes next."""
-        self._clock = PhaseClock(self._ranks.device)
 
     def end(self, phase: str) -> None:
         """What happened since the phase before was this one."""
-        if self._clock:
-            self._clock.end(phase)
+        self._clock.end(phase)
 
     def see_features(self, output: CLIPOutput) -> None:
         """Those of a micro-batch."""
-        if self._clock:
-            self._accuracies.append(torch.stack(batch_accuracy(output.image_features, output.text_features)))
+        self._accuracies.append(torch.stack(batch_accuracy(output.image_features, output.text_features)))
 
     def before_update(self, engine: Engine) -> None:
         """Gradients are averaged, weights as they were."""
-        if self._clock:
-            self._norms = TowerNorms(engine, self._ranks)
+        self._norms = TowerNorms(engine, self._ranks)
 
     def after_update(self) -> None:
         """Weights are new."""
-        if self._norms:
-            self._norms.after_update()
+        self._norms.after_update()
 
     def read(self, grad_norm: float | None) -> dict[str, Any]:
-        """What was measured of the step; without `begin`, memory alone. Collective; waits for the device.
+        """What was measured of the step. Collective; waits for the device.
 
         grad_norm: of all gradients, before clipping
         """
-        figures: dict[str, Any] = {}
-        if self._norms:
-            figures |= self._norms.read(grad_norm)
-        if self._clock:
-            figures |= self._clock.read()
-        if self._accuracies:
-            accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
-            figures |= dict(zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True))
-        self._clock, self._norms, self._accuracies = None, None, []
-        return figures | self._memory()
+        accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
+        accuracies = zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True)
+        return {**self._norms.read(grad_norm), **self._clock.read(), **dict(accuracies)}
 
-    def _memory(self) -> dict[str, int]:
-        """Peak of this rank: of the device since the last line, or of the process since its start."""
-        if self._ranks.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._ranks.device)
-            torch.cuda.reset_peak_memory_stats(self._ranks.device)
-            return {"memory_peak_bytes": peak}
-        return {"memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Of this rank: of the device since it was asked last, or of the process since its start."""
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak_bytes
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class PhaseClock:
@@ -141,8 +126,7 @@ class TowerNorms:
         self._ranks = ranks
         self._sums_T3 = torch.zeros(len(TOWERS), 3, device=ranks.device)
         gradients = {
-            id(holder): torch.cat([piece.reshape(-1) for piece in pieces])
-            for holder, pieces in find_gradients(engine.deepspeed)
+            id(holder): torch.cat([piece.reshape(-1) for piece in pieces]) for holder, pieces in engine.gradients()
         }
         self._before: list[tuple[Fragment, Tensor]] = []
         for fragment in find_fragments(engine.deepspeed).values():
