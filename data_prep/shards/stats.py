@@ -12,23 +12,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
+from matplotlib.axes import Axes
 from PIL import Image
 
 from data_prep.console import print_table, progress_bar
 from data_prep.parallel import map_in_processes
 from data_prep.shards.publish import reading
-from data_prep.shards.stats_page import write_page
 from data_prep.shards.words import WordCounts, words_of
+from formats.charts import Theme, draw_chart, style_axes
 from formats.errors import UserError
-from formats.files import make_folder, write_json
+from formats.files import make_folder, write_atomically, write_json
 from formats.manifest import Shard, read_manifest, usable_samples
+from formats.pages import render
 from formats.tar import IMAGE_TYPES
 
 FORMAT_VERSION = 1
 LARGEST = 20_000  # larger values are counted as this one, so that memory has a bound
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 TOP_WORDS = 100
+
+_BARS = 50
+_TEMPLATE = Path(__file__).parents[1] / "templates" / "stats.html.j2"
 
 Histogram = Counter[int]
 
@@ -86,7 +92,7 @@ def stats(directory: Path, output: Path, tokenizer: Path | None, processes: int)
         "top_words": dict(top),
     }
     write_json(output / "stats.json", content)
-    write_page(output / "stats.html", directory.resolve().name, content, histograms)
+    _write_page(output / "stats.html", directory.resolve().name, content, histograms)
     _print(content)
     print(output / "stats.html")
     return content
@@ -147,3 +153,24 @@ def _print(content: Mapping[str, Any]) -> None:
     ]
     print(f"{content['samples']:,} samples in {content['shards']:,} shards, {content['bytes'] / 1e6:,.1f} MB")
     print_table(("", "mean", "5 %", "median", "95 %", "max"), rows)
+
+
+def _write_page(path: Path, name: str, content: Mapping[str, Any], histograms: Mapping[str, Histogram]) -> None:
+    """Write the page; `content` is that of stats.json, `histograms` are value -> count."""
+    charts = [
+        draw_chart(label, label.replace("_", " "), "samples by value", functools.partial(_paint, histogram))
+        for label, histogram in histograms.items()
+    ]
+    write_atomically(path, render(_TEMPLATE, {"name": name, "stats": content, "charts": charts}))
+
+
+def _paint(histogram: Histogram, axes: Axes, theme: Theme) -> None:
+    """What lies above the 99th percentile is in the last bar."""
+    values_N = np.array(sorted(histogram))
+    counts_N = np.array([histogram[value] for value in values_N.tolist()])
+    highest = int(values_N[np.searchsorted(np.cumsum(counts_N), 0.99 * counts_N.sum())])
+    lowest = int(values_N[0])
+    bars = max(1, min(_BARS, highest - lowest + 1))
+    edges = np.linspace(lowest, highest + 1, bars + 1).tolist()
+    axes.hist(np.minimum(values_N, highest), bins=edges, weights=counts_N, color=theme.line(0))
+    style_axes(axes, theme)
