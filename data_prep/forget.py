@@ -19,7 +19,7 @@ from data_prep.shards.publish import QUARANTINE, changing
 from data_prep.shards.rewrite import Removal, check_removed, rewrite_shards
 from data_prep.web.ledger import forget_rows
 from formats.errors import UserError
-from formats.files import sha256_of
+from formats.files import read_text, sha256_of
 from formats.manifest import Shard, read_manifest
 from formats.tar import IMAGE_TYPES, Sample, TarSamples
 
@@ -93,12 +93,9 @@ def forget(directory: Path, list_file: Path, kind: Kind, processes: int, max_rem
 
 def read_list(path: Path, kind: Kind) -> ForgetList:
     """One entry per line; empty lines and those that begin with # are left out. Raises UserError if nothing is left."""
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     entries = set()
-    for number, text in enumerate(texts, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        text = line.strip()
         if text and not text.startswith("#"):
             entry = _PARSERS[kind](text)
             if not entry:

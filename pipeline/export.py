@@ -13,7 +13,6 @@ import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats.errors import UserError
-from formats.files import flush_to_disk, location_argument, path_argument
+from formats.files import flush_to_disk, location_argument, path_argument, read_text
 from formats.programs import run
 from model.clip import CLIP
 from model.config import CLIPConfig
@@ -199,11 +198,7 @@ def with_captions(examples: Examples, path: Path, model: InferenceModel) -> Exam
 
     Raises UserError if there are none.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            captions = list(islice((line.strip() for line in file if line.strip()), MAX_CAPTIONS))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"captions cannot be read from {path}: {error}") from error
+    captions = [line.strip() for line in read_text(path).splitlines() if line.strip()][:MAX_CAPTIONS]
     if not captions:
         raise UserError(f"{path} is empty: expected captions, one per line")
     return replace(examples, tokens_BT=model.tokenizer.encode_batch(captions), captions_from=str(path))

@@ -17,7 +17,7 @@ from data_prep.packing.local_sources import NOT_TAKEN, PICTURE_ENDINGS, Item, Pi
 from data_prep.shards.writer import Members, ShardWriter
 from data_prep.synthetic.evaluation_sets import write_classification_set, write_retrieval_set
 from formats.errors import UserError, nearest_of
-from formats.files import building, to_json, write_json_lines
+from formats.files import building, read_text, to_json, write_json_lines
 from formats.manifest import PROVENANCE
 from formats.pictures import ImageError, ImageTooLargeError, check_picture, picture_format
 
@@ -126,10 +126,7 @@ def pack_classification(source: Source, output: Path, labels: Labels, *, overwri
 
 def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file; raises UserError when there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: convert it with iconv -t UTF-8") from error
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: write one entry per line")
     return lines

@@ -74,7 +74,7 @@ class Assembly:
     def _read_notes(self) -> list[Shard]:
         notes = self.work / NOTES
         lines: dict[str, Shard] = {}
-        for text in notes.read_text(encoding="utf-8").splitlines() if notes.exists() else ():
+        for text in notes.read_bytes().splitlines() if notes.exists() else ():
             try:
                 line = Shard.from_json(json.loads(text))
             except ValueError:

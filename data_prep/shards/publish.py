@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from formats.files import read_json_lines, write_atomically, write_json_lines
+from formats.files import flush_to_disk, read_json_lines, write_atomically, write_json_lines
 from formats.locks import try_lock
 from formats.manifest import DATASET, MANIFEST, PROVENANCE, Shard, check_directory, write_manifest
 
@@ -89,11 +89,11 @@ def publish(
     dataset = write_manifest(staged, lines, source)
     published = [*shards, *records, MANIFEST, DATASET]
     for name in published:
-        _sync(staged / name)
+        flush_to_disk(staged / name)
     journal = {"publish": published, "quarantine": {name: _free_name(directory, name) for name in quarantine}}
     write_atomically(staged / JOURNAL, json.dumps(journal))
-    _sync(staged / JOURNAL)
-    _sync(staged)
+    flush_to_disk(staged / JOURNAL)
+    flush_to_disk(staged)
     _carry_out(directory)
     return dataset
 
@@ -118,7 +118,7 @@ def _carry_out(directory: Path) -> None:
     for name in journal["publish"]:
         if (staged / name).exists():
             (staged / name).replace(directory / name)
-    _sync(directory)
+    flush_to_disk(directory)
     (staged / JOURNAL).unlink()
 
 
@@ -139,14 +139,5 @@ def _locked(directory: Path, shared: bool = False) -> Iterator[None]:
         if not try_lock(descriptor, directory, shared):
             raise UserError(f"another data-prep command works on {directory}: wait until it has ended")
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

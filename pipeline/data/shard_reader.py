@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,7 +174,7 @@ def index_tar(shard: Shard, path: Path) -> SampleIndex:
     """
     try:
         index = index_samples(path, shard.skip, shard.truncated)
-    except Exception as error:
+    except (OSError, tarfile.TarError) as error:
         raise UserError(f"{shard.url} cannot be read as a tar ({error}): {VERIFY_AGAIN}") from error
     if shard.truncated:
         # what ended verify's reading, a wrong checksum say, need not end this reader's

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
+from formats.files import read_json
 from pipeline.training.checkpoints.checkpoint import (
     AVERAGED_WEIGHTS,
     MODEL_CARD,
@@ -52,8 +52,4 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_card(directory: Path) -> dict[str, Any]:
     """A checkpoint's `model.json`."""
-    try:
-        card: dict[str, Any] = json.loads((directory / MODEL_CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / MODEL_CARD} cannot be read: {error}") from error
-    return card
+    return read_json(directory / MODEL_CARD)
