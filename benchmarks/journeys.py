@@ -124,7 +124,7 @@ def follow_batches(folder: Path) -> tuple[list[str], list[str]]:
     arguments += [f"data.tokenizer={folder / 'tok.model'}", f"data.cache_directory={folder / 'cache'}"]
     arguments += ["data.workers=0", "train.max_steps=2", "optimizer.warmup_steps=1", "log.watch_steps=false"]
     arguments += ["train.global_batch_size=16", "train.micro_batch_size=16"]
-    first, second = Journey("_fetch", "train_step"), Journey("_fetch", "train_step", skip=1)
+    first, second = Journey("_next_batches", "train_step"), Journey("_next_batches", "train_step", skip=1)
     with followed(first, second):
         quietly(train, *arguments)
     return first.modules, second.modules

@@ -1,1 +1,1 @@
-"""The format in which data_prep and pipeline meet, written and read here alone."""
+"""What data_prep and pipeline share: the format in which they meet, written and read here alone, and habits of both."""

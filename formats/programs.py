@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,25 @@ from formats.errors import UserError, describe_os_error
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
     """Accept the `--local_rank=N` that the `deepspeed` launcher appends; the environment says the same."""
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, argparse's `type=`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number above 0, also as 1e7; likewise."""
+    value = positive(text)
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(value)
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from formats.programs import run
+from formats.programs import positive, run
 from pipeline.data.captions import TextMasker, load_tokenizer
 from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, TrainingSet, collate, make_loader
 from pipeline.data.image_transform import decode_image, random_resized_crop
@@ -190,19 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, help="a recipe's name, or a YAML file such as RUN/recipe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
-    parser.add_argument("--samples-per-s", type=_positive, metavar="N", help="what the step of one rank takes")
+    parser.add_argument("--samples-per-s", type=positive, metavar="N", help="what the step of one rank takes")
     parser.add_argument(
-        "--seconds", type=_positive, default=5.0, metavar="S", help="of each part (default: %(default)s)"
+        "--seconds", type=positive, default=5.0, metavar="S", help="of each part (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print figures instead of a table")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
 
 
 def command() -> NoReturn:

@@ -22,7 +22,7 @@ import torch
 
 from formats.errors import UserError
 from formats.files import location_argument, path_argument
-from formats.programs import add_launcher_argument, run
+from formats.programs import add_launcher_argument, run, whole
 from formats.word_counts import read_word_frequencies
 from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.jobs import (
@@ -181,11 +181,11 @@ def _parser() -> argparse.ArgumentParser:
         help="encode only part I of N (from 0) of every set, e.g. in a job array; then `report.py collect`",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="images or texts at once (default: %(default)s)"
+        "--batch-size", type=whole, default=64, metavar="N", help="images or texts at once (default: %(default)s)"
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=whole,
         default=min(16, len(os.sched_getaffinity(0))),
         metavar="N",
         help="image decoding threads per rank (default: %(default)s)",
@@ -210,13 +210,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_launcher_argument(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ S side of an image in pixels
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,9 @@ def _images_of_evaluation_set(directory: Path, count: int) -> list[CaptionedImag
 
 
 def _images_of_shard(directory: Path, count: int) -> list[CaptionedImage]:
-    shard = read_manifest(str(directory)).shards[0]
+    shard = next(iter(read_manifest(directory).shards), None)
+    if shard is None:
+        raise UserError(f"{directory}/{MANIFEST} names no shard: run `data-prep verify {directory}` again")
     path = shard.local_path
     index = index_tar(shard, path)
     images = []
@@ -106,11 +107,10 @@ def _images_of_shard(directory: Path, count: int) -> list[CaptionedImage]:
 
 def _images_of_tar(path: Path, count: int) -> list[CaptionedImage]:
     """Images of a tar that nobody has verified: what precedes any damage."""
-    try:
-        members = read_tar(path).members
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} cannot be read as an uncompressed tar: {error}") from error
-    named = [(*split_name(member.name), member) for member in members]
+    content = read_tar(path)
+    if content.damage is not None and not content.members:
+        raise UserError(f"{path} cannot be read: it is {content.damage}; give an uncompressed tar")
+    named = [(*split_name(member.name), member) for member in content.members]
     captions = {key: member for key, kind, member in named if kind == CAPTION_TYPE}
     found = [(key, member) for key, kind, member in named if kind in IMAGE_TYPES]
     images = []

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 
 from formats.errors import UserError
-from formats.programs import run
+from formats.programs import positive, run, whole
 from pipeline.data.captions import CLIP_BPE, load_tokenizer
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.hardware import ACCELERATORS, INTERCONNECTS, find_accelerator, find_interconnect
@@ -74,18 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe in pipeline/recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that override the recipe")
-    parser.add_argument("--gpus", required=True, type=_whole, metavar="N", help="GPUs, all nodes together")
+    parser.add_argument("--gpus", required=True, type=whole, metavar="N", help="GPUs, all nodes together")
     parser.add_argument("--gpu", required=True, help=", ".join(ACCELERATORS))
     parser.add_argument(
         "--interconnect",
         default="ndr",
         help=f"between nodes of 8: {', '.join(INTERCONNECTS)}, or GB/s for each GPU (default: %(default)s)",
     )
-    parser.add_argument("--memory", type=_positive, metavar="GIB", help="of a GPU, if another than usual")
-    parser.add_argument("--samples", type=_whole, metavar="N", help="pairs (default: of data.train's manifest)")
+    parser.add_argument("--memory", type=positive, metavar="GIB", help="of a GPU, if another than usual")
+    parser.add_argument("--samples", type=whole, metavar="N", help="pairs (default: of data.train's manifest)")
     parser.add_argument(
         "--caption-tokens",
-        type=_positive,
+        type=positive,
         default=CAPTION_TOKENS,
         metavar="T",
         help="of a caption on average, start and end included (default: %(default)g)",
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mfu", type=_share, help="utilisation to assume, 0 to 1, instead of estimating it")
     parser.add_argument(
         "--cores-per-gpu",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="CPU cores for each GPU's loader, which may bind (default: as many as it takes)",
     )
@@ -101,26 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
-
-
-def _whole(text: str) -> int:
-    """Also as 1e7."""
-    value = _positive(text)
-    if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
-    return int(value)
-
-
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must be a number up to 1, not {text!r}")
     return value

@@ -17,7 +17,7 @@ GENERIC = ("tsv", "csv", "jsonl", "parquet")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A published data set. `kind` is a key of `url_lists.READERS`, or "" where there is no url list to ingest."""
+    """A published data set. `kind`: of its tables (tables/readers.py), or "" where there is no url list."""
 
     name: str
     title: str

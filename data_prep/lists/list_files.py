@@ -17,8 +17,8 @@ from data_prep.lists.catalogue import GENERIC, INGESTIBLE, SOURCES, withdrawn_so
 from data_prep.tables.files import (
     SNIFFED_LINES,
     columns_of,
-    expand,
     find_column,
+    find_tables,
     kind_by_name,
     naming,
     open_table,
@@ -111,7 +111,7 @@ def find_pieces(sources: Sequence[str], list_format: ListFormat) -> list[Piece]:
             raise UserError(f"{list_format.name} has no url list: {SOURCES[list_format.name].note}")
     pieces: list[Piece] = []
     for source in sources:
-        for path in expand(source):
+        for path in find_tables(source):
             with naming(path):
                 pieces += _pieces_of(path, list_format)
     return pieces

@@ -27,6 +27,8 @@ from data_prep.tables.lines import EXAMPLE_CHARS
 from data_prep.tables.readers import NOT_UTF8, Chunk, as_bytes, is_text
 from formats.errors import UserError, nearest_of
 
+FORMAT_VERSION = 2  # of the work folder; raise it when the same options would give other rows
+ROWS_PER_PART = 1_000_000
 UID_HEX_DIGITS = 32
 SCHEMA = pa.schema(
     {
@@ -167,10 +169,6 @@ def _is_utf8(value: bytes | None) -> bool:
 def _readable(value: object) -> str:
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
     return text[:EXAMPLE_CHARS]
-
-
-FORMAT_VERSION = 2  # of the work folder; raise it when the same options would give other rows
-ROWS_PER_PART = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)

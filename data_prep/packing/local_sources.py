@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.tables.files import columns_of, expand, find_column, kind_by_name, naming, open_table, text_kind
+from data_prep.tables.files import columns_of, find_column, find_tables, kind_by_name, naming, open_table, text_kind
 from data_prep.tables.lines import Range, Refused
 from data_prep.tables.readers import read_rows
 from formats.errors import UserError
@@ -90,7 +90,7 @@ def open_source(path: Path, columns: Columns) -> Source:
             return _open_folder(path, files, columns)
     elif kind_by_name(path.name) is None:
         raise UserError(f"{path}: cannot pack {path.suffix or 'this'}: give a folder, .csv, .tsv, .json or .parquet")
-    tables = [_Table(Path(file.removeprefix("file://")), columns) for file in expand(str(path))]
+    tables = [_Table(Path(file.removeprefix("file://")), columns) for file in find_tables(str(path))]
     counts = [table.rows for table in tables]
     return Source(
         path,

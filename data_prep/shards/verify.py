@@ -59,7 +59,7 @@ def verify(directory: Path, processes: int, max_bad_ratio: float, *, repair: boo
     with changing(directory) as staged:
         paths = find_shards(directory)
         before = _manifest_before(directory)
-        verdicts = _judge_all(directory, paths, before, processes, again, "rest.jsonl")
+        verdicts = _check_shards(directory, paths, before, processes, again, "rest.jsonl")
         lines = [verdict.line for verdict in verdicts]
         dataset = publish(directory, lines)
         shutil.rmtree(directory / PROGRESS)
@@ -81,7 +81,7 @@ def verify_slice(directory: Path, part: tuple[int, int], processes: int, *, agai
     with reading(directory):
         paths = find_shards(directory)[number::count]
         name = f"slice-{number}-of-{count}.jsonl"
-        verdicts = _judge_all(directory, paths, _manifest_before(directory), processes, again, name)
+        verdicts = _check_shards(directory, paths, _manifest_before(directory), processes, again, name)
     usable = sum(verdict.line.samples for verdict in verdicts)
     size_bytes = sum(verdict.line.size_bytes for verdict in verdicts)
     print(f"{directory}, slice {number}/{count}: {_totals(usable, len(verdicts), size_bytes)}")
@@ -93,7 +93,7 @@ def _manifest_before(directory: Path) -> dict[str, Shard]:
     return {line.name: line for line in read_manifest(directory).shards} if has_manifest else {}
 
 
-def _judge_all(
+def _check_shards(
     directory: Path, paths: Sequence[Path], before: dict[str, Shard], processes: int, again: bool, notes: str
 ) -> list[Verdict]:
     """Judge the shards that no earlier run has noted, noting each one in PROGRESS/`notes` as soon as it is done."""
@@ -115,7 +115,7 @@ def _judge_all(
         progress_bar("verify", total_bytes, "B", initial=done_bytes) as progress,
         (progress_folder / notes).open("a", encoding="utf-8") as stream,
     ):
-        for verdict in map_in_processes(_judge, tasks, processes, limit=len(tasks)):
+        for verdict in map_in_processes(_check_shard, tasks, processes, limit=len(tasks)):
             fields = dataclasses.asdict(verdict) | {"line": verdict.line.to_json()}
             # a line of its own even after one that a killed run left unfinished
             stream.write(f"\n{json.dumps(fields)}\n")
@@ -126,7 +126,7 @@ def _judge_all(
     return sorted(verdicts, key=lambda verdict: verdict.line.name)
 
 
-def _judge(task: _Task) -> Verdict:
+def _check_shard(task: _Task) -> Verdict:
     stat, before = task.path.stat(), task.before
     is_known = before is not None and before.rules == RULES and before.size_bytes == stat.st_size and not task.again
     if before is not None and is_known and sha256_of(task.path) == before.sha256:

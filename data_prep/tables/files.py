@@ -39,7 +39,7 @@ def kind_by_name(path: str) -> str | None:
     return KIND_BY_EXTENSION.get(name.rpartition(".")[2]) if "." in name else None
 
 
-def expand(source: str) -> list[str]:
+def find_tables(source: str) -> list[str]:
     """A file, a folder of tables, or a pattern -> paths that fsspec opens. Raises UserError when there is none."""
     filesystem, path = fsspec.core.url_to_fs(source)
     if filesystem.isfile(path):

@@ -34,6 +34,7 @@ from formats.errors import UserError
 ROWS_PER_CHUNK = 50_000
 ROWS_PER_BATCH = 256  # of parquet, where rows hold pictures
 NOT_UTF8 = "not UTF-8"
+TEXT_COLUMNS = ("url", "caption")
 
 NO_TEXT = Refused(NOT_UTF8, "")
 
@@ -216,9 +217,6 @@ def _chunks(records: Iterable[Row | Refused], columns: Sequence[str]) -> Iterato
             rows, refused = [], []
     if rows or refused:
         yield Chunk(_table(rows, columns), refused)
-
-
-TEXT_COLUMNS = ("url", "caption")
 
 
 def _is_no_text(value: object) -> bool:

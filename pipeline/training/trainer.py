@@ -95,9 +95,9 @@ class StageTrainer:
             observer = StepObserver(self._ranks) if is_watched else None
             self._run.profiler.before(step + 1)
 
-            fetch_start_s = time.perf_counter()
-            micro_batches = self._fetch(batches)
-            data_wait_s = time.perf_counter() - fetch_start_s
+            wait_start_s = time.perf_counter()
+            micro_batches = self._next_batches(batches)
+            data_wait_s = time.perf_counter() - wait_start_s
             report = train_step(self._learner, micro_batches, step, progress, observer)
             self._window.add(report, data_wait_s)
             self._guard.note(step + 1, report, micro_batches)
@@ -133,7 +133,7 @@ class StageTrainer:
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the step that comes next."""
         return [next(batches) for _ in range(self._stage.batches.accumulation_steps)]
 

@@ -90,5 +90,5 @@ def test_ranks_that_stand_still_end_the_run_and_leave_stacks(tmp_path: Path, opt
     assert "in train_step" in ended, "stacks are on the terminal too"
     stacks = [(tmp_path / "run" / f"stacks_rank{rank}.txt").read_text() for rank in range(3)]
     assert "in train_step" in stacks[0]
-    assert "in _fetch" in stacks[2]
+    assert "in _next_batches" in stacks[2]
     assert "in slow" in stacks[2].partition("loader process")[2]

@@ -1,6 +1,6 @@
 """The evaluation layouts, checked and typed: docs/evaluation.md says what they hold.
 
-Classification and retrieval are CLIP_benchmark's webdatasets; composition is JSON files (composition_files.py).
+Classification and retrieval are CLIP_benchmark's webdatasets; composition is JSON files (composition.py).
 """
 
 from __future__ import annotations
