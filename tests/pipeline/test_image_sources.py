@@ -97,16 +97,19 @@ def test_evaluation_sets(write: object, caption: str, tmp_path: Path) -> None:
     assert (image.image.read(), image.caption) == (jpeg_bytes(0), caption)
 
 
-@pytest.mark.parametrize("source", ["absent", "empty", "no_images.tar", "damaged.tar", "compressed.tar"])
+@pytest.mark.parametrize("source", ["absent", "empty", "no_images.tar", "damaged.tar", "compressed.tar", "no_shards"])
 def test_sources_without_images(source: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("words")
+    (tmp_path / "no_shards").mkdir()
+    (tmp_path / "no_shards" / "manifest.jsonl").write_text("")
     write_tar(tmp_path / "no_images.tar", [("a.txt", b"words")])
     (tmp_path / "damaged.tar").write_bytes(b"\x01" * 3000)
     (tmp_path / "compressed.tar").write_bytes(b"\x1f\x8b" + bytes(3000))
     with pytest.raises(UserError, match=source) as error:
         read_images(tmp_path / source)
     assert "\n" not in str(error.value)
+    assert ("gzip" in str(error.value)) == (source == "compressed.tar")
 
 
 def test_a_tar_that_was_cut_off_shows_what_precedes_the_cut(tmp_path: Path) -> None:
