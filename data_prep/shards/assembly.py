@@ -50,11 +50,6 @@ class Assembly:
         self._notes.write(f"\n{json.dumps(line.to_json())}\n")
         self._notes.flush()
 
-    def describe(self, name: str, samples: int, rules: int) -> Shard:
-        """The manifest line of a shard of the folder that was just written."""
-        path = self.folder / name
-        return Shard(name, samples, path.stat().st_size, sha256_of(path), rules=rules)
-
     def finish(self, provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write the manifest and give the folder its name; returns what dataset.json says."""
         self._notes.close()

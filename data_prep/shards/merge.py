@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from data_prep.shards.assembly import (
     with_key,
 )
 from data_prep.shards.publish import reading
-from data_prep.shards.writer import TarWriter
-from formats.files import replacing, sha256_of
+from data_prep.shards.writer import TarWriter, count_unusual, line_of
+from formats.files import replacing
 from formats.manifest import Shard, usable_samples
 
 
@@ -64,13 +65,14 @@ def merge(directories: Sequence[Path], output: Path, processes: int, *, keep_key
 
 
 def _renumber(task: _Task) -> Shard:
-    path, written = task.folder / task.name, 0
+    path, written, unusual = task.folder / task.name, 0, Counter[str]()
     with replacing(path) as temporary, TarWriter(temporary) as tar:
         for sample in usable_samples(task.directory, task.line):
             key = dense_key(task.number, written)
             tar.write(key, with_key(sample.members, key))
+            count_unusual(sample.members, unusual)
             written += 1
-    return Shard(task.name, written, path.stat().st_size, sha256_of(path), rules=task.line.rules)
+    return line_of(path, written, task.line.rules, unusual)
 
 
 def _take_over(task: _Task) -> Shard:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from data_prep.shards.assembly import (
 from data_prep.shards.publish import reading
 from data_prep.shards.shuffle import BucketShuffle
 from data_prep.shards.uid_list import UidList, read_uids
-from data_prep.shards.writer import Members, ShardWriter
+from data_prep.shards.writer import Members, ShardWriter, count_unusual, line_of
 from formats.errors import UserError
 from formats.files import sha256_of
 from formats.manifest import Shard, usable_samples
@@ -77,19 +78,27 @@ def reshard(directories: Sequence[Path], output: Path, layout: Layout, uids_file
 def _write(samples: Generator[Members, None, None], assembly: Assembly, layout: Layout, rules: int) -> None:
     """Write what is not there yet: the samples come in the same order every time."""
     already = sum(line.samples for line in assembly.done)
+    unusual = Counter[str]()  # of the shard in the making
+
+    def shard_done(path: Path, count: int) -> None:
+        assembly.add(line_of(path, count, rules, unusual))
+        unusual.clear()
+
     with (
         ShardWriter(
             assembly.folder,
             layout.samples_per_shard,
             bytes_per_shard=layout.bytes_per_shard,
             first_shard=len(assembly.done),
-            shard_done=lambda path, count: assembly.add(assembly.describe(path.name, count, rules)),
+            shard_done=shard_done,
         ) as writer,
         contextlib.closing(samples),
     ):  # its progress bar ends before an error is shown
         for members in itertools.islice(samples, already, None):
             key = dense_key(writer.shards, writer.samples_in_shard)
-            writer.write(key, with_key(normalised(members) if layout.normalise else members, key))
+            members = normalised(members) if layout.normalise else members
+            count_unusual(members, unusual)
+            writer.write(key, with_key(members, key))
 
 
 def normalised(members: Members) -> Members:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 from data_prep.console import progress_bar
 from data_prep.parallel import map_in_processes
 from data_prep.shards.publish import publish
-from data_prep.shards.writer import TarWriter
+from data_prep.shards.writer import TarWriter, count_unusual, line_of
 from formats.errors import UserError
-from formats.files import sha256_of
 from formats.manifest import PROVENANCE, Shard, read_manifest, usable_samples
 
 BATCH_BYTES = 4 << 30  # disk that may be needed besides the shards: so much is staged before it is published
@@ -115,11 +115,11 @@ def _batches(shards: Iterator[_Rewritten], count: int) -> Iterator[list[_Rewritt
 
 def _stage(directory: Path, staged: Path, removal: Removal) -> _Rewritten:
     """Write the shard anew without what is to be left out."""
-    target, written = staged / removal.line.name, 0
+    target, written, unusual = staged / removal.line.name, 0, Counter[str]()
     with TarWriter(target) as tar:
         for sample in usable_samples(directory, removal.line):
             if sample.key not in removal.keys:
                 tar.write(sample.key, sample.members)
+                count_unusual(sample.members, unusual)
                 written += 1
-    line = Shard(removal.line.name, written, target.stat().st_size, sha256_of(target), rules=removal.line.rules)
-    return _Rewritten(removal, line)
+    return _Rewritten(removal, line_of(target, written, removal.line.rules, unusual))

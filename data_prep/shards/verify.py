@@ -13,9 +13,10 @@ from data_prep.console import print_table, progress_bar
 from data_prep.parallel import map_in_processes
 from data_prep.shards.publish import QUARANTINE, changing, publish, reading
 from data_prep.shards.rewrite import Removal, rewrite_shards
+from data_prep.shards.writer import count_unusual
 from formats.files import sha256_of
 from formats.manifest import MANIFEST, RULES, Shard, find_shards, read_manifest
-from formats.pictures import ImageError, ImageTooLargeError, check_picture, why_unusual
+from formats.pictures import ImageError, ImageTooLargeError, check_picture
 from formats.tar import IMAGE_TYPES, Sample, TarSamples
 from formats.texts import TextError, decode_text
 
@@ -143,8 +144,8 @@ def inspect_shard(path: Path) -> Shard:
     occurrences, unusual = Counter[str](), Counter[str]()
     for sample in samples:
         problems[sample.key] = _problem(sample)
-        if problems[sample.key] is None and (why := why_unusual(_picture(sample) or b"")) is not None:
-            unusual[why] += 1
+        if problems[sample.key] is None:
+            count_unusual(sample.members, unusual)
         occurrences[sample.key] += 1
     skipped: dict[str, list[str]] = {}
     for key, problem in sorted(problems.items()):

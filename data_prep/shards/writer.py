@@ -6,9 +6,15 @@ import contextlib
 import io
 import math
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+
+from formats.files import sha256_of
+from formats.manifest import Shard
+from formats.pictures import ImageError, why_unusual
+from formats.tar import IMAGE_TYPES
 
 Members = Mapping[str, bytes]  # extension -> content, written in this order
 
@@ -21,6 +27,19 @@ def add_sample(tar: tarfile.TarFile, key: str, members: Members) -> None:
         header = tarfile.TarInfo(f"{key}.{extension}")
         header.size = len(content)
         tar.addfile(header, io.BytesIO(content))
+
+
+def count_unusual(members: Members, into: Counter[str]) -> None:
+    """Count a sample's picture that a reader without formats.pictures' rule may see otherwise, by reason."""
+    for extension, content in members.items():
+        with contextlib.suppress(ImageError):  # the manifest of somebody else may count it as usable
+            if extension in IMAGE_TYPES and (why := why_unusual(content)) is not None:
+                into[why] += 1
+
+
+def line_of(path: Path, samples: int, rules: int, unusual: Mapping[str, int]) -> Shard:
+    """The manifest line of a shard that was just written, of samples that had passed `rules`."""
+    return Shard(path.name, samples, path.stat().st_size, sha256_of(path), rules=rules, unusual=dict(unusual))
 
 
 class TarWriter:

@@ -256,6 +256,12 @@ def test_pictures_that_readers_see_otherwise_are_written_as_all_see_them(
     assert main(["verify", str(tmp_path / "source")]) == 0
     assert "turned by EXIF" in capsys.readouterr().out
     assert manifest(tmp_path / "source")[0]["unusual"] == {"transparent": 1, "turned by EXIF": 1}
+    for command in ("reshard", "merge"):  # the count is not lost on the way
+        assert main([command, str(tmp_path / "source"), "--output", str(tmp_path / command)]) == 0
+        assert manifest(tmp_path / command)[0]["unusual"] == {"transparent": 1, "turned by EXIF": 1}
+    (tmp_path / "list").write_text(hashlib.sha256(clear.getvalue()).hexdigest())
+    assert main(["forget", str(tmp_path / "merge"), "--sha256", str(tmp_path / "list")]) == 0
+    assert manifest(tmp_path / "merge")[0]["unusual"] == {"turned by EXIF": 1}
     assert main(["reshard", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--normalise"]) == 0
     assert main(["verify", str(tmp_path / "out"), "--again"]) == 0
     assert "unusual" not in manifest(tmp_path / "out")[0]
