@@ -37,6 +37,20 @@ def try_lock(file: IO[bytes] | int, path: Path, shared: bool = False) -> bool:
     return True
 
 
+def holder_of(file: IO[bytes] | int) -> str:
+    """Who holds a lock on an open file or folder, in words, as far as this machine knows."""
+    inode = str(os.fstat(file if isinstance(file, int) else file.fileno()).st_ino)
+    try:
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, pid, where, *_ = line.split()
+            if (kind, where.rpartition(":")[2]) == ("FLOCK", inode) and int(pid) > 0:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+                return f"process {pid} ({' '.join(words).strip()[:80]})"
+    except (OSError, ValueError):  # there is no /proc, or the process has just ended
+        pass
+    return "a process that this machine cannot see, perhaps on another one"
+
+
 def open_shared(path: Path) -> IO[bytes] | None:
     """A file to read, under a shared lock until it is closed; None if there is no such file."""
     while True:

@@ -17,7 +17,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.files import flush_to_disk, read_json_lines, write_atomically, write_json_lines
-from formats.locks import try_lock
+from formats.locks import holder_of, try_lock
 from formats.manifest import DATASET, MANIFEST, PROVENANCE, Shard, check_directory, write_manifest
 
 STAGED = ".staged"
@@ -92,7 +92,6 @@ def publish(
         flush_to_disk(staged / name)
     journal = {"publish": published, "quarantine": {name: _free_name(directory, name) for name in quarantine}}
     write_atomically(staged / JOURNAL, json.dumps(journal))
-    flush_to_disk(staged / JOURNAL)
     flush_to_disk(staged)
     _carry_out(directory)
     return dataset
@@ -137,7 +136,8 @@ def _locked(directory: Path, shared: bool = False) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         if not try_lock(descriptor, directory, shared):
-            raise UserError(f"another data-prep command works on {directory}: wait until it has ended")
+            holder = holder_of(descriptor)
+            raise UserError(f"another data-prep command works on {directory}, {holder}: wait until it has ended")
         yield
     finally:
         os.close(descriptor)

@@ -34,7 +34,7 @@ from data_prep.web.ledger import OK, advice_for
 from data_prep.web.passes import Pass, Settings, read_statistics
 from data_prep.web.shard_worker import DEFECT, PROGRESS_DIRECTORY, ShardWorker, Task, progress_path, shards_under_way
 from formats.errors import UserError
-from formats.locks import try_lock
+from formats.locks import holder_of, try_lock
 
 POLL_S = 0.2
 LOG = "download.log"
@@ -69,7 +69,8 @@ def working_in(directory: Path, share: tuple[int, int] = (0, 1)) -> Iterator[Bin
         # the workers inherit the open file as their standard output, and the lock with it
         while not try_lock(log, directory):
             if time.monotonic() > give_up_s:
-                raise UserError(f"{directory}: another download is at work here; wait for it, or end it")
+                holder = holder_of(log)
+                raise UserError(f"{directory}: another download is at work here, {holder}; wait for it, or end it")
             time.sleep(POLL_S)
         yield log
 

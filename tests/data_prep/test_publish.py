@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import subprocess
@@ -49,7 +50,17 @@ def forgotten(directory: Path, extra: Path) -> None:
 
 
 def deduplicated(directory: Path, extra: Path) -> None:
-    dedup(directory, [], extra / "report", max_distance=4, remove=True, pictures=2, processes=1, memory_bytes=1_000_000)
+    dedup(
+        directory,
+        [],
+        extra / "report",
+        max_distance=4,
+        remove=True,
+        max_removed=1,
+        pictures=2,
+        processes=1,
+        memory_bytes=1_000_000,
+    )
 
 
 def with_duplicates(directory: Path) -> Path:
@@ -75,9 +86,7 @@ def test_killed_anywhere_and_started_again_it_ends_as_if_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("data_prep.shards.rewrite.BATCH_BYTES", 1)  # publish after every shard
-    monkeypatch.setattr(
-        "data_prep.shards.publish._sync", lambda path: None
-    )  # slow, and of use against power cuts alone
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of use against power cuts alone
     original = make(tmp_path / "original")
     undisturbed = tmp_path / "undisturbed" / "shards"
     shutil.copytree(original, undisturbed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from formats import locks
-from formats.locks import NoLocksError, open_exclusive, open_shared, remove_unless_locked, try_lock
+from formats.locks import NoLocksError, holder_of, open_exclusive, open_shared, remove_unless_locked, try_lock
 
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -50,3 +50,12 @@ def test_of_two_one_gets_it(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as first, (tmp_path / "log").open("wb") as second:
         assert try_lock(first, tmp_path, shared=True)
         assert try_lock(second, tmp_path, shared=True)
+
+
+def test_whoever_holds_it_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as first, (tmp_path / "log").open("wb") as second:
+        assert try_lock(first, tmp_path)
+        assert not try_lock(second, tmp_path)
+        assert f"process {os.getpid()} (" in holder_of(second)
+    with (tmp_path / "log").open("wb") as nobody:
+        assert "cannot see" in holder_of(nobody)
