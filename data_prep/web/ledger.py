@@ -91,6 +91,7 @@ class FetchError(Exception):
 
 
 MESSAGE_CHARACTERS = 300
+RETRY_LISTS = "retry_*.parquet"
 # columns that a url list brings along and that mean something else here: the published size and hash
 LISTED_HASH = "listed_sha256"
 _NOT_CARRIED = ("width", "height", "sha256", LISTED_HASH)
@@ -186,9 +187,6 @@ def img2dataset_status(outcome: str) -> str:
 def _is_last(one: Pass, outcome: str, passes: Sequence[Pass]) -> bool:
     # a retry takes every url whose last outcome is of its classes: no url needs to be looked up
     return not any(outcome in later.classes for later in passes if later.attempt > one.attempt)
-
-
-RETRY_LISTS = "retry_*.parquet"
 
 
 def forget_rows(directory: Path, is_named: Callable[[str, Sequence[str]], bool]) -> int:

@@ -1,4 +1,4 @@
-"""What DeepSpeed is asked to do; with fragments.py and template.py the only ones that know it.
+"""What DeepSpeed is asked to do; beside fragments.py, template.py and rank_state.py nothing else knows it.
 
 A step calls `backward` for each micro-batch, then `gradient_norm`, then `update`.
 """

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and the learning rate as a function of the step."""
+"""The optimizer and its groups of parameters: which decay, and which share of the learning rate each has."""
 
 from __future__ import annotations
 
