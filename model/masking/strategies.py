@@ -70,6 +70,16 @@ class MaskingConfig:
         is_constant = self.ratio_schedule == "constant" and self.strategy != "cluster-reference"
         return is_constant or self.strategy == "none"
 
+    @property
+    def kept_share(self) -> float:
+        """Share of patches that are kept, on average over training."""
+        if self.strategy == "none":
+            return 1.0
+        if self.strategy == "cluster-reference":
+            return 1 - self.min_mask_ratio  # at most: what it drops is seldom bounded by its threshold
+        # linear and cosine schedules both pass through the middle in the middle
+        return 1 - (self.mask_ratio(0) + self.mask_ratio(1)) / 2
+
     def leaves_a_patch(self, num_patches: int) -> bool:
         """Whether there is one for each image at every time, of images of so many patches."""
         if self.strategy in ("none", "cluster-reference"):  # the latter's target is a threshold

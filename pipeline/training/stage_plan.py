@@ -89,7 +89,7 @@ class Stage:
     @property
     def patches_kept(self) -> float:
         """Patches of an image that are encoded, on average over the stage."""
-        return kept_share(self.masking) * self.model.vision.num_patches
+        return self.masking.kept_share * self.model.vision.num_patches
 
     @property
     def flops(self) -> int:
@@ -248,18 +248,6 @@ def learning_rate(step: float, total_steps: int, section: OptimizerSection) -> f
 
 def _ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
-
-
-def kept_share(masking: MaskingConfig) -> float:
-    """Share of patches that are encoded, on average over a stage."""
-    match masking.strategy:
-        case "none":
-            return 1.0
-        case "cluster-reference":
-            return 1 - masking.min_mask_ratio  # at most: what it drops is seldom bounded by its threshold
-        case _:
-            # linear and cosine schedules both pass through the middle in the middle
-            return 1 - (masking.mask_ratio(0) + masking.mask_ratio(1)) / 2
 
 
 def describe_stages(stages: Sequence[Stage], num_shards: int) -> str:
