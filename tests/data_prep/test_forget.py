@@ -194,3 +194,9 @@ def test_the_ledger_forgets_too_and_nothing_is_tried_again(tmp_path: Path, kind:
     if kind != "sha256":  # the samples here have other hashes than these rows
         assert b"host1.example.org" not in b"".join(path.read_bytes() for path in directory.glob("*.*"))
     assert not (directory / "download.html").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_entry(tmp_path: Path) -> None:
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).write_text("a.example\nb.example\n", encoding=encoding)
+    assert read_list(tmp_path / "plain", "host").entries == read_list(tmp_path / "marked", "host").entries

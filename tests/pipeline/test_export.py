@@ -73,7 +73,7 @@ def test_a_model_of_the_sigmoid_loss_goes_to_open_clip_with_its_bias(tmp_path: P
 def test_captions_of_a_file_are_compared(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save_run(tmp_path / "run", load_tokenizer(str(synthetic_merges(tmp_path / "merges.gz")), 77))
     captions, output = tmp_path / "captions.txt", str(tmp_path / "output")
-    captions.write_text("a dog\n\ntwo cats\n", encoding="utf-8")
+    captions.write_text("a dog\n\ntwo cats\n", encoding="utf-8-sig")
     options = [str(run), "--format", "open_clip", "--output", output, "--captions", str(captions)]
     assert main([*options, "--images", str(shards)]) == 0
     assert f"compared on 8 images of {shards}, 2 captions of {captions}: " in capsys.readouterr().out
