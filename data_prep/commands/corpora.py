@@ -80,7 +80,8 @@ def _pack(options: argparse.Namespace) -> int:
     is_labelled = options.layout == "classification" or any(classes)
     if options.layout == "retrieval" and is_labelled:
         raise UserError("--as retrieval takes captions: drop --label-column, --classnames and --templates")
-    source = open_source(options.source, Columns(options.image_column, options.caption_column, options.label_column))
+    columns = Columns(options.image_column, options.caption_column, options.label_column)
+    source = open_source(options.source, columns, with_captions=not is_labelled)
     labels = None
     if is_labelled:
         if source.classes is None and options.label_column is None:

@@ -68,7 +68,7 @@ def read_block_lists(paths: Sequence[str]) -> BlockList:
     sha256s: set[str] = set()
     for path in paths:
         # what is not UTF-8 becomes an entry that is refused with its line
-        with fsspec.open(path, "rt", encoding="utf-8", errors="replace") as stream:
+        with fsspec.open(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
             for number, line in enumerate(stream, 1):
                 entry = line.strip() if "://" in line else line.partition("#")[0].strip()
                 if not entry or entry.startswith("#"):

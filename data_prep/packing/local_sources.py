@@ -75,9 +75,10 @@ class Source:
     classes: tuple[str, ...] | None = None  # None: a table
 
 
-def open_source(path: Path, columns: Columns) -> Source:
+def open_source(path: Path, columns: Columns, with_captions: bool = True) -> Source:
     """Open a folder of pictures, a table, or a folder of tables: `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet`.
 
+    Without captions, a folder's `.txt` files are not looked at: they cost no picture that has a label.
     Raises UserError when it is missing, of another type, empty, or lacks a column.
     """
     if not path.exists():
@@ -87,7 +88,7 @@ def open_source(path: Path, columns: Columns) -> Source:
         if any(file.suffix.lower() in PICTURE_ENDINGS for file in files) or not any(
             kind_by_name(file.name) for file in path.iterdir()
         ):
-            return _open_folder(path, files, columns)
+            return _open_folder(path, files, columns, with_captions)
     elif kind_by_name(path.name) is None:
         raise UserError(f"{path}: cannot pack {path.suffix or 'this'}: give a folder, .csv, .tsv, .json or .parquet")
     tables = [_Table(Path(file.removeprefix("file://")), columns) for file in find_tables(str(path))]
@@ -117,10 +118,10 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _open_folder(folder: Path, files: Sequence[Path], columns: Columns) -> Source:
+def _open_folder(folder: Path, files: Sequence[Path], columns: Columns, with_captions: bool) -> Source:
     if columns != Columns():
         raise UserError(f"{folder} is a folder of pictures: drop the names of columns, which are for tables")
-    captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    captions = {file.with_suffix(""): file for file in files if with_captions and file.suffix.lower() == ".txt"}
     others = [file for file in files if file.suffix.lower() not in (".txt", ".json")]
     if not others:
         raise UserError(f"{folder} holds no image (*{', *'.join(PICTURE_ENDINGS)})")

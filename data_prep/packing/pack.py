@@ -37,8 +37,9 @@ class Labels:
         label = picture.label or ""
         if label in self.numbers:
             return self.numbers[label]
-        if label.isdecimal() and int(label) < len(self.classnames):
-            return int(label)
+        number = label.removesuffix(".0")  # as pandas writes whole numbers of a column with gaps
+        if number.isdecimal() and int(number) < len(self.classnames):
+            return int(number)
         hint = nearest_of(label, self.classnames[:20])
         raise UserError(f"{picture.name} has label {label!r}, which is not in --classnames{hint}")
 

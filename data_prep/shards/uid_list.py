@@ -41,7 +41,7 @@ def read_uids(path: Path) -> UidList:
         if path.suffix == ".npy":
             halves_N2 = _from_npy(np.load(path, allow_pickle=False))
         else:
-            with path.open(encoding="utf-8") as stream:
+            with path.open(encoding="utf-8-sig") as stream:
                 halves_N2 = _from_texts(line.strip() for line in stream if line.strip())
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a list of uids: {error}") from error

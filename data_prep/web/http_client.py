@@ -42,7 +42,15 @@ from data_prep.web.ledger import (
     TOO_LARGE,
     FetchError,
 )
-from data_prep.web.manners import PRODUCT, ROBOTS_MAX_BYTES, HostLimits, RobotsFiles, check_header, robots_text
+from data_prep.web.manners import (
+    PRODUCT,
+    ROBOTS_MAX_BYTES,
+    HostLimits,
+    RobotsFiles,
+    check_header,
+    compressions,
+    robots_text,
+)
 from data_prep.web.passes import Settings
 from formats.manifest import version_of
 
@@ -205,7 +213,7 @@ class HttpClient:
 
     async def _read(self, response: aiohttp.ClientResponse, encoding: str, is_image: bool) -> bytes:
         limit = self._settings.max_bytes if is_image else ROBOTS_MAX_BYTES
-        if is_image and {name.strip().lower() for name in encoding.split(",")} - {"", "identity"}:
+        if is_image and compressions(encoding):
             raise FetchError(DECODE, f"Content-Encoding: {encoding[:40]}", response.status)
         if is_image and (response.content_length or 0) > limit:
             raise FetchError(TOO_LARGE, f"Content-Length: {response.content_length}", response.status)

@@ -26,6 +26,8 @@ KEEP_ROBOTS_S = 24 * 3600.0  # RFC 9309: not longer
 GIVE_UP_AFTER = 10  # failures in a row
 GIVE_UP_S = 600.0
 MAX_PAUSE_S = 60.0  # a host that asks for more is given up at once
+# values of Content-Encoding that are none: how the text is written, how the file was sent or stored
+_UNCHANGED = frozenset({"", "identity", "none", "binary", "7bit", "8bit", "utf-8", "utf8", "aws-chunked"})
 _GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # zlib's words for the three containers
 
 
@@ -83,25 +85,29 @@ def robots_text(body: bytes, content_encoding: str) -> str:
         body = _inflated(body, container)
     while body.startswith(b"\x1f\x8b"):  # whatever the header says; sometimes twice
         body = _inflated(body, _GZIP)
-    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return body.decode("utf-16", "replace")
-    text = body.decode("utf-8-sig", "replace")
-    if "\0" in text or (_names_other_encoding(content_encoding) and "\ufffd" in text):
+    is_utf16 = body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = body.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+    is_unknown = bool(compressions(content_encoding) - {"gzip", "x-gzip", "deflate"})
+    if "\0" in text or (is_unknown and "\ufffd" in text):
         raise FetchError(OTHER, f"not text (Content-Encoding: {content_encoding[:40] or 'none'})")
     return text
 
 
-def _names_other_encoding(content_encoding: str) -> bool:
-    names = {name.strip().lower() for name in content_encoding.split(",")}
-    return bool(names - {"", "identity", "gzip", "x-gzip", "deflate"})
+def compressions(content_encoding: str) -> set[str]:
+    """What a Content-Encoding says was done to a body, without the values that change nothing."""
+    return {name.strip().lower() for name in content_encoding.split(",")} - _UNCHANGED
 
 
 def _inflated(data: bytes, container: int) -> bytes:
-    """At most ROBOTS_MAX_BYTES of it, also of one that is cut off."""
+    """At most ROBOTS_MAX_BYTES of it; what is cut off before has lost rules."""
+    inflater = zlib.decompressobj(container)
     try:
-        return zlib.decompressobj(container).decompress(data, ROBOTS_MAX_BYTES)
+        inflated = inflater.decompress(data, ROBOTS_MAX_BYTES)
     except zlib.error as error:
         raise FetchError(OTHER, f"damaged compression: {error}") from error
+    if not inflater.eof and max(len(data), len(inflated)) < ROBOTS_MAX_BYTES:
+        raise FetchError(OTHER, "damaged compression: cut off")
+    return inflated
 
 
 def check_header(values: Iterable[str]) -> None:

@@ -63,7 +63,9 @@ def test_a_block_list_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 def test_block_lists(tmp_path: Path) -> None:
     block = tmp_path / "block.txt"
     digest = "ab" * 32
-    block.write_text(f"# taken down\nHTTP://A.example/gone.jpg\nBad.example  # and all below\n\n{digest.upper()}\n")
+    block.write_text(  # with a byte order mark
+        f"\ufeffHTTP://A.example/gone.jpg\n# taken down\nBad.example  # and all below\n\n{digest.upper()}\n"
+    )
     urls = [
         "http://a.example/gone.jpg",
         "http://a.example/2",

@@ -128,7 +128,7 @@ def label_files(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("labels", [["cat", "red fox", "cat"], [1, 0, 1]])
+@pytest.mark.parametrize("labels", [["cat", "red fox", "cat"], [1, 0, 1], ["1.0", "0.0", "1"]])
 def test_classification_set_from_names_or_numbers(tmp_path: Path, label_files: list[str], labels: list[Any]) -> None:
     source = write_parquet(tmp_path / "source.parquet", captions=None, label=labels)
     output = tmp_path / "out"
@@ -369,6 +369,8 @@ def test_class_folders_are_a_classification_set(tmp_path: Path, capsys: pytest.C
     assert packed() == ([0, 1, 1], ["n01", "n02"])
     assert (output / "zeroshot_classification_templates.txt").read_text() == "a photo of a {c}.\n"
     assert counts(capsys.readouterr().out) == {"no label": 1}
+    (source / "n02/a.txt").write_bytes("not looked at".encode("utf-16"))
+    (source / "n02/z.txt").write_text("nor missed")
     names = tmp_path / "names.txt"
     for content, expected in (("cat\ndog\n", [0, 1, 1]), ("n02\nn03\nn01\n", [2, 0, 0])):  # by order, by name
         names.write_text(content)

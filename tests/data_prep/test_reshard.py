@@ -133,7 +133,7 @@ def test_a_subset_by_uids_as_datacomp_lists_them(tmp_path: Path, kind: str) -> N
     wanted = [uid(n) for n in (6, 1, 2)] + ["f" * 32]
     path = tmp_path / ("uids.txt" if kind == "text" else "uids.npy")
     if kind == "text":
-        path.write_text("\n".join(wanted) + "\n\n")
+        path.write_text("\ufeff" + "\n".join(wanted) + "\n\n")  # as some editors save it
     elif kind == "npy":
         np.save(path, np.array([(int(u[:16], 16), int(u[16:], 16)) for u in wanted], np.dtype("u8,u8")))
     else:

@@ -115,7 +115,9 @@ def test_robots_headers(values: list[str], allowed: bool) -> None:
             Page(gzip.compress(RULES + b"# " + bytes(50_000_000))),
             "other: robots.txt: not text (Content-Encoding: none)",
         ),
-        (Page(gzip.compress(RULES)[:15]), "ok"),  # cut off before its first rule
+        (Page(RULES.decode().encode("utf-32")), "other: robots.txt: not text (Content-Encoding: none)"),
+        (Page(gzip.compress(RULES)[:15]), "other: robots.txt: damaged compression: cut off"),
+        (Page(gzip.compress(RULES)[:-10]), "other: robots.txt: damaged compression: cut off"),
         (Page(b"\x1f\x8b garbage"), "other: robots.txt: damaged compression: Error -3 while decompressing data: "),
         (
             Page(b"\x8b\x05\x80 brotli", headers={"Content-Encoding": "br"}),
@@ -286,7 +288,7 @@ def test_a_redirect_may_hold_any_bytes(location: bytes) -> None:
         assert outcome_of(web.url("/1.jpg")) == "ok"
 
 
-@pytest.mark.parametrize("kept", ["", "identity", "IDENTITY", "Identity, identity"])
+@pytest.mark.parametrize("kept", ["", "identity", "Identity, IDENTITY", "none", "UTF-8", "binary", "aws-chunked"])
 def test_content_encodings_that_change_nothing(web: SmallWeb, kept: str) -> None:
     web.pages = {"/1.jpg": Page(b"x", headers={"Content-Encoding": kept})}
     assert outcome_of(web.url("/1.jpg")) == "ok"
