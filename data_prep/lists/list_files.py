@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
@@ -145,11 +146,13 @@ def _pieces_of(path: str, list_format: ListFormat) -> Iterator[Piece]:
 
 
 def _checked(file: pq.ParquetFile, columns: Mapping[str, str]) -> pq.ParquetFile:
-    """Raises UserError when urls or captions are not text."""
+    """Raises UserError when urls are not text, or captions neither text nor whole numbers."""
     for name in ("url", "caption"):
         kind = file.schema_arrow.field(columns[name]).type
-        if not is_text(kind):
-            raise UserError(f"the column with the {name} holds {kind}, not text")
+        is_number = pa.types.is_integer(kind) or pa.types.is_decimal(kind)
+        if not (is_text(kind) or (is_number and name == "caption")):
+            advice = f"name another with --{name}-column, or write it as text"
+            raise UserError(f"the column with the {name} holds {kind}, not text: {advice}")
     return file
 
 

@@ -143,7 +143,9 @@ def _replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
 
 
 def _only_utf8(table: pa.Table, rejects: Rejects) -> pa.Table:
-    """Cast binary columns to text; rows that are not UTF-8 are refused."""
+    """Cast binary columns, and captions that are numbers, to text; rows that are not UTF-8 are refused."""
+    if not is_text(table["caption"].type):
+        table = _replaced(table, "caption", table["caption"].cast(pa.string()))
     text_columns = [field.name for field in table.schema if is_text(field.type)]
     for name in text_columns:
         table = _replaced(table, name, as_bytes(table[name]))

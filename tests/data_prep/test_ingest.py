@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import fsspec
@@ -187,6 +188,20 @@ def test_parquet_of_another_kind_is_refused_by_name(tmp_path: Path, columns: dic
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     with pytest.raises(UserError, match=message):
         ingest([str(tmp_path / "list.parquet")], str(tmp_path / "out.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("captions", "texts"),
+    [([1984, 7, None], ["1984", "7"]), ([Decimal("2.50"), Decimal("7.00"), None], ["2.50", "7.00"])],
+)
+def test_captions_of_parquet_may_be_numbers(
+    tmp_path: Path, captions: list[int | Decimal | None], texts: list[str]
+) -> None:
+    columns = {"url": [f"http://a.example/{n}.jpg" for n in range(3)], "caption": captions}
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    tally = done(ingest([str(tmp_path / "list.parquet")], str(tmp_path / "urls.parquet"), KEEP_ALL))
+    assert [caption for _, caption in rows_of(tmp_path / "urls.parquet")] == texts
+    assert +tally.dropped == Counter({"no caption": 1})
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}"])
