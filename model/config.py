@@ -31,6 +31,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check_known("pool", self.pool, get_args(Pool))
         _check_known("activation", self.activation, get_args(Activation))
+        _check_sizes(self, "image_size", "patch_size", "width", "layers", "heads")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -62,6 +63,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_known("activation", self.activation, get_args(Activation))
+        _check_sizes(self, "width", "layers", "heads", "context_length", "vocab_size")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
@@ -69,6 +71,17 @@ class TextConfig:
 def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
+def _check_sizes(tower: VisionConfig | TextConfig, *names: str) -> None:
+    """Raises ValueError for what a file may say in place of a size."""
+    for name in names:
+        value = getattr(tower, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+    ratio: object = tower.mlp_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        raise ValueError(f"mlp_ratio is {ratio!r}, not a number above 0")
 
 
 @dataclass(frozen=True)

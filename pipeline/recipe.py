@@ -7,6 +7,7 @@ may be continued with another value. pipeline/recipe_files.py reads recipes.
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -52,6 +53,11 @@ class SourceSection(Section):
     path: Location = Field(min_length=1)
     weight: float | None = Field(None, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
 
 def _kind_of_source(value: object) -> str:
     return "path" if isinstance(value, str) else "list"
@@ -89,7 +95,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _sets_to_mix(self) -> DataSection:
         if isinstance(self.train, tuple):
-            paths = [source.path.rstrip("/") for source in self.train]
+            paths = [os.path.normpath(source.path) for source in self.train]
             if not paths or len(set(paths)) < len(paths):
                 raise ValueError("train needs one directory or more, each once")
             if len({source.weight is None for source in self.train}) > 1:
@@ -176,7 +182,7 @@ class TrainSection(Section):
         2048, description="pairs per optimiser step, all ranks together", gt=0
     )
     micro_batch_size: PerStage[OnResume[int]] = Field(256, description="pairs per forward pass of one rank", gt=0)
-    seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0)
+    seed: int = Field(0, description="of initial weights, sample order, crops and masks", ge=0, lt=2**63)
     deepspeed_config: OnResume[Location] = Field("zero1_bf16", description="template in ds_configs/ (name) or a path")
     precision: OnResume[Precision | None] = Field(
         None, description="bf16 | fp16 | autocast | fp32, over the template's own (ds_configs/README.md)"

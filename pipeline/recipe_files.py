@@ -130,6 +130,8 @@ def _apply_override(fields: dict[str, Any], override: str) -> None:
             f"cannot read {override!r}: overrides look like section.key=value, e.g. optimizer.lr=1e-3, "
             "or stages.NAME.section.key=value"
         )
+    if text.encode("utf-8", "ignore").decode() != text:
+        raise UserError(f"{override!a} is not UTF-8: write it so, or name another path")
     try:
         target = find_stage(fields.get("stages"), stage[1]) if stage else fields
     except ValueError as error:

@@ -71,19 +71,22 @@ class Option:
         """`section.name`."""
         return f"{self.section}.{self.name}"
 
-    def value_of(self, text: str) -> Any:
+    def value_of(self, text: str | None) -> Any:
         """What a text means before it is checked: text, none, a whole number as `1e6`, or a list where it can be one.
 
-        Raises ValueError for a list that cannot be read.
+        A text of None is YAML's null; no list is the empty one. Raises ValueError for a list that cannot be read.
         """
+        if text is None or text.strip().lower() in _NONE:
+            if self.default == ():
+                return ()
+            if text is None or type(None) in self.kinds:
+                return None
         is_list = any(get_origin(kind) is tuple for kind in self.kinds)
         if is_list and text.lstrip().startswith("["):
             try:
                 return yaml.load(text, TextLoader)
             except yaml.YAMLError:
                 raise ValueError(f"{self.full_name}: {text!r} is no list such as [a, b]") from None
-        if type(None) in self.kinds and text.strip().lower() in _NONE:
-            return None
         if int in self.kinds and _WHOLE.fullmatch(text.strip()) and float(text).is_integer():
             return int(float(text))
         return [text] if is_list and str not in self.kinds else text
@@ -140,7 +143,7 @@ def read_values(fields: Mapping[str, Any], options: Mapping[str, Option]) -> dic
         elif isinstance(values, dict):
             read[section] = {
                 key: options[f"{section}.{key}"].value_of(value)
-                if isinstance(value, str) and f"{section}.{key}" in options
+                if isinstance(value, str | None) and f"{section}.{key}" in options
                 else value
                 for key, value in values.items()
             }

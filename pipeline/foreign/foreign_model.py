@@ -96,6 +96,11 @@ class ForeignModel:
         """
         try:
             theirs = {name: value for name, value in self.theirs.items() if name.split(".")[-1] not in _BUFFERS}
+            for name, value in theirs.items():
+                if not value.is_floating_point():
+                    raise ValueError(f"{name} is {value.dtype}: quantised weights are not read, save them as float32")
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} is not finite: the model's training had failed when it was saved")
             if not self.is_transformers:
                 return from_open_clip(theirs)
             return from_transformers(theirs, (name for name in names if name != "logit_bias"))

@@ -85,8 +85,13 @@ def read_parts(parts: Sequence[Path]) -> tuple[dict[str, Tensor], bool]:
     """
     values: dict[str, Any] = {}
     for part in parts:
-        for name, value in _weights_in(_read(part), part).items():
-            values[_unwrapped(str(name))] = value
+        for wrapped, value in _weights_in(_read(part), part).items():
+            name = _unwrapped(str(wrapped))
+            if name in values:
+                raise UserError(
+                    f"{part} holds more than the weights of one model: {name} comes twice, as {wrapped} too"
+                )
+            values[name] = value
     is_openai = OPENAI_NUMBERS <= values.keys()
     weights = {name: value for name, value in values.items() if name not in OPENAI_NUMBERS}
     for name, value in weights.items():
@@ -94,6 +99,9 @@ def read_parts(parts: Sequence[Path]) -> tuple[dict[str, Tensor], bool]:
             raise UserError(
                 f"{parts[0]} holds something else than the weights of one model: {name} is {type(value).__name__}"
             )
+        if value.layout != torch.strided or value.is_meta:
+            kind = "is on the meta device, without values" if value.is_meta else f"has the layout {value.layout}"
+            raise UserError(f"{parts[0]}: {name} {kind}: save the model's weights as plain tensors")
     return weights, is_openai
 
 

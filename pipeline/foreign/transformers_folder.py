@@ -127,6 +127,9 @@ def _preprocessing(given: Mapping[str, Any], size: int) -> Preprocessing:
     for name in ("do_convert_rgb", "do_resize", "do_rescale"):
         if fields[name] is not True:
             raise ValueError(f"{name} is {fields[name]}")
+    for name in ("do_center_crop", "do_normalize"):
+        if not isinstance(fields[name], bool):
+            raise ValueError(f"{name} is {fields[name]!r}, not true or false")
     if abs(255 * fields["rescale_factor"] - 1) > 1e-6 or fields["resample"] not in _RESAMPLE:
         raise ValueError(f"rescale_factor is {fields['rescale_factor']}, resample {fields['resample']}")
     mode, resized = _resize(fields["size"], fields["default_to_square"])

@@ -93,6 +93,10 @@ ZERO = "zero_optimization"
         ({"torch_autocast": {"enable": True}}, "unknown key 'torch_autocast.enable': did you mean 'enabled'?"),
         ({ZERO: {"stage": 4}}, f"{ZERO}.stage: ZeRO has the stages 0 to 3 (got 4)"),
         ({ZERO: {"stage": None}}, f"{ZERO}.stage: ZeRO has the stages 0 to 3 (got null)"),
+        ({ZERO: {"stage": True}}, f"{ZERO}.stage: ZeRO has the stages 0 to 3 (got true)"),
+        ({"data_types": {"grad_accum_dtype": "fp30"}}, "does not take what data_types says: 'fp30'"),
+        ({"checkpoint": {"tag_validaton": "Warn"}}, "'checkpoint.tag_validaton': did you mean 'tag_validation'?"),
+        ({"flops_profiler": {"enabled": False, "profil_step": 2}}, "unknown key 'flops_profiler.profil_step'"),
         ({ZERO: {"reduce_bucket_size": "many"}}, f"{ZERO}.reduce_bucket_size: Input should be a valid integer"),
         ({ZERO: {"stage": 3, "compute_grad_norm": False}}, f"{ZERO}: compute_grad_norm=false is supported only"),
         (
@@ -122,11 +126,20 @@ def test_a_template_that_deepspeed_would_ignore_or_fail_on_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true, "stage": 3}}')
+    with pytest.raises(UserError, match="the key 'stage' comes twice: keep one"):
+        resolve(str(path))
+
+
 def test_what_deepspeed_knows_is_left_to_it(tmp_path: Path) -> None:
     own = {
         "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 10, "param_persistence_threshold": 20},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Linear"]},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"tag_validation": "Fail", "use_node_local_storage": True},
+        "flops_profiler": {"enabled": False, "profile_step": 2, "module_depth": 1, "output_file": None},
         "tensorboard": {"enabled": False, "output_path": "here"},
         "communication_data_type": "fp32",
     }

@@ -25,6 +25,7 @@ from foreign_forms import (
 )
 from safetensors.torch import load_file, save_file
 from saved_runs import save_run, synthetic_merges
+from torch import Tensor
 
 from formats.errors import UserError
 from model.clip import CLIP
@@ -243,6 +244,16 @@ def change(file: Path, *keys: str, value: Any) -> None:
 Damage = Callable[[Path], object]
 
 
+def change_weights(file: Path, changed: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file(changed(load_file(file)), file)
+
+
+def as_torch_file(folder: Path, changed: Callable[[Tensor], Tensor]) -> None:
+    weights = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save({name: changed(value) for name, value in weights.items()}, folder / "open_clip_pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("library", "damage", "message"),
     [
@@ -268,6 +279,40 @@ Damage = Callable[[Path], object]
             r"image_size is \[32, 64\], not the side of a square",
         ),
         ("open_clip", lambda f: (f / "open_clip_config.json").write_text("[]"), "does not describe a model"),
+        (
+            "open_clip",
+            lambda f: change(f / "open_clip_config.json", "model_cfg", "text_cfg", "context_length", value="16"),
+            "context_length is '16', not a whole number above 0",
+        ),
+        (
+            "transformers",
+            lambda f: change(f / "config.json", "text_config", "num_hidden_layers", value=0),
+            "layers is 0, not a whole number above 0",
+        ),
+        (
+            "transformers",
+            lambda f: change(f / "preprocessor_config.json", "do_normalize", value="false"),
+            "do_normalize is 'false', not true or false",
+        ),
+        (
+            "open_clip",
+            lambda f: change_weights(
+                f / "open_clip_model.safetensors", lambda w: w | {f"module.{n}": 2 * v for n, v in w.items()}
+            ),
+            "more than the weights of one model: .* comes twice",
+        ),
+        (
+            "transformers",
+            lambda f: change_weights(f / "model.safetensors", lambda w: {n: v.to(torch.int8) for n, v in w.items()}),
+            "is torch.int8: quantised weights are not read",
+        ),
+        (
+            "transformers",
+            lambda f: change_weights(f / "model.safetensors", lambda w: w | {"logit_scale": w["logit_scale"] / 0}),
+            "logit_scale is not finite",
+        ),
+        ("open_clip", lambda f: as_torch_file(f, lambda value: value.to("meta")), "meta device, without values"),
+        ("open_clip", lambda f: as_torch_file(f, lambda value: value.to_sparse()), "has the layout torch.sparse_coo"),
         ("open_clip", lambda f: (f / "open_clip_model.safetensors").unlink(), "give its file of weights"),
         ("transformers", lambda f: (f / "model.safetensors").unlink(), "give its file of weights"),
         (

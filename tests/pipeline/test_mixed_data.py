@@ -19,7 +19,7 @@ from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.training_data import TrainingData, read_training_data
-from pipeline.recipe import DataSection, TextMaskingSection
+from pipeline.recipe import DataSection, SourceSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe, read_recipe_file
 
 SEED = 3
@@ -141,6 +141,10 @@ def test_a_set_too_small_for_its_weight_is_refused(two_sets: DataSection) -> Non
 
 
 def test_a_recipe_names_one_set_or_several(tmp_path: Path) -> None:
+    assert load_recipe("base", ["data.train=[a, {path: b}]"]).data.train == (
+        SourceSection(path="a"),
+        SourceSection(path="b"),
+    )
     recipe = load_recipe("base", ["data.train=[{path: a, weight: 2}, {path: b, weight: 0.5}]"])
     assert not isinstance(recipe.data.train, str)
     assert [(source.path, source.weight) for source in recipe.data.train] == [("a", 2), ("b", 0.5)]

@@ -28,7 +28,7 @@ _RECIPE_KEYS = (
     "scheduler",
 )
 # Blocks that DeepSpeed reads key by key.
-_BLOCKS = ("torch_autocast", "data_types", "activation_checkpointing")
+_BLOCKS = ("torch_autocast", "data_types", "activation_checkpointing", "checkpoint", "flops_profiler")
 
 
 def read_template(template: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def read_template(template: str) -> dict[str, Any]:
 def _parse_template(text: str, source: str) -> dict[str, Any]:
     """A template as JSON, checked by DeepSpeed itself; raises UserError that names the key."""
     try:
-        config: Any = json.loads(text)
+        config: Any = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
@@ -68,6 +68,15 @@ def _parse_template(text: str, source: str) -> dict[str, Any]:
             )
     _check_keys(config, source)
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that comes twice, of which Python's reader would take the last."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice: keep one")
+    return read
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,7 +117,7 @@ def _check_keys(config: dict[str, Any], source: str) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -123,7 +132,7 @@ def _check_keys(config: dict[str, Any], source: str) -> None:
         if not isinstance(config.get(block, {}).get("enabled", True), bool):
             raise UserError(f"{source}: {block}.enabled is true or false, not {json.dumps(config[block]['enabled'])}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage: ZeRO has the stages 0 to 3 (got {json.dumps(stage)})")
     for block, model in models.items():
         _check_block(model, config.get(block, {}), f"{source}: {block}")
@@ -132,6 +141,10 @@ def _check_keys(config: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: a DeepSpeed config turns on {' and '.join(precisions)}: keep one")
     read = _Asked(config | {"train_micro_batch_size_per_gpu": 1})
     try:
+        for at, dtype in config.get("data_types", {}).items():
+            if at.endswith("_dtype") and dtype is not None:
+                read.get("data_types")
+                DtypeEnum(dtype)
         DeepSpeedConfig(read)
     except Exception as error:
         at, why = [*read.asked][-1], " ".join(str(error).split())
