@@ -42,8 +42,9 @@ _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.
 
 def describe_os_error(error: OSError) -> str | None:
     """An error of the system as a line for its user; None for one that names nothing of theirs: a defect."""
-    if isinstance(error.filename, str | bytes):
-        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
+    filename = error.filename2 or error.filename  # of a rename, what the user knows is where it was to end
+    if isinstance(filename, str | bytes):
+        name = filename if isinstance(filename, str) else repr(filename)
         return f"{name}: {_ADVICE.get(error.errno or 0, error.strerror)}"
     if error.errno in _OF_THE_MACHINE:
         return f"a file {_ADVICE[error.errno]}"

@@ -70,6 +70,11 @@ class Header:
     turn: int
     is_turbo: bool
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height as a person sees it: a quarter's turn swaps them."""
+        return (self.height, self.width) if self.turn >= 5 else (self.width, self.height)
+
 
 def picture_format(data: bytes, formats: tuple[Format, ...] = SHARD_FORMATS) -> Format | None:
     """Which of the formats a file is in, by its first bytes, whatever its name; None for none of them."""

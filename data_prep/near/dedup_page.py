@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.near.picture_hashes import PictureFile
 from formats.files import write_atomically
 from formats.pages import data_uri, render
+from formats.pictures import decode_picture
 
 THUMBNAIL_PIXELS = 160
 TEMPLATE = Path(__file__).parents[1] / "templates" / "dedup.html.j2"
@@ -66,8 +67,8 @@ def _read_thumbnails(places: set[Located]) -> dict[Located, str]:
 
 
 def _thumbnail(data: bytes) -> str:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        stream = io.BytesIO()
-        image.convert("RGB").save(stream, "JPEG", quality=80)
+    image = Image.fromarray(decode_picture(data))
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
     return data_uri(stream.getvalue(), "image/jpeg")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-import io
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from matplotlib.axes import Axes
-from PIL import Image
 
 from data_prep.console import print_table, progress_bar
 from data_prep.parallel import map_in_processes
@@ -26,6 +24,7 @@ from formats.errors import UserError
 from formats.files import make_folder, write_atomically, write_json
 from formats.manifest import Shard, read_manifest, usable_samples
 from formats.pages import render
+from formats.pictures import read_header
 from formats.tar import IMAGE_TYPES
 
 FORMAT_VERSION = 1
@@ -110,8 +109,7 @@ def _measure(directory: Path, tokenizer: Path | None, line: Shard) -> tuple[int,
         if processor is not None:
             counts.caption_tokens[min(len(processor.encode(caption)), LARGEST)] += 1
         image = next(content for kind, content in sample.members.items() if kind in IMAGE_TYPES)
-        with Image.open(io.BytesIO(image)) as picture:  # reads the header alone
-            width, height = picture.size
+        width, height = read_header(image).upright_size
         counts.image_width[width] += 1
         counts.image_height[height] += 1
         counts.image_kilobytes[min(round(len(image) / 1000), LARGEST)] += 1

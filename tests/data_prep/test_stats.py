@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -12,9 +13,9 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from make_images import encoded, write_tar
+from make_images import encoded, good_sample, write_tar
 from make_shards import make_shards
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data_prep.__main__ import main
 from data_prep.shards.stats import PERCENTILES, _describe
@@ -63,6 +64,32 @@ def test_counts_that_do_not_fit_in_memory_are_the_same(
         expected.update(piece)
     assert list(counts) == sorted(expected.items())
     assert list(counts) == sorted(expected.items())  # and may be read again
+
+
+def test_pictures_are_measured_as_they_are_seen(tmp_path: Path) -> None:
+    """Turned upright, and whatever metadata they carry; the pages of pairs show them so, too."""
+    exif, text, stream = Image.Exif(), PngImagePlugin.PngInfo(), io.BytesIO()
+    exif[0x0112] = 6
+    text.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (30, 20)).save(stream, "PNG", exif=exif, pnginfo=text)
+    members = [(f"{n}.{kind}", content) for n in "01" for kind, content in (("png", stream.getvalue()), ("txt", b"a"))]
+    write_tar(tmp_path / "shards" / "00000.tar", members)
+    verify(tmp_path / "shards", 1, max_bad_ratio=0.0)
+    assert main(["stats", str(tmp_path / "shards"), "--output", str(tmp_path / "stats"), "--processes", "1"]) == 0
+    found = json.loads((tmp_path / "stats" / "stats.json").read_text())["distributions"]
+    assert [found[name]["max"] for name in ("image_width", "image_height", "aspect_percent")] == [20, 30, 67]
+    assert main(["dedup", str(tmp_path / "shards"), "--output", str(tmp_path / "pairs"), "--processes", "1"]) == 0
+    shown = re.findall("data:image/jpeg;base64,([^\"']+)", (tmp_path / "pairs" / "report.html").read_text())
+    assert [Image.open(io.BytesIO(base64.b64decode(each))).size for each in shown] == [(20, 30)] * 2
+
+
+def test_a_folder_in_the_place_of_the_output_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "shards" / "00000.tar", good_sample("0"))
+    verify(tmp_path / "shards", 1, max_bad_ratio=0.0)
+    output = tmp_path / "words.json"
+    output.mkdir()
+    assert main(["words", str(tmp_path / "shards"), "--output", str(output), "--processes", "1"]) == 2
+    assert f"error: {output}: is a folder where a file is needed" in capsys.readouterr().err
 
 
 def test_distributions(tmp_path: Path, tokenizer_file: Path) -> None:
