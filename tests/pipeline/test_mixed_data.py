@@ -159,7 +159,7 @@ def test_a_recipe_names_one_set_or_several(tmp_path: Path) -> None:
         "[{path: a, weight: 1}, {path: b}]": "give a weight to every set",
         "[{path: a}, {path: a/}]": "each once",
         "[]": "one directory or more",
-        "[a, b]": "data.train.list.0",
+        "[[a], b]": "data.train.list.0",
     }.items():
         with pytest.raises(UserError) as caught:
             load_recipe("base", [f"data.train={value}"])
