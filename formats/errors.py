@@ -37,7 +37,8 @@ _ADVICE = {
     errno.ESTALE: _BROKEN,
 }
 # what is nobody's mistake in the program even where the system names no file
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_OF_THE_MACHINE = _NO_PLACE | {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 
 
 def describe_os_error(error: OSError) -> str | None:

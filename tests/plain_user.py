@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from conftest import RANK_ENVIRONMENT
 
 from formats.programs import exit_code_of
@@ -30,6 +31,7 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], log: Pa
         os.dup2(stream.fileno(), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(RANK_ENVIRONMENT)
+    torch.set_num_threads(1)  # others that this process had did not come along when it was forked
     _respect_permissions()
     os._exit(exit_code_of(lambda: main(arguments)))
 

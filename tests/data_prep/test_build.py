@@ -186,7 +186,7 @@ def content(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if path.suffix == ".parquet":
             files[name] = pq.read_table(path).to_pydict()
-        elif name not in ("build.json", "urls.ingest.json"):
+        elif name not in ("build.json", "urls.ingest.json") and path.suffix != ".part":  # what a kill left
             files[name] = path.read_bytes()
     return files
 

@@ -91,7 +91,7 @@ def both_ways(case: Case, folder: Path, tokenizer: Tokenizer, peer: Peer) -> dic
     source = folder / "source"
     source.mkdir()
     if not case.known:
-        for name, content in export_format.text_files(model).items():
+        for name, content in export_format.text_files(model.clip.config, tokenizer.encoder).items():
             (source / name).write_text(content, encoding="utf-8")
     name = [config.name if case.known else ""] if case.library == "open_clip" else []
     peer(f"{case.library}_random", *name, source, folder / "examples", folder / "theirs")
