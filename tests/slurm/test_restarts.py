@@ -120,8 +120,9 @@ def test_a_preempted_run_saves_and_goes_on(slurm: Cluster, submit: Callable[...,
     ready, deaf = submit("preempted", "wait+save+75,0"), submit("deaf", "sleep,0")
     for job in (ready, deaf):
         job.wait_until_ready()
-    # more than both leave of a node's 16 CPUs
-    slurm.run("sbatch", "--partition=high", "--nodes=2", "--ntasks-per-node=14", "--output=/dev/null", "--wrap=true")
+    # all of a node on which both run, and nothing else
+    node = ["--nodelist=127.0.0.2", "--nodes=1", "--ntasks-per-node=16"]
+    slurm.run("sbatch", "--partition=high", *node, "--output=/dev/null", "--wrap=true")
     for job in (ready, deaf):
         job.assert_ends("COMPLETED", "0:0", restarts=1)
     assert ready.saved == "step_0"
