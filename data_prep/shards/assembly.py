@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from data_prep.shards.writer import Members
 from formats.errors import UserError
-from formats.files import sha256_of, write_json, write_json_lines
+from formats.files import sha256_of, to_json, write_json, write_json_lines
 from formats.manifest import MANIFEST, PROVENANCE, Shard, read_manifest, read_provenance, write_manifest
 
 SETTINGS = "settings.json"
@@ -109,5 +109,5 @@ def with_key(members: Members, key: str) -> Members:
         return members
     if not isinstance(metadata, dict):
         return members
-    text = json.dumps({**metadata, "key": key}, ensure_ascii=False)
+    text = to_json({**metadata, "key": key})
     return {**members, "json": text.encode("utf-8", "replace")}

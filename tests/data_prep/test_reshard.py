@@ -74,6 +74,19 @@ def test_unusable_samples_stay_behind(tmp_path: Path) -> None:
         assert captions(directory) == ["picture number 1, it's a cat"]
 
 
+@pytest.mark.parametrize("command", ["reshard", "merge"])
+def test_metadata_that_is_no_json_is_written_as_json(tmp_path: Path, command: str) -> None:
+    """NaN and infinity, which Python's json writes and no other reader takes."""
+    scores = b'{"url": "http://a.example/1.jpg", "similarity": NaN, "scores": [1.5, -Infinity]}'
+    write_tar(tmp_path / "source" / "00000.tar", [*good_sample("0")[:2], ("0.json", scores)])
+    verify(tmp_path / "source", 1, max_bad_ratio=0.0)
+    assert main([command, str(tmp_path / "source"), "--output", str(tmp_path / "output")]) == 0
+    (found,) = TarSamples(tmp_path / "output" / "00000.tar")
+    assert json.loads(found.members["json"], parse_constant=pytest.fail) == {
+        "url": "http://a.example/1.jpg", "similarity": None, "scores": [1.5, None], "key": found.key
+    }  # fmt: skip
+
+
 def test_the_shuffle_is_a_function_of_the_seed(tmp_path: Path) -> None:
     source = make_shards(tmp_path / "source", [20, 20])
     orders = []
