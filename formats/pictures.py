@@ -35,6 +35,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 # What says which pixels there are, and which way up; text, profiles, animations and the like can be of any size.
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"})
 _START_OF_SCAN = b"\xff\xda"
+_LEAST_SCAN_BYTES = 10  # of its header alone: a small file need not be searched
 _SOI, _EOI, _SOS, _EXIF = 0xD8, 0xD9, 0xDA, 0xE1
 _EXIF_NAME = b"Exif\x00\x00"
 _ORIENTATION_TAG = 0x0112
@@ -112,7 +113,7 @@ def read_header(
             header = Header(kind, image.width, image.height, turn, is_turbo=False)
     if header.width * header.height > max_pixels or max(header.width, header.height) > max_side:
         raise ImageTooLargeError(f"{header.width} x {header.height} pixels")
-    if kind == "jpg":
+    if kind == "jpg" and len(data) // _LEAST_SCAN_BYTES * header.width * header.height > MAX_SCANNED_PIXELS:
         # counted by their mark, wherever it is: in metadata it occurs by chance, far less often than it may
         scans = data.count(_START_OF_SCAN)
         if scans * header.width * header.height > MAX_SCANNED_PIXELS:
@@ -207,17 +208,18 @@ def without_metadata(data: bytes) -> bytes:
 
 def jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 to 8; 1 where there is none or it cannot be read."""
-    if _EXIF_NAME not in data:  # as in most shards: no need to walk the segments
-        return 1
-    try:
-        for marker, segment in _jpeg_segments(data):
-            if marker == _SOS:
-                return 1
-            if marker == _EXIF and segment[4:10] == _EXIF_NAME:
-                return _orientation_of(segment[4:])
-    except ValueError:
-        pass
-    return 1
+    position = 2
+    while True:  # not _jpeg_segments, which looks for the end of the pixels: every picture comes by here
+        while data[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
+        head = data[position : position + 4]
+        length = int.from_bytes(head[2:], "big")
+        if len(head) < 4 or head[0] != 0xFF or head[1] == _SOS or length < 2:
+            return 1
+        end = position + 2 + length
+        if head[1] == _EXIF and data[position + 4 : position + 10] == _EXIF_NAME:
+            return _orientation_of(data[position + 4 : end])
+        position = end
 
 
 def _orientation_of(exif_bytes: bytes) -> int:
