@@ -20,6 +20,8 @@ from data_prep.lists.ingest import Slice, ingest
 from data_prep.lists.list_files import Piece
 from data_prep.lists.rows import Options
 
+pytestmark = pytest.mark.slow
+
 
 def draw_lists(folder: Path, rows: int, seed: int) -> list[tuple[str, str]]:
     """Several lists with repeated urls, captions and pairs, and lines that cannot be used; returns the good rows."""

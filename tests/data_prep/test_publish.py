@@ -26,6 +26,8 @@ from formats.errors import UserError
 from formats.errors import UserError as PipelineError
 from formats.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,6 +20,8 @@ from data_prep.synthetic.hard_negatives import KINDS
 from data_prep.synthetic.scenes import COLOURS, SHAPES
 from formats.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TRAIN, VALIDATION, SIZE = 620, 60, 32
 BASE_URL = "http://127.0.0.1:8000/corpus/"
 

@@ -28,6 +28,8 @@ from data_prep.web.passes import Pass, Settings
 from data_prep.web.shard_worker import ShardWorker
 from formats.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 PHOTO = encoded(3, size=24)
 SETTINGS = Settings(
     image_size=16, samples_per_shard=50, threads=16, timeout_s=1.0, deadline_s=2.0, max_bytes=100_000, retries=0,

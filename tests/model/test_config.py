@@ -11,6 +11,7 @@ from model.clip import CLIP
 from model.config import CONFIGS, CLIPConfig, config_from_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"),
     # parameters that open_clip's model profile lists

@@ -234,6 +234,7 @@ def write_labelled(split: Path, images: Sequence[ImageFile], labels: Sequence[in
     (split / "nshards.txt").write_text("1")
 
 
+@pytest.mark.slow
 def test_probes_are_done_when_asked_for_and_share_features(
     tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.side_files import LineFile
 from pipeline.training.stage_plan import plan_stages
 
+pytestmark = pytest.mark.slow
+
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 NO_ROOM = "No space left on device"
 

@@ -175,6 +175,7 @@ def test_a_checkpoint_has_sizes_of_its_own(folder: Path, tmp_path: Path, checkpo
         mask_preview.main([*arguments, "--patch-size", "16"])
 
 
+@pytest.mark.slow
 def test_as_a_program(folder: Path, tmp_path: Path, launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     output = tmp_path / "a.jpg"
     done = launch("pipeline/mask_preview.py", str(folder), *TINY, "--output", str(output))

@@ -178,6 +178,7 @@ OTHER = [
 ]
 
 
+@pytest.mark.slow
 def test_any_other_content_is_one_line_or_a_report(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -364,6 +364,7 @@ def test_wrong_recipes_are_one_clear_line(overrides: list[str], expected: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_remembers_its_word_counts(
     tmp_path: Path, tiny_options: list[str], launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
