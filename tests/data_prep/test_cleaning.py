@@ -51,7 +51,7 @@ def test_cleaning_twice_changes_nothing_more(caption: str) -> None:
 
 
 @settings(deadline=None)
-@given(st.text(st.one_of(st.sampled_from(SIGNS), st.characters())))
+@given(st.text(st.one_of(st.sampled_from(SIGNS), st.characters(codec="utf-8"))))
 def test_blank_is_what_shows_nothing(caption: str) -> None:
     assert pc.match_substring_regex(pa.array([caption]), BLANK)[0].as_py() == is_blank(caption)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,17 @@ def test_stages_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["days"] * 86_400 == pytest.approx(sum(s["steps"] * s["step_s"] for s in values["stages"]))
 
 
-def test_samples_come_from_the_manifest(shards: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_come_from_the_manifest(
+    shards: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     options = [f"data.train={shards}", f"data.tokenizer={tokenizer_file}", "train.epochs=2"]
     arguments = ["--recipe", "demo", "--gpus", "1", "--gpu", "a100", "--json", "train.global_batch_size=16"]
     assert plan.main([*arguments, "train.micro_batch_size=16", *options]) == 0
     [stage] = json.loads(capsys.readouterr().out)["stages"]
     assert stage["samples"] == 2 * 96
     assert stage["communication"] == []
-    twice = f"data.train=[{{path: {shards}, weight: 1}}, {{path: {shards}/../{shards.name}, weight: 9}}]"
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    twice = f"data.train=[{{path: {shards}, weight: 1}}, {{path: {copy}, weight: 9}}]"
     with pytest.raises(UserError, match="its weight gives it"):
         plan.main([*arguments, "train.global_batch_size=128", "train.micro_batch_size=128", *options[1:], twice])
 
