@@ -58,7 +58,7 @@ def test_the_import_check_notices() -> None:
 
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
-    "formats": "errors files locks owners tar manifest pictures texts word_counts charts pages programs",
+    "formats": "errors files locks owners tar manifest balance pictures texts word_counts charts pages programs",
     "model": (
         "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
         "transformers_weights"
