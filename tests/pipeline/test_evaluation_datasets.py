@@ -347,6 +347,11 @@ def test_class_names_that_come_along_fit_the_known_sets() -> None:
             assert plain == sorted(plain)
 
 
+def test_let_it_wag_is_in_the_order_of_its_folders() -> None:
+    names = [name.replace(" ", "_") for name in all_class_names()[set_key("wds_Let-It-Wag!")].classes]
+    assert names == sorted(names)  # by bytes, capitals first, as ImageFolder sorts
+
+
 def test_shards_without_samples(tmp_path: Path) -> None:
     write_test_split(tmp_path, [[]])
     with pytest.raises(UserError, match="hold no samples"):

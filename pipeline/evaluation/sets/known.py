@@ -35,6 +35,7 @@ KNOWN_SETS = {
     "imageneto": KnownSet(2_000, classes=200),
     "imagenetsketch": KnownSet(50_889, classes=1000),
     "objectnet": KnownSet(18_574, classes=113),
+    "letitwag": KnownSet(130_500, classes=290),  # 450 of each class
     "cifar10": KnownSet(10_000, classes=10),
     "cifar100": KnownSet(10_000, classes=100),
     "mnist": KnownSet(10_000, classes=10),
