@@ -58,7 +58,10 @@ def test_the_import_check_notices() -> None:
 
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
-    "formats": "errors files locks owners tar manifest balance pictures texts word_counts charts pages programs",
+    "formats": (
+        "errors files locks owners tar manifest arrays embeddings balance pictures texts word_counts charts pages "
+        "programs"
+    ),
     "model": (
         "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
         "transformers_weights"
@@ -69,7 +72,7 @@ ROOMS = {
     ),
     "pipeline": (
         "versions hardware recipe_options recipe recipe_files ranks data foreign evaluation image_sources training "
-        "inference planning reporting bench_data mask_preview plan train evaluate report export"
+        "inference planning reporting bench_data mask_preview plan train evaluate embed report export"
     ),
 }
 

@@ -224,10 +224,13 @@ def _read(shard: Shard) -> Iterator[bytes]:
 
 def make_cache(options: DataSection) -> ShardCache:
     """The node's cache as a recipe wants it."""
-    # $TMPDIR is where clusters have a node's own disk
-    default = Path(tempfile.gettempdir()) / f"cluster-clip-{os.getuid()}"
-    directory = Path(options.cache_directory) if options.cache_directory else default
+    directory = Path(options.cache_directory) if options.cache_directory else default_directory()
     return ShardCache(directory, int(options.cache_gib * 2**30))
+
+
+def default_directory() -> Path:
+    """Where the cache is unless told: in $TMPDIR, where clusters have a node's own disk."""
+    return Path(tempfile.gettempdir()) / f"cluster-clip-{os.getuid()}"
 
 
 def check_room(shards: Sequence[Shard], options: DataSection, num_sets: int, samples_ahead: int) -> None:

@@ -241,7 +241,7 @@ class FeatureEncoder:
         items = (store.collection.items[row] for batch in batches for row in store.rows(batch))
         is_images = store.collection.kind == "images"
         load: Callable[[Any], tuple[Any, bytes]] = self._load_image if is_images else _load_text
-        encode: Callable[[list[Any]], Tensor] = self._encode_images if is_images else self._encode_texts
+        encode: Callable[[list[Any]], Tensor] = self.encode_images if is_images else self._encode_texts
         loaded = load_ahead(pool, load, items, ahead=_BATCHES_AHEAD * store.batch_size)
         for piece in consecutive(batches, _BATCHES_OF_A_PIECE):
             features, item_sha256 = [], []
@@ -271,7 +271,8 @@ class FeatureEncoder:
             raise UserError(f"{image} does not decode: {error}; an evaluation leaves no sample out") from error
         return pixels_3SS, hashlib.sha256(data).digest()
 
-    def _encode_images(self, images_3SS: list[Tensor]) -> Tensor:
+    def encode_images(self, images_3SS: list[Tensor]) -> Tensor:
+        """Features [B, D] of images that are uint8 squares, as `preprocessing` makes them."""
         images_BCHW = torch.stack(images_3SS).to(self.ranks.device)
         if self.masking is not None:
             return encode_masked(self.clip, images_BCHW, self.masking)

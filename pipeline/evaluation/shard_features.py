@@ -1,0 +1,107 @@
+"""Features of training shards: an array for each shard, a row for each usable sample, in the manifest's order.
+
+n samples of a shard, b of a batch, D embed_dim, S size of the square image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formats.arrays import map_array, write_array
+from formats.embeddings import array_path
+from formats.errors import UserError
+from formats.manifest import Shard
+from formats.pictures import ImageError
+from pipeline.data.image_transform import decode_image
+from pipeline.data.shard_cache import ShardCache
+from pipeline.data.shard_reader import OpenShard, ShardReader
+from pipeline.evaluation.features import FeatureEncoder, load_ahead
+
+_BATCHES_AHEAD = 2
+
+
+def unfinished(directory: Path, shards: Sequence[Shard], width: int) -> list[int]:
+    """The numbers of the shards that have no array of their size yet; a damaged one counts as none."""
+    return [
+        number for number, shard in enumerate(shards) if not _is_finished(array_path(directory, shard), shard, width)
+    ]
+
+
+def _is_finished(path: Path, shard: Shard, width: int) -> bool:
+    try:
+        return path.is_file() and map_array(path).shape == (shard.samples, width)
+    except UserError:
+        return False
+
+
+@torch.inference_mode()
+def embed_shards(
+    encoder: FeatureEncoder,
+    shards: Sequence[Shard],
+    cache: ShardCache,
+    output: Path,
+    batch_size: int,
+    progress: Callable[[int], object],
+) -> int:
+    """Write the arrays of these shards; returns how many of their pictures do not decode: their rows are NaN.
+
+    Raises UserError for a shard that is missing or changed, and for features that are not finite.
+    """
+    reader = ShardReader(shards, cache)
+    undecodable = 0
+    with ThreadPoolExecutor(encoder.workers) as pool:
+        for number, shard in enumerate(shards):
+            following = range(number + 1, min(number + 2, len(shards)))
+            opened = reader.open(number, partial(_windows, range(number, number + 1), following))
+            rows_nD = _embed(encoder, opened, pool, batch_size, progress)
+            write_array(array_path(output, shard), rows_nD)
+            undecodable += int(np.isnan(rows_nD[:, 0]).sum())
+    return undecodable
+
+
+def _windows(now: range, following: range) -> tuple[range, range]:
+    return now, following
+
+
+def _embed(
+    encoder: FeatureEncoder,
+    shard: OpenShard,
+    pool: ThreadPoolExecutor,
+    batch_size: int,
+    progress: Callable[[int], object],
+) -> npt.NDArray[np.float16]:
+    """L2-normalised features, fp16 [n, D]. Batches begin at a shard's first row: whoever embeds it gets the same."""
+
+    def load(sample: int) -> Tensor | None:
+        try:
+            return encoder.preprocessing(decode_image(shard.read(sample)[0]))
+        except ImageError:
+            return None
+
+    n = len(shard.index.keys)
+    rows_nD = np.full((n, encoder.clip.config.embed_dim), np.nan, np.float16)
+    loaded = load_ahead(pool, load, range(n), ahead=_BATCHES_AHEAD * batch_size)
+    for first in range(0, n, batch_size):
+        images_3SS = list(islice(loaded, batch_size))
+        usable = [index for index, image_3SS in enumerate(images_3SS) if image_3SS is not None]
+        if usable:
+            features_bD = encoder.encode_images([image_3SS for image_3SS in images_3SS if image_3SS is not None])
+            if not features_bD.isfinite().all():
+                raise UserError(
+                    f"{encoder.model.checkpoint} gives features that are not finite for pictures of {shard.url}: its "
+                    "training diverged; take an earlier checkpoint"
+                )
+            normalised_bD = F.normalize(features_bD.float(), dim=1)
+            rows_nD[[first + index for index in usable]] = normalised_bD.half().cpu().numpy()
+        progress(len(images_3SS))
+    return rows_nD
