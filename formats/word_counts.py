@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from formats.errors import UserError
 
@@ -22,10 +22,14 @@ _MAKE_IT = "make it with `data-prep words SHARDS --output words.json`"
 
 @dataclass(frozen=True)
 class WordFrequencies:
-    """Each lower-case word's share of all words, in (0, 1]; `sha256` of the file names it in a run's records."""
+    """Each lower-case word's share of all words, in (0, 1]; `sha256` of the file names it in a run's records.
+
+    cluster_sizes: of a word, the geometric mean of the sizes of the clusters of its occurrences; empty: not known
+    """
 
     frequencies: dict[str, float]
     sha256: str
+    cluster_sizes: dict[str, float] = field(default_factory=dict)
 
 
 class _WordCounts(BaseModel):
@@ -34,6 +38,7 @@ class _WordCounts(BaseModel):
     format_version: Literal[1]
     words: PositiveInt
     counts: dict[str, PositiveInt]
+    cluster_sizes: dict[str, Annotated[float, Field(ge=1, allow_inf_nan=False)]] = {}
 
 
 def read_word_frequencies(path: str) -> WordFrequencies:
@@ -56,4 +61,4 @@ def read_word_frequencies(path: str) -> WordFrequencies:
     if sum(parsed.counts.values()) > parsed.words:
         raise UserError(f"{path} is not a word-count file (its counts exceed its {parsed.words:,} words): {_MAKE_IT}")
     frequencies = {word: count / parsed.words for word, count in parsed.counts.items()}
-    return WordFrequencies(frequencies, hashlib.sha256(content).hexdigest())
+    return WordFrequencies(frequencies, hashlib.sha256(content).hexdigest(), parsed.cluster_sizes)

@@ -6,23 +6,20 @@ N images, C classes, T templates, U distinct prompts, D embed_dim
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.word_counts import WORD, WordFrequencies
 from pipeline.evaluation.sets.layouts import ClassificationSet, MultiLabelSet
 from pipeline.evaluation.tasks.intervals import Outcomes
 from pipeline.evaluation.tasks.multi_label import multi_label_scores
 from pipeline.evaluation.tasks.ranking import hit_probability
+from pipeline.evaluation.tasks.rarity import accuracy_by_rarity, rarity_details, rarity_of_classes
 from pipeline.evaluation.tasks.task import Features, Scores, Task, distinct
 
 _ROWS_AT_ONCE = 4096
-# of the classes, by how often their names occur in the training captions
-_THIRDS = ("rare", "medium", "frequent")
 
 
 def _score(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Scores:
@@ -35,11 +32,10 @@ def _score(dataset: ClassificationSet | MultiLabelSet, features: Features) -> Sc
     outcomes = classification_outcomes(features["images"], classifier_CD, labels_N)
     chance, details = classification_chance(num_classes), None
     if dataset.words is not None:
-        frequency_C = class_frequencies(dataset.class_names, dataset.words)
-        third_C = thirds(frequency_C)
-        by_frequency = long_tail_outcomes(outcomes["acc1"].values_N, labels_N, third_C)
-        outcomes, chance = outcomes | by_frequency, chance | dict.fromkeys(by_frequency, 1 / num_classes)
-        details = long_tail_details(frequency_C, third_C, dataset.words)
+        rarities = rarity_of_classes(dataset.class_names, dataset.words)
+        by_rarity = accuracy_by_rarity(outcomes["acc1"].values_N, labels_N, rarities)
+        outcomes, chance = outcomes | by_rarity, chance | dict.fromkeys(by_rarity, 1 / num_classes)
+        details = rarity_details(rarities) | {"word_counts_sha256": dataset.words.sha256}
     return Scores.of(outcomes, chance, len(dataset.samples), template_sha256, details)
 
 
@@ -86,39 +82,6 @@ def classification_chance(num_classes: int) -> dict[str, float]:
     """The same metrics for a model that knows nothing."""
     chance = {"acc1": 1 / num_classes, "mean_per_class_recall": 1 / num_classes}
     return chance | ({"acc5": 5 / num_classes} if num_classes >= 5 else {})
-
-
-def class_frequencies(names: Sequence[str], words: WordFrequencies) -> Tensor:
-    """Of each class the frequency of the rarest word in its name [C]; 0 if the captions have no such word."""
-    of_names = [WORD.findall(name.lower()) for name in names]
-    frequencies = [min((words.frequencies.get(word, 0.0) for word in found), default=0.0) for found in of_names]
-    return torch.tensor(frequencies, dtype=torch.float64)
-
-
-def thirds(frequency_C: Tensor) -> Tensor:
-    """Which third of the classes each is in, from the rarest; int64 [C]. Equally frequent ones are in the same."""
-    rarer_C = torch.searchsorted(frequency_C.sort().values, frequency_C)
-    return 3 * rarer_C // len(frequency_C)
-
-
-def long_tail_outcomes(hits_N: Tensor, labels_N: Tensor, third_C: Tensor) -> dict[str, Outcomes]:
-    """`acc1/rare`, `/medium` and `/frequent`: the mean over a third's classes of the accuracy on each."""
-    outcomes = {}
-    for third, name in enumerate(_THIRDS):
-        rows_N = third_C[labels_N] == third
-        if rows_N.any():
-            outcomes[f"acc1/{name}"] = Outcomes(hits_N[rows_N], group_N=labels_N[rows_N])
-    return outcomes
-
-
-def long_tail_details(frequency_C: Tensor, third_C: Tensor, words: WordFrequencies) -> dict[str, Any]:
-    """How many classes each third has, between which frequencies, and of which counts."""
-    ranges = {
-        name: {"classes": len(part), "from": part.min().item(), "to": part.max().item()}
-        for third, name in enumerate(_THIRDS)
-        if len(part := frequency_C[third_C == third])
-    }
-    return {"word_frequency": ranges, "word_counts_sha256": words.sha256}
 
 
 TASK = Task(
