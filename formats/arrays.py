@@ -10,6 +10,12 @@ import numpy.typing as npt
 
 from formats.errors import UserError
 from formats.files import replacing
+from formats.manifest import Shard
+
+
+def array_path(directory: Path, shard: Shard) -> Path:
+    """Where the array of a shard is in a folder that has one for each: `00000.npy` for 00000.tar."""
+    return directory / f"{Path(shard.name).stem}.npy"
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:

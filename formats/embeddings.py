@@ -9,14 +9,14 @@ n rows of a shard, D width
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from formats.arrays import map_array
+from formats.arrays import array_path, map_array
 from formats.errors import UserError
 from formats.files import read_json, write_json
 from formats.manifest import Manifest, Shard
@@ -54,19 +54,14 @@ def claim_folder(directory: Path, header: EmbeddingsHeader) -> None:
         raise UserError(f"{path} is of other features ({', '.join(differing)} differ): name another --output")
 
 
-def array_path(directory: Path, shard: Shard) -> Path:
-    """Where the rows of a shard are, in any folder that has an array for each."""
-    return directory / f"{Path(shard.name).stem}.npy"
-
-
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """Features that were looked over: there are rows for every sample of every shard. `model`: "" if nobody said."""
+    """Features that were looked over: there are rows for every sample of every shard. `header`: {} if there is none."""
 
     directory: Path
     shards: Sequence[Shard]
     width: int
-    model: str
+    header: Mapping[str, Any]
 
     def rows(self, shard: Shard) -> npt.NDArray[np.floating[Any]]:
         """The features of a shard [n, D], mapped into memory, as they were stored."""
@@ -97,7 +92,7 @@ def open_embeddings(directory: Path, manifest: Manifest) -> Embeddings:
     widths = set(_checked_widths(directory, manifest.shards))
     if len(widths) != 1:
         raise UserError(f"{directory} holds features of widths {sorted(widths)}: they must be of one model")
-    return Embeddings(directory, manifest.shards, widths.pop(), str(header.get("model", "")))
+    return Embeddings(directory, manifest.shards, widths.pop(), header)
 
 
 def _checked_widths(directory: Path, shards: Sequence[Shard]) -> Iterator[int]:

@@ -59,16 +59,16 @@ def test_the_import_check_notices() -> None:
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
     "formats": (
-        "errors files locks owners tar manifest arrays embeddings balance pictures texts word_counts charts pages "
-        "programs"
+        "errors files locks owners tar manifest arrays embeddings clusters balance pictures texts word_counts charts "
+        "pages programs"
     ),
     "model": (
         "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
         "transformers_weights"
     ),
     "data_prep": (
-        "boxes console folders parallel shards synthetic tables lists packing tokens near web forget build commands "
-        "__main__"
+        "boxes console folders parallel shards synthetic tables lists packing tokens near balancing web forget build "
+        "commands __main__"
     ),
     "pipeline": (
         "versions hardware recipe_options recipe recipe_files ranks data foreign evaluation image_sources training "

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.arrays import map_array, write_array
-from formats.embeddings import array_path
+from formats.arrays import array_path, map_array, write_array
 from formats.errors import UserError
 from formats.manifest import Shard
 from formats.pictures import ImageError

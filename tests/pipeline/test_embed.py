@@ -127,7 +127,7 @@ def test_a_folder_of_arrays_alone_is_taken(tmp_path: Path, damaged: Path) -> Non
     for shard in manifest.shards:
         np.save(tmp_path / shard.name.replace(".tar", ".npy"), np.ones((shard.samples, 3), np.float32))
     embeddings = open_embeddings(tmp_path, manifest)
-    assert (embeddings.width, embeddings.model) == (3, "")
+    assert (embeddings.width, embeddings.header) == (3, {})
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path, whole: Path, model: Path, damaged: Path) -> None:

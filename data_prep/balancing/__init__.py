@@ -1,0 +1,1 @@
+"""Clusters of pictures by meaning, and how often to read the samples of each."""
