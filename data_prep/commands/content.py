@@ -44,13 +44,19 @@ def add_words(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("directory", type=path_argument, metavar="DIR", help="verified shard directory")
     parser.add_argument("--output", type=path_argument, required=True, metavar="JSON", help="file to write")
     parser.add_argument("--min-count", type=positive, default=5, metavar="N", help="leave out rarer words")
+    parser.add_argument(
+        "--clusters",
+        type=path_argument,
+        metavar="CLUSTERS",
+        help="of `data-prep clusters`: also the sizes of those that a word occurs in, for accuracy by rarity",
+    )
     add_processes(parser)
 
 
 def _words(options: argparse.Namespace) -> int:
     from data_prep.shards.words import count_words
 
-    count_words(options.directory, options.output, options.min_count, options.processes)
+    count_words(options.directory, options.output, options.min_count, options.processes, options.clusters)
     return 0
 
 
