@@ -6,14 +6,17 @@ import argparse
 
 from data_prep.commands.options import (
     Commands,
+    above_zero,
     add_command,
     add_output,
     add_processes,
     array_slice,
     not_negative,
     positive,
+    rate,
     share,
 )
+from formats.errors import UserError
 from formats.files import path_argument
 
 
@@ -58,5 +61,62 @@ def _clusters(options: argparse.Namespace) -> int:
         processes=options.processes,
         part=options.slice,
         centroids_only=options.centroids_only,
+    )
+    return 0
+
+
+def add_balance(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep balance`."""
+    parser = add_command(commands, "balance", _balance, "how often to read each sample: large clusters less")
+    parser.add_argument(
+        "clusters", type=path_argument, nargs="?", metavar="CLUSTERS", help="output of `data-prep clusters`"
+    )
+    add_output(parser)
+    parser.add_argument(
+        "--alpha",
+        type=share,
+        default=0.2,
+        metavar="A",
+        help="a cluster of n is heard as n^A; 1: thins all alike",
+    )
+    parser.add_argument(
+        "--keep", type=above_zero, default=0.5, metavar="SHARE", help="of all samples to read in an epoch"
+    )
+    parser.add_argument("--repeat", action="store_true", help="samples of small clusters may come several times")
+    parser.add_argument(
+        "--default", type=rate, metavar="RATE", help="of samples without one; 0 leaves them out (without it: an error)"
+    )
+    parser.add_argument("--from-list", type=path_argument, metavar="JSON", help="a published list by SHA-256, instead")
+    parser.add_argument("--shards", type=path_argument, metavar="DIR", help="verified shard directory, of --from-list")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that has content")
+    add_processes(parser)
+
+
+def _balance(options: argparse.Namespace) -> int:
+    from data_prep.balancing.balance import balance
+    from data_prep.balancing.published_rates import balance_from_list
+
+    if options.from_list is not None:
+        if options.clusters is not None or options.shards is None:
+            raise UserError("--from-list takes --shards DIR, and no CLUSTERS")
+        balance_from_list(
+            options.from_list,
+            options.shards,
+            options.output,
+            default=options.default,
+            processes=options.processes,
+            overwrite=options.overwrite,
+        )
+        return 0
+    if options.clusters is None or options.shards is not None:
+        raise UserError("name CLUSTERS, the output of `data-prep clusters`; --shards is for --from-list")
+    balance(
+        options.clusters,
+        options.output,
+        alpha=options.alpha,
+        keep=options.keep,
+        repeat=options.repeat,
+        default=options.default,
+        overwrite=options.overwrite,
     )
     return 0

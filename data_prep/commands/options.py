@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 
+from formats.balance import MAX_RATE
 from formats.files import path_argument
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
@@ -84,6 +85,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def rate(text: str) -> float:
+    """How often a sample is read in an epoch: a finite number of at least 0, likewise."""
+    value = float(text)
+    if not 0 <= value <= MAX_RATE:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MAX_RATE:g}, got {text}")
     return value
 
 
