@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Callable
 
-from formats.balance import MAX_RATE
 from formats.files import path_argument
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 # those that this process may use, where the system says: a batch job often has a few of a node's many
 PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+MAX_RATE = 256  # formats.balance's; not imported here, for the help of commands is to answer at once
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -89,10 +90,10 @@ def share(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """How often a sample is read in an epoch: a finite number of at least 0, likewise."""
+    """How often a sample is read in an epoch, likewise."""
     value = float(text)
     if not 0 <= value <= MAX_RATE:
-        raise argparse.ArgumentTypeError(f"must be from 0 to {MAX_RATE:g}, got {text}")
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MAX_RATE}, got {text}")
     return value
 
 

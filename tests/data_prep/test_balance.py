@@ -18,6 +18,7 @@ from data_prep.__main__ import main
 from data_prep.balancing import published_rates
 from data_prep.balancing.published_rates import read_rate_list
 from data_prep.balancing.rates import StoredRates, effective_number, fill
+from data_prep.commands import options
 from formats.arrays import write_array
 from formats.balance import MAX_RATE, read_balance
 from formats.clusters import read_clusters
@@ -62,6 +63,10 @@ def test_alpha_1_is_uniform_and_alpha_0_flattens() -> None:
     np.testing.assert_allclose(fill(sizes_C, 0, 40, 1.0) * sizes_C, 10)
     np.testing.assert_allclose(fill(sizes_C, 0, 310, 1.0) * sizes_C, [105, 10, 105, 90])  # two are read whole
     assert effective_number(np.array([5.0, 5.0, 0.0])) == pytest.approx(2)
+
+
+def test_the_highest_rate_of_the_command_is_that_of_the_format() -> None:
+    assert options.MAX_RATE == MAX_RATE
 
 
 @pytest.mark.parametrize("budget", [-1, 1500.5])
