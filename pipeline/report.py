@@ -33,7 +33,13 @@ from pipeline.reporting.masks.setting import make_setting
 from pipeline.reporting.masks.sheet import Sheet, load_images, make_sheet
 from pipeline.reporting.pictures import draw_result_pictures
 from pipeline.reporting.runs import Run, device_hours_label
-from pipeline.reporting.tables.overview import dataset_tables, headline_table, provenance_table, training_table
+from pipeline.reporting.tables.overview import (
+    dataset_tables,
+    headline_table,
+    provenance_table,
+    rarity_table,
+    training_table,
+)
 from pipeline.reporting.tables.paper_tables import effective_robustness_table, paper_tables
 from pipeline.reporting.tables.papers import PUBLISHED_FILE, read_published
 from pipeline.reporting.tables.rows import by_recipe
@@ -67,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = draw_result_pictures(inputs.jobs)
     robustness = draw_robustness(entries, published)
     effective = effective_robustness_table(entries, published)
+    by_rarity = rarity_table(inputs.checkpoints, published, inputs.runs)
     content: dict[str, Any] = {
         "title": _title(inputs.runs) or ", ".join(entry.label for entry in entries[:_NAMES_IN_TITLE]),
         "created": timestamp(),
@@ -81,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
         "groups": [
             *paper_tables(entries, published, device_hours_label(inputs.runs)),
             *([effective] if effective else []),
+            *([by_rarity] if by_rarity else []),
         ],
         "datasets": dataset_tables(inputs.checkpoints),
         "galleries": pictures.galleries,

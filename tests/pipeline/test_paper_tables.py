@@ -16,9 +16,9 @@ from formats.errors import UserError
 from pipeline.evaluation.results import Result
 from pipeline.reporting.charts import draw_cost_charts, draw_robustness
 from pipeline.reporting.inputs import read_inputs
-from pipeline.reporting.tables.overview import dataset_tables
+from pipeline.reporting.tables.overview import dataset_tables, rarity_table
 from pipeline.reporting.tables.paper_tables import paper_tables
-from pipeline.reporting.tables.papers import LAYOUTS, ZERO_SHOT, Published, read_published
+from pipeline.reporting.tables.papers import LAYOUTS, RARITY, ZERO_SHOT, Published, read_published
 from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, mark_places, to_csv, to_latex
 
@@ -47,13 +47,13 @@ def seventeen(run: str, leave_out: str = "") -> list[Result]:
 
 
 def test_published_columns_are_those_of_the_groups_and_their_means_fit() -> None:
-    groups = {group.name: group for group in LAYOUTS}
+    groups = {group.name: group for group in (*LAYOUTS, RARITY)}
     assert set(PUBLISHED.tables) == set(groups)
     unlike = set()
     for name, table in PUBLISHED.tables.items():
         group = groups[name]
         assert list(table.columns) == [item.key for item in (*group.measures, *group.means)]
-        assert list(table.rows) == list(PUBLISHED.methods)
+        assert list(table.rows) == list(PUBLISHED.methods) or table.source  # systems of another paper
         for method in table.rows:
             figures = table.figures(method)
             for mean in group.means:
@@ -127,6 +127,18 @@ def test_charts_have_published_points_beside_ours(tmp_path: Path) -> None:
     assert robustness is not None
     assert b"A-CLIP" in robustness.dark_svg
     assert b"base" in robustness.dark_svg
+
+
+def test_accuracy_by_rarity_stands_in_one_table() -> None:
+    thirds = {"acc1/rare": 0.1, "acc1/tail_clusters": 0.2}
+    results = [result_of("a", "wds_let-it-wag", {"acc1": 0.25}), result_of("a", "cifar10", {"acc1": 0.5} | thirds)]
+    table = rarity_table(checkpoints_of(results), PUBLISHED)
+    assert table
+    assert list(map(str, table.columns)) == ["Let It Wag!", "cifar10 rare", "cifar10 tail clusters"]
+    assert [cell.text for cell in table.of_kind("ours")[0].cells] == ["25.00", "10.00", "20.00"]
+    assert column(table, "Let It Wag!")["DynamiCS, LAION-400M"] == "45.5"
+    assert any("2604.27932" in note for note in table.notes)
+    assert rarity_table(checkpoints_of([result_of("a", "cifar10", {"acc1": 0.5})]), PUBLISHED) is None
 
 
 def test_what_cannot_be_compared_is_said() -> None:

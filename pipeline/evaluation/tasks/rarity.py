@@ -15,6 +15,9 @@ from torch import Tensor
 from formats.word_counts import WORD, WordFrequencies
 from pipeline.evaluation.tasks.intervals import Outcomes
 
+# How the names of its metrics begin.
+BY_RARITY = "acc1/"
+
 
 @dataclass(frozen=True)
 class Rarity:
@@ -59,7 +62,7 @@ def accuracy_by_rarity(hits_N: Tensor, labels_N: Tensor, rarities: Sequence[Rari
         for third, name in enumerate(rarity.thirds):
             rows_N = rarity.third_C[labels_N] == third
             if rows_N.any():
-                outcomes[f"acc1/{name}"] = Outcomes(hits_N[rows_N], group_N=labels_N[rows_N])
+                outcomes[f"{BY_RARITY}{name}"] = Outcomes(hits_N[rows_N], group_N=labels_N[rows_N])
     return outcomes
 
 

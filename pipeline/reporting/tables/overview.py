@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from model.config import config_from_name
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.sets.known import set_key
 from pipeline.evaluation.tasks import composition, linear_probe, retrieval, zero_shot
+from pipeline.evaluation.tasks.rarity import BY_RARITY
 from pipeline.recipe import Recipe
 from pipeline.reporting.inputs import Checkpoint
 from pipeline.reporting.runs import Run, device_hours_label
 from pipeline.reporting.tables.paper_tables import format_interval, paper_table
-from pipeline.reporting.tables.papers import Measure, PaperLayout, Published
+from pipeline.reporting.tables.papers import RARITY, Measure, PaperLayout, Published
 from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, distinct, mark_places, percent
 from pipeline.training.observing.run_logger import format_duration
@@ -54,6 +56,22 @@ def headline_table(checkpoints: Sequence[Checkpoint], runs: Sequence[Run] = ()) 
     return paper_table(layout, by_recipe(checkpoints), Published(), device_hours_label(runs))
 
 
+def rarity_table(checkpoints: Sequence[Checkpoint], published: Published, runs: Sequence[Run] = ()) -> Table | None:
+    """Accuracy on a set of rare classes, and of every set by how rare its classes are; None where there is neither."""
+    columns = dict.fromkeys(
+        (result.dataset, metric)
+        for _, result in _measured(checkpoints)
+        for metric in result.metrics
+        if metric.startswith(BY_RARITY)
+    )
+    by_thirds = (
+        Measure(f"{dataset} {metric}", metric_label(metric), (set_key(dataset),), metric, heading=dataset)
+        for dataset, metric in columns
+    )
+    layout = replace(RARITY, measures=(*RARITY.measures, *by_thirds))
+    return paper_table(layout, by_recipe(checkpoints), published, device_hours_label(runs))
+
+
 def headline_columns(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
     """The first figures of each dataset: (dataset, metric). A set that goes by two names is one."""
     columns: dict[tuple[str, str], tuple[str, str]] = {}
@@ -87,6 +105,8 @@ def metric_label(metric: str) -> str:
     named = {"mean_per_class_recall": "per class", "mean_average_precision": "mAP"}
     if metric in named:
         return named[metric]
+    if metric.startswith(BY_RARITY):
+        return metric.removeprefix(BY_RARITY).replace("_", " ")
     return metric.replace("_retrieval_recall@", " R@").removeprefix("acc/")
 
 

@@ -140,8 +140,9 @@ def _notes(layout: PaperLayout, figures: Sequence[dict[str, Figure]], published:
             missing = [labels[key] for key in mean.of if not any(key in found for found in figures)]
             what = f"missing: {', '.join(missing)}" if missing else "no row has all of them"
             notes.append(f"The {mean.label} of {len(mean.of)} sets is left out ({what}).")
-    if layout.name in published.tables and published.source:
-        notes.append(f"Published rows, not measured by us: {published.source}.")
+    table = published.tables.get(layout.name)
+    if source := table and (table.source or published.source):
+        notes.append(f"Published rows, not measured by us: {source}.")
     return tuple(notes)
 
 

@@ -129,6 +129,13 @@ SUGARCREPE = PaperLayout(
         for part in parts
     ),
 )
+# And what a run has of accuracy by rarity, which differs from set to set.
+RARITY = PaperLayout(
+    "rarity",
+    "By rarity",
+    "zero-shot top-1, in percent: of rare classes, and of a set's classes by how rare their words and clusters are",
+    (Measure("letitwag", "Let It Wag!", ("letitwag",), "acc1"),),
+)
 LAYOUTS = (ZERO_SHOT, RETRIEVAL, LINEAR_PROBE, ROBUSTNESS, SUGARCREPE)
 
 
@@ -143,8 +150,9 @@ class _Strict(BaseModel):
 
 
 class PublishedTable(_Strict):
-    """Figures by method, in percent, in the order of `columns`."""
+    """Figures by method, in percent, in the order of `columns`. source: where it is not that of all tables."""
 
+    source: str = ""
     columns: tuple[str, ...]
     rows: dict[str, tuple[Percent, ...]]
 
