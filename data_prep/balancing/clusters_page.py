@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from data_prep.balancing.examples import find_examples
 from formats.charts import Theme, draw_chart, style_axes
@@ -80,4 +81,6 @@ def _paint_sizes(sizes_C: npt.NDArray[np.int64], axes: Axes, theme: Theme) -> No
     axes.loglog(places, sizes_C[places - 1], color=theme.line(0), marker=marker, markersize=3)
     axes.set_xlabel("place")
     axes.set_ylabel("samples")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     style_axes(axes, theme)

@@ -26,6 +26,8 @@ from formats.tar import index_samples
 THUMBNAIL_PIXELS = 112
 PICTURES = 6
 CAPTIONS = 60
+# a word is shown where it is in so many times more of a cluster's captions than of all; chance alone gives some more
+_CLEARLY_MORE = 1.5
 
 
 @dataclasses.dataclass
@@ -112,7 +114,7 @@ def _thumbnail(data: bytes) -> str:
 
 
 def _add_words(found: Mapping[int, Examples], most: int = 8) -> None:
-    """The words of each cluster that are in more of its captions than in those of all; the clearest first."""
+    """The words that are in clearly more of a cluster's captions than of those of all that are shown."""
     captions_with = {
         number: Counter(word for caption in examples.captions for word in set(words_of(caption)))
         for number, examples in found.items()
@@ -121,6 +123,6 @@ def _add_words(found: Mapping[int, Examples], most: int = 8) -> None:
     total = sum(len(examples.captions) for examples in found.values())
     for number, examples in found.items():
         shares = {word: count / len(examples.captions) for word, count in captions_with[number].items()}
-        clarity = {word: share * math.log(share * total / of_all[word]) for word, share in shares.items()}
-        ordered = sorted(clarity, key=lambda word: (-clarity[word], word))
-        examples.words = [word for word in ordered if clarity[word] > 0][:most]
+        times_more = {word: share * total / of_all[word] for word, share in shares.items()}
+        clear = [word for word in shares if times_more[word] >= _CLEARLY_MORE]
+        examples.words = sorted(clear, key=lambda word: (-shares[word] * math.log(times_more[word]), word))[:most]
