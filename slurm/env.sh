@@ -26,6 +26,16 @@ RUN=${RUN:-$PROJECT/runs/$RECIPE}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_STARTS_WITHOUT_PROGRESS=${MAX_STARTS_WITHOUT_PROGRESS:-5}
 
+# Balanced data (the stage `balance`): the model that embeds, how many tasks share it, how many clusters and how near they
+# are merged, what large ones are thinned to, the share of samples to keep, where all of it goes.
+EMBEDDER=${EMBEDDER:-}
+EMBED_TASKS=${EMBED_TASKS:-8}
+CLUSTERS=${CLUSTERS:-50000}
+MERGE_SIMILARITY=${MERGE_SIMILARITY:-0.7}
+BALANCE_ALPHA=${BALANCE_ALPHA:-0.2}
+BALANCE_KEEP=${BALANCE_KEEP:-0.5}
+BALANCE=${BALANCE:-$SHARDS-balance}
+
 # Evaluation: sets in CLIP_benchmark's layout, separated by spaces, and how many tasks share each of them.
 EVALUATION_SETS=${EVALUATION_SETS:-}
 EVALUATION_TASKS=${EVALUATION_TASKS:-4}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Submit the whole path as a chain of jobs: prepare -> train -> evaluate -> report. Each job waits for the one before it
 # to succeed; if one fails, Slurm cancels those behind it.
-#   slurm/submit.sh [--dry-run] [prepare] [train] [evaluate]        default: all three
+#   slurm/submit.sh [--dry-run] [prepare] [balance] [train] [evaluate]        default: all but balance
+# With balance the data are embedded and clustered after prepare, and train reads rare pictures more often (docs/balance.md).
 # Settings: env.sh. --dry-run submits nothing; it prints the commands, and Slurm says whether it would take them.
 set -euo pipefail
 PROJECT=${PROJECT:-$(cd "$(dirname "$0")/.." && pwd)}
@@ -16,8 +17,8 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 [ $# -gt 0 ] || set -- prepare train evaluate
 for stage in "$@"; do
-    if [[ ! $stage =~ ^(prepare|train|evaluate)$ ]]; then
-        echo "error: unknown stage '$stage': slurm/submit.sh [--dry-run] [prepare] [train] [evaluate]" >&2
+    if [[ ! $stage =~ ^(prepare|balance|train|evaluate)$ ]]; then
+        echo "error: unknown stage '$stage': slurm/submit.sh [--dry-run] [prepare] [balance] [train] [evaluate]" >&2
         exit 2
     fi
 done
@@ -26,6 +27,13 @@ wants() { [[ $stages == *" $1 "* ]]; }
 if wants evaluate && [ -z "$EVALUATION_SETS" ]; then
     echo "error: nothing to evaluate: set EVALUATION_SETS, or name the stages: slurm/submit.sh prepare train" >&2
     exit 2
+fi
+if wants balance; then
+    if [ -z "$EMBEDDER" ]; then
+        echo "error: nothing to embed with: set EMBEDDER to a run, or to a model of open_clip or transformers" >&2
+        exit 2
+    fi
+    OPTIONS="${OPTIONS:+$OPTIONS }data.balance=$BALANCE/rates"
 fi
 
 # submit NAME OPTION… FILE: one job, behind the one submitted before it
@@ -38,7 +46,7 @@ submit() {
         command+=(--dependency="afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
     fi
     if [ -n "$dry_run" ]; then
-        echo "${STAGE:+STAGE=$STAGE }${command[*]} $*"
+        echo "${STAGE:+STAGE=$STAGE }${OPTIONS:+OPTIONS=\"$OPTIONS\" }${command[*]} $*"
         sbatch --test-only "$@"
         job="<$name>"
     else
@@ -72,6 +80,11 @@ mkdir -p "$LOGS"
             STAGE=download submit_array download "$DOWNLOAD_TASKS" $PREPARE_SBATCH slurm/prepare.sbatch
         fi
         submit prepare $PREPARE_SBATCH slurm/prepare.sbatch
+    fi
+    if wants balance; then
+        submit_array embed "$EMBED_TASKS" $EVALUATE_SBATCH slurm/embed.sbatch
+        submit clusters $PREPARE_SBATCH slurm/clusters.sbatch
+        submit balance $PREPARE_SBATCH slurm/balance.sbatch
     fi
     if wants train; then
         submit train $TRAIN_SBATCH slurm/train.sbatch

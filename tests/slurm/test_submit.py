@@ -68,6 +68,13 @@ def test_a_dry_run_submits_nothing_and_asks_slurm(slurm: Cluster, submit: Callab
     assert done.stderr.count("to start at") == 6
     assert slurm.run("squeue", "--noheader").stdout == ""
 
+    balanced = submit(
+        "--dry-run", "balance", "train", EMBEDDER="runs/base", BALANCE="/scratch/b", OPTIONS="data.workers=4"
+    )
+    assert balanced.returncode == 0, balanced.stderr
+    assert re.findall(r"--job-name=(\w+)", balanced.stdout) == ["embed", "clusters", "balance", "train"]
+    assert 'OPTIONS="data.workers=4 data.balance=/scratch/b/rates" sbatch' in balanced.stdout
+
     too_large = submit("--dry-run", "train", TRAIN_SBATCH="--nodes=40 --gpus-per-node=0")
     assert too_large.returncode != 0
     assert "not available" in too_large.stderr
@@ -76,6 +83,7 @@ def test_a_dry_run_submits_nothing_and_asks_slurm(slurm: Cluster, submit: Callab
 def test_wrong_arguments_are_one_line(submit: Callable) -> None:
     for arguments, variables, message in (
         (["trian"], {}, "error: unknown stage 'trian'"),
+        (["balance", "train"], {}, "error: nothing to embed with: set EMBEDDER"),
         ([], {"EVALUATION_SETS": ""}, "error: nothing to evaluate: set EVALUATION_SETS"),
     ):
         done = submit(*arguments, **variables)
