@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ MAX_RATE = 256.0
 RATE_UNITS = 1 << 24  # to 1: every float16 is so many parts of it
 _SMALLEST_RATE = 1 / RATE_UNITS
 _DTYPE = np.dtype("<f2")
+_RATES = np.arange(np.float16(MAX_RATE).view(np.uint16) + 1, dtype=np.uint16).view(np.float16)  # all that there are
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,31 @@ class Balance:
     shards: those of the manifest, in its order
     summary: what balance.json says
     sha256: of all rates in the manifest's order
+    samples_by_rate: how many have each rate; the index is the rate's 16 bits, which rise with it
     """
 
     directory: Path
     shards: tuple[Shard, ...] = field(repr=False)
     summary: Mapping[str, Any]
     sha256: str
+    samples_by_rate: np.ndarray = field(repr=False)
+
+    @property
+    def drawn_per_epoch(self) -> Fraction:
+        """Sum of all rates: how many samples an epoch has on average."""
+        return _sum_of_rates(self.samples_by_rate)
+
+    @property
+    def max_rate(self) -> float:
+        """The largest rate of all."""
+        return float(_RATES[np.flatnonzero(self.samples_by_rate)[-1]])
+
+    @property
+    def thirds(self) -> tuple[float, float]:
+        """The rates up to which a sample is in the third that is thinned most, and up to which it is in the next."""
+        up_to = np.cumsum(self.samples_by_rate)
+        first, second = np.searchsorted(up_to, [up_to[-1] / 3, up_to[-1] * 2 / 3])
+        return float(_RATES[first]), float(_RATES[second])
 
     def rates(self, shard_number: int) -> np.ndarray:
         """float16 [n] of a shard, memory-mapped: no process has pages of its own, and no file stays open.
@@ -67,22 +88,22 @@ def write_balance(
 
     Raises UserError for a folder with content unless `overwrite`, and ValueError for rates that are none.
     """
-    digest, units = hashlib.sha256(), 0
+    digest, samples_by_rate = hashlib.sha256(), np.zeros(len(_RATES), np.int64)
     with building(directory, overwrite) as partial:
         for shard, rates in zip(manifest.shards, rates_by_shard, strict=True):
-            stored = np.where(rates > 0, np.maximum(rates, _SMALLEST_RATE), rates).astype(_DTYPE)
+            stored = _to_16_bits(rates)
             if stored.shape != (shard.samples,) or (fault := _fault(stored)):
                 found = f"rates of shape {stored.shape}" if stored.shape != (shard.samples,) else fault
                 raise ValueError(f"{shard.name} has {shard.samples} samples, and {found}")
             np.save(partial / _file_name(shard), stored, allow_pickle=False)
             digest.update(stored.tobytes())
-            units += sum_of_rates(stored)
+            samples_by_rate += _count_by_rate(stored)
         content = {
             "format_version": FORMAT_VERSION,
             "manifest_sha256": manifest.sha256,
             "rates_sha256": digest.hexdigest(),
             "samples": manifest.num_samples,
-            "achieved_share": units / RATE_UNITS / max(1, manifest.num_samples),
+            "achieved_share": float(_sum_of_rates(samples_by_rate)) / max(1, manifest.num_samples),
             **summary,
         }
         write_json(partial / SUMMARY, content)
@@ -104,24 +125,31 @@ def read_balance(directory: str | Path, manifest: Manifest) -> Balance:
             f"{str(summary.get('manifest_sha256'))[:12]}, there {manifest.sha256[:12]}): make it again with "
             "`data-prep balance`"
         )
-    digest = hashlib.sha256()
+    digest, samples_by_rate = hashlib.sha256(), np.zeros(len(_RATES), np.int64)
     for shard in manifest.shards:
         rates = _map_rates(directory, shard)
         if fault := _fault(rates):
             raise UserError(f"{directory / _file_name(shard)} holds {fault}: make it again with `data-prep balance`")
         digest.update(rates.data)
+        samples_by_rate += _count_by_rate(rates)
     sha256 = digest.hexdigest()
     if summary.get("rates_sha256", sha256) != sha256:
         raise UserError(f"{directory} changed since it was made: make it again with `data-prep balance`")
-    return Balance(directory, manifest.shards, summary, sha256)
+    return Balance(directory, manifest.shards, summary, sha256, samples_by_rate)
 
 
-def sum_of_rates(rates: np.ndarray) -> int:
-    """Exact sum of float16 rates in parts of 2^-24, whatever their order."""
-    # each is a whole number of at most 2^32: the sum of two million is exact in a double
-    return sum(
-        int((part.astype(np.float64) * RATE_UNITS).sum()) for part in np.array_split(rates, len(rates) >> 20 or 1)
-    )
+def _to_16_bits(rates: np.ndarray) -> np.ndarray:
+    rates = np.where(rates > 0, np.maximum(rates, _SMALLEST_RATE), rates)
+    return (rates + 0.0).astype(_DTYPE)  # minus zero becomes zero
+
+
+def _count_by_rate(rates: np.ndarray) -> np.ndarray:
+    return np.bincount(rates.view(np.uint16), minlength=len(_RATES))
+
+
+def _sum_of_rates(samples_by_rate: np.ndarray) -> Fraction:
+    units = (_RATES.astype(np.float64) * RATE_UNITS).astype(np.int64)
+    return Fraction(int((samples_by_rate * units).sum()), RATE_UNITS)  # up to 2^31 samples at 256, exactly
 
 
 def _map_rates(directory: Path, shard: Shard) -> np.ndarray:
@@ -147,11 +175,9 @@ def _fault(rates: np.ndarray) -> str:
         return ""
     if np.isnan(rates).any():
         return "a rate that is not a number"
-    if (rates < 0).any():
+    if np.signbit(rates).any():
         return "a negative rate"
-    if (rates > MAX_RATE).any():
-        return f"a rate above {MAX_RATE:g}"
-    return ""  # minus zero is zero
+    return f"a rate above {MAX_RATE:g}"
 
 
 def _file_name(shard: Shard) -> str:

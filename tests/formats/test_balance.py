@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from formats.balance import RATE_UNITS, read_balance, sum_of_rates, write_balance
+from formats.balance import read_balance, write_balance
 from formats.errors import UserError
 from formats.files import read_json, write_json
 from formats.manifest import Manifest, Shard
@@ -40,11 +40,13 @@ def test_what_is_written_is_read_and_its_share_is_exact(tmp_path: Path) -> None:
     assert summary.items() >= {"samples": 75, **CLUSTERS}.items()
 
 
-def test_sums_do_not_depend_on_order_or_number() -> None:
-    rates = np.random.default_rng(1).uniform(0, 256, 3_000_001).astype(np.float16)
-    values, counts = np.unique(rates, return_counts=True)
-    exact = sum(Fraction(float(value)) * int(count) for value, count in zip(values, counts, strict=True))
-    assert Fraction(sum_of_rates(rates), RATE_UNITS) == exact
+def test_facts_of_all_rates_are_exact(tmp_path: Path) -> None:
+    write_balance(tmp_path / "balance", MANIFEST, random_rates(), CLUSTERS)
+    balance = read_balance(tmp_path / "balance", MANIFEST)
+    rates = np.sort(np.concatenate([balance.rates(number) for number in range(len(SIZES))]))
+    assert balance.drawn_per_epoch == sum(Fraction(float(rate)) for rate in rates)
+    assert balance.max_rate == rates[-1]
+    assert balance.thirds == (rates[24], rates[49]), "25 of 75 samples have a rate up to the first"
 
 
 def _replaced(values: list[float], dtype: str = "<f2") -> Callable[[Path], None]:
