@@ -39,14 +39,15 @@ def main(argv: Sequence[str]) -> int:
     plan = plan_run(
         recipe,
         Hardware(options.gpus, accelerator, network, options.mfu, options.cores_per_gpu),
-        data.num_samples if data else options.samples,
+        data.epochs if data else options.samples,
         min(options.caption_tokens, recipe.context_length),
         vocab_size,
         end_token_id,
     )
     if data:
-        for stage_plan in plan.stages:
-            data.check_batch(stage_plan.stage.batches.global_batch_size)
+        for stage in (stage_plan.stage for stage_plan in plan.stages):
+            order = data.order(stage.recipe.data, stage.seed)
+            data.check_batch(order, stage.own_positions, stage.batches.global_batch_size)
     print(json.dumps(to_dict(plan), indent=2) if options.json else describe(plan), flush=True)
     return 0 if plan.fits else 1
 

@@ -21,6 +21,7 @@ from model.masking.strategies import MaskingConfig
 from pipeline.recipe_options import Location, OnResume, PerStage, Section, merge_stages, options_of
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]
+DrawKind = Literal["rotation", "bernoulli"]
 
 # Zhai et al. 2023 (SigLIP), section 3.2: at first nearly every pair is taken for a negative, as nearly every pair is.
 _SIGMOID_LOGIT_SCALE, _SIGMOID_LOGIT_BIAS = math.log(10), -10.0
@@ -78,6 +79,12 @@ class DataSection(Section):
     sampling: Literal["without_replacement", "with_replacement"] = Field(
         "without_replacement", description="without_replacement: each sample once per epoch | with_replacement"
     )
+    balance: PerStage[OnResume[Location | tuple[Location, ...]]] = Field(
+        "", description="folder of `data-prep balance`: how often each sample comes; [A, B] for several sets"
+    )
+    draw: PerStage[DrawKind] = Field(
+        "rotation", description="with a balance: rotation: equally spaced | bernoulli: at random in each epoch"
+    )
     tokenizer: OnResume[Location] = Field("", description="SentencePiece model, CLIP merges file, or clip-bpe")
     workers: OnResume[int] = Field(2, description="loader processes per rank; 0 decodes in the training process", ge=0)
     cache_directory: OnResume[Location] = Field(
@@ -103,6 +110,24 @@ class DataSection(Section):
                     "give a weight to every set of train or to none: then each sample comes once per epoch"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _balance_of_each_set(self) -> DataSection:
+        num_sets = len(self.train) if isinstance(self.train, tuple) else 1
+        if self.balances and len(self.balances) != num_sets:
+            raise ValueError(
+                f"train has {num_sets} sets, balance {len(self.balances)}: give a list with a folder, or none, for each"
+            )
+        if self.balances and self.sampling == "with_replacement":
+            raise ValueError("a balance says how often each sample comes: take sampling without_replacement")
+        return self
+
+    @property
+    def balances(self) -> tuple[str, ...]:
+        """The folder of each set, "" for one that is read whole; empty where there is no balance."""
+        folders = (self.balance,) if isinstance(self.balance, str) else self.balance
+        folders = tuple("" if folder == "none" else folder for folder in folders)
+        return folders if any(folders) else ()
 
 
 class TextMaskingSection(Section):

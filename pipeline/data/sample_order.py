@@ -5,6 +5,8 @@ other in one stream of positions without a gap. Nothing else knows an order: a r
 stands at a position, so that any number of ranks and workers, before or after any restart, reads the same sequence.
 The state of a training run is a number of samples.
 
+An epoch is a lap, in which every sample comes once; balanced_order.py has laps in which some come.
+
 Several sets are one stream, in proportion to their weights. Of any n positions from the start, the first set gets
 floor(n w / W), W being the sum of weights; what is left is a stream of its own, of which the next set gets its share
 of the other sets' weights, and so on. All in integers, so that after W positions each set has had exactly its weight,
@@ -18,11 +20,48 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 
 # Distinguishes the draws that share a seed, a set and an epoch.
 _SHARD_STREAM, _WINDOW_STREAM = 0, 1
+
+
+class Epochs(Protocol):
+    """Where epochs begin in a stream of positions."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many an epoch has, on average."""
+
+    def start(self, epoch: int) -> int:
+        """The first position of an epoch."""
+
+    def at(self, position: int) -> int:
+        """The epoch in which a position is."""
+
+    def samples(self, first_epoch: int, epochs: float) -> int:
+        """How many come in so many epochs from one on."""
+
+
+@dataclass(frozen=True)
+class EqualEpochs:
+    """Epochs of one size."""
+
+    num_samples: int
+
+    def start(self, epoch: int) -> int:
+        """The first position of an epoch."""
+        return epoch * self.num_samples
+
+    def at(self, position: int) -> int:
+        """The epoch in which a position is."""
+        return position // self.num_samples
+
+    def samples(self, first_epoch: int, epochs: float) -> int:
+        """How many come in so many epochs."""
+        return round(epochs * self.num_samples)
 
 
 class SampleOrder:
@@ -43,18 +82,20 @@ class SampleOrder:
         self.shard_sizes = tuple(shard_sizes)
         self.window_shards = window_shards
         self.num_samples = sum(self.shard_sizes)
+        self.epochs: Epochs = EqualEpochs(self.num_samples)
         self._seed = seed
         self._set_number = set_number
         self._with_replacement = with_replacement
-        # bounded: a process looks at one epoch and one window, or at two where one ends
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._draws_all = not with_replacement
+        # bounded: a process looks at one lap and one window, or at two where one ends
+        self._lap = lru_cache(maxsize=2)(self._plan_lap)
         self._window = lru_cache(maxsize=2)(self._draw_window)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, index within the shard) of the sample at a position of the stream, from 0 up."""
-        epoch, window, within = self._find(position)
-        offset = int(self._window(epoch, window)[within])
-        shards, starts = self._epoch(epoch).windows[window]
+        lap, window, within = self._find(position)
+        offset = int(self._window(lap, window)[within])
+        shards, starts = self._lap(lap).windows[window]
         number = bisect.bisect_right(starts, offset) - 1
         return shards[number], offset - starts[number]
 
@@ -62,58 +103,75 @@ class SampleOrder:
         """A stretch of positions window by window: its shards, and which of their samples stand there, None for all."""
         position = positions.start
         while position < positions.stop:
-            epoch, window, within = self._find(position)
-            shards = self._epoch(epoch).windows[window][0]
-            size = sum(self.shard_sizes[shard] for shard in shards)
+            lap, window, within = self._find(position)
+            plan = self._lap(lap)
+            size = plan.window_starts[window + 1] - plan.window_starts[window]
             length = min(size - within, positions.stop - position)
-            is_whole = length == size and not self._with_replacement  # then nothing need be drawn
-            yield shards, None if is_whole else self._window(epoch, window)[within : within + length]
+            is_whole = length == size and self._draws_all  # then nothing need be drawn
+            yield plan.windows[window][0], None if is_whole else self._window(lap, window)[within : within + length]
             position += length
 
     def windows_at(self, position: int) -> tuple[Sequence[int], Sequence[int]]:
         """Shards of the window at a position, and of the window after it."""
-        epoch, window, _ = self._find(position)
-        windows = self._epoch(epoch).windows
-        following = windows[window + 1] if window + 1 < len(windows) else self._epoch(epoch + 1).windows[0]
-        return windows[window][0], following[0]
+        lap, window, _ = self._find(position)
+        windows = self._lap(lap).windows
+        return windows[window][0], (windows[window + 1] if window + 1 < len(windows) else self._first_after(lap))[0]
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """(epoch, window, position within the window)."""
-        epoch, position = divmod(position, self.num_samples)
-        starts = self._epoch(epoch).window_starts
+        """(lap, window, position within the window)."""
+        lap, position = self._lap_at(position)
+        starts = self._lap(lap).window_starts
         window = bisect.bisect_right(starts, position) - 1
-        return epoch, window, position - starts[window]
+        return lap, window, position - starts[window]
 
-    def _plan_epoch(self, epoch: int) -> _EpochPlan:
-        shards = self._rng(epoch, _SHARD_STREAM).permutation(len(self.shard_sizes)).tolist()
-        windows, window_starts, position = [], [], 0
-        for first in range(0, len(shards), self.window_shards):
-            window = shards[first : first + self.window_shards]
-            sizes = [self.shard_sizes[shard] for shard in window]
-            windows.append((window, list(accumulate(sizes, initial=0))[:-1]))
-            window_starts.append(position)
-            position += sum(sizes)
-        return _EpochPlan(windows, window_starts)
+    def _lap_at(self, position: int) -> tuple[int, int]:
+        """(lap, position within it)."""
+        return divmod(position, self.num_samples)
 
-    def _draw_window(self, epoch: int, window: int) -> np.ndarray:
-        size = sum(self.shard_sizes[shard] for shard in self._epoch(epoch).windows[window][0])
-        rng = self._rng(epoch, _WINDOW_STREAM, window)
+    def _first_after(self, lap: int) -> Window:
+        """The first window that comes after a lap."""
+        return self._lap(lap + 1).windows[0]
+
+    def _plan_lap(self, lap: int) -> LapPlan:
+        shards = self._shuffled_shards(lap)
+        windows = [shards[first : first + self.window_shards] for first in range(0, len(shards), self.window_shards)]
+        return self._lay_out(windows, self.shard_sizes)
+
+    def _shuffled_shards(self, lap: int) -> list[int]:
+        shards: list[int] = self._rng(lap, _SHARD_STREAM).permutation(len(self.shard_sizes)).tolist()
+        return shards
+
+    def _lay_out(self, windows: Iterable[Sequence[int]], counts: Sequence[int]) -> LapPlan:
+        """counts: how many of each shard's samples come in the lap."""
+        laid_out = [(w, list(accumulate((self.shard_sizes[s] for s in w), initial=0))[:-1]) for w in windows]
+        lengths = (sum(counts[shard] for shard in shards) for shards, _ in laid_out)
+        return LapPlan(laid_out, list(accumulate(lengths, initial=0)))
+
+    def _draw_window(self, lap: int, window: int) -> np.ndarray:
+        size = sum(self.shard_sizes[shard] for shard in self._lap(lap).windows[window][0])
+        rng = self._window_rng(lap, window)
         return rng.integers(size, size=size) if self._with_replacement else rng.permutation(size)
 
-    def _rng(self, epoch: int, *stream: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, self._set_number, epoch, *stream))
+    def _window_rng(self, lap: int, window: int) -> np.random.Generator:
+        return self._rng(lap, _WINDOW_STREAM, window)
 
-    def __reduce__(self) -> tuple[type[SampleOrder], tuple[Sequence[int], int, int, int, bool]]:
+    def _rng(self, lap: int, *stream: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, self._set_number, lap, *stream))
+
+    def __reduce__(self) -> tuple[type[SampleOrder], tuple[object, ...]]:
         # for worker processes that are not forked: what is cached stays behind
         arguments = (self.shard_sizes, self.window_shards, self._seed, self._set_number, self._with_replacement)
         return SampleOrder, arguments
 
 
-@dataclass(frozen=True)
-class _EpochPlan:
-    """windows: (shards, where each shard's samples start in the window); window_starts: first position of each."""
+Window = tuple[Sequence[int], list[int]]  # shards, and where the samples of each start, were all of them in it
 
-    windows: list[tuple[Sequence[int], list[int]]]
+
+@dataclass(frozen=True)
+class LapPlan:
+    """window_starts: the first position of each window, and where the lap ends."""
+
+    windows: list[Window]
     window_starts: list[int]
 
 
@@ -150,7 +208,10 @@ class MixedOrder:
 
     def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[int]) -> None:
         self.orders = tuple(orders)
-        self.num_samples = sum(order.num_samples for order in orders)
+        self.weights = tuple(weights)
+        of_sets = [order.epochs for order in orders]
+        self.epochs = of_sets[0] if len(orders) == 1 else EqualEpochs(sum(epochs.num_samples for epochs in of_sets))
+        self.num_samples = self.epochs.num_samples
         self._proportions = Proportions(weights)
         self._first_shards = list(accumulate((len(order.shard_sizes) for order in orders), initial=0))
 
@@ -169,6 +230,12 @@ class MixedOrder:
             for shards, numbers in zip((now, following), order.windows_at(own_position), strict=True):
                 shards.extend(first_shard + number for number in numbers)
         return now, following
+
+    def most_of_set(self, num_positions: int, weight: int) -> int:
+        """So many of as many positions in a row, at most, can be of a set with this weight."""
+        # a prefix of the stream is fewer samples off than there are sets, and a stretch is the difference of two
+        fair_share = -(-num_positions * weight // sum(self.weights))
+        return min(num_positions, fair_share + 2 * (len(self.orders) - 1))
 
     def by_set(self, positions: range) -> list[range]:
         """Which positions of each set's own stream stand at a stretch of positions."""

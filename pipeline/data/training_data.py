@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from formats.balance import read_balance
 from formats.errors import UserError
 from formats.manifest import Manifest, Shard, read_manifest
-from pipeline.data.sample_order import MixedOrder, SampleOrder
-from pipeline.recipe import DataSection
+from pipeline.data.balanced_order import BalancedOrder
+from pipeline.data.draws import Draws
+from pipeline.data.sample_order import Epochs, MixedOrder, SampleOrder
+from pipeline.recipe import DataSection, Recipe
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Shard directories and the weights of their samples in the mixture, in lowest integers."""
+    """Shard directories and the weights of their samples in the mixture, in lowest integers.
+
+    has_own_weights: whether they were given; else each set has its number of samples, or of those that a balance draws
+    """
 
     sets: tuple[Manifest, ...]
     weights: tuple[int, ...]
+    has_own_weights: bool = False
+    _draws: dict[tuple[object, ...], Draws] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -52,40 +60,90 @@ class TrainingData:
             for m, weight in zip(self.sets, self.weights, strict=True)
         ]
 
-    def describe_mixture(self) -> str:
-        """A line for each set: its share of the samples that are read; nothing if it is the only one."""
-        if len(self.sets) == 1:
-            return ""
+    def describe_mixture(self, section: DataSection, seed: int) -> str:
+        """A line for each set of a mixture: its share of the samples that are read; and one for each balance."""
+        order = self.order(section, seed)
         lines = []
-        for manifest, weight in zip(self.sets, self.weights, strict=True):
-            share = weight / sum(self.weights)
-            passes = share * self.num_samples / manifest.num_samples
-            lines.append(f"data: {share:.1%} from {manifest.directory}, {passes:.2f} passes over it per epoch\n")
+        for manifest, own, weight in zip(self.sets, order.orders, order.weights, strict=True):
+            share = weight / sum(order.weights)
+            passes = share * order.num_samples / own.epochs.num_samples
+            if len(self.sets) > 1:
+                lines.append(f"data: {share:.1%} from {manifest.directory}, {passes:.2f} passes over it per epoch\n")
+            if isinstance(own, BalancedOrder):
+                lines.append(f"balance: {own.draws.describe()}\n")
         return "".join(lines)
 
-    def check_batch(self, global_batch_size: int) -> None:
-        """Raise UserError if a batch would have a sample twice because its set is small for its weight."""
-        for manifest, weight in zip(self.sets, self.weights, strict=True):
-            in_batch = global_batch_size * weight // sum(self.weights)
-            if in_batch > manifest.num_samples:
+    def check_batch(self, order: MixedOrder, positions: range, global_batch_size: int) -> None:
+        """Raise UserError if a batch of a stage that reads these positions would have a sample twice.
+
+        Without a balance that is looked into within an epoch alone, not where one ends and the next begins.
+        """
+        for manifest, own, weight, own_positions in zip(
+            self.sets, order.orders, order.weights, order.by_set(positions), strict=True
+        ):
+            in_batch = global_batch_size * weight // sum(order.weights)
+            size = own.epochs.num_samples
+            if in_batch > size:
                 raise UserError(
-                    f"{manifest.directory} has {manifest.num_samples:,} samples, and its weight gives it {in_batch:,} "
-                    f"of a global batch of {global_batch_size:,}: lower its weight in data.train, or the batch"
+                    f"{manifest.directory} has {size:,} samples, and its weight gives it {in_batch:,} of a global "
+                    f"batch of {global_batch_size:,}: lower its weight in data.train, or the batch"
+                )
+            if not isinstance(own, BalancedOrder):
+                continue
+            at_most = own.largest_batch(own_positions)
+            if order.most_of_set(global_batch_size, weight) > at_most:
+                raise UserError(
+                    f"of {manifest.directory}, as {own.draws.balance.directory} draws it, only {at_most:,} samples in "
+                    f"a row are sure to differ, fewer than a global batch of {global_batch_size:,} takes: lower the "
+                    "batch, raise low rates, or lower those above 1"
                 )
 
     def order(self, section: DataSection, seed: int) -> MixedOrder:
-        """The order in which a run with this seed reads the samples."""
+        """The order in which a run with this seed reads the samples; raises UserError as `read_balance` does."""
+        draws = self._draws_of(section, seed)
+        weights = self.weights
+        if section.balances and not self.has_own_weights:
+            weights = _in_lowest_integers(
+                [
+                    d.balance.drawn_per_epoch if d else Fraction(m.num_samples)
+                    for d, m in zip(draws, self.sets, strict=True)
+                ]
+            )
         orders = [
-            SampleOrder(
+            BalancedOrder(of_set, section.window_shards, seed, number)
+            if of_set
+            else SampleOrder(
                 [shard.samples for shard in manifest.shards],
                 section.window_shards,
                 seed,
                 set_number=number,
                 with_replacement=section.sampling == "with_replacement",
             )
-            for number, manifest in enumerate(self.sets)
+            for number, (manifest, of_set) in enumerate(zip(self.sets, draws, strict=True))
         ]
-        return MixedOrder(orders, self.weights)
+        return MixedOrder(orders, weights)
+
+    def epochs(self, recipe: Recipe) -> Epochs:
+        """Where the epochs of a recipe, or of a stage of one, begin."""
+        return self.order(recipe.data, recipe.train.seed).epochs
+
+    def balance_sha256(self, recipe: Recipe) -> str | None:
+        """Names the balances of all stages in a run's records; None where there is none."""
+        of_stages = [self._draws_of(stage.data, stage.train.seed) for _, stage in recipe.by_stage()]
+        hashes = [" ".join(draws.balance.sha256 if draws else "none" for draws in of_sets) for of_sets in of_stages]
+        has_any = any(draws for of_sets in of_stages for draws in of_sets)
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if has_any else None
+
+    def _draws_of(self, section: DataSection, seed: int) -> list[Draws | None]:
+        """Of each set; made once, as they count what each lap has."""
+        folders = section.balances or ("",) * len(self.sets)
+        found: list[Draws | None] = []
+        for number, (manifest, folder) in enumerate(zip(self.sets, folders, strict=True)):
+            key = (number, folder, section.draw, seed)
+            if folder and key not in self._draws:
+                self._draws[key] = Draws(read_balance(folder, manifest), section.draw, seed, number)
+            found.append(self._draws.get(key))
+        return found
 
 
 def read_training_data(section: DataSection) -> TrainingData:
@@ -100,7 +158,7 @@ def read_training_data(section: DataSection) -> TrainingData:
         Fraction(manifest.num_samples) if source.weight is None else Fraction(repr(source.weight))
         for source, manifest in zip(section.train, manifests, strict=True)
     ]
-    return TrainingData(manifests, _in_lowest_integers(weights))
+    return TrainingData(manifests, _in_lowest_integers(weights), section.train[0].weight is not None)
 
 
 def _read_set(directory: str) -> Manifest:

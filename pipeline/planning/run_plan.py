@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from formats.errors import UserError
+from pipeline.data.sample_order import Epochs
 from pipeline.hardware import Accelerator, Interconnect, accelerator_of, find_accelerator
 from pipeline.planning.memory import Memory, estimate_memory
 from pipeline.planning.step_time import StepTime, Traffic, step_time, step_traffic
@@ -120,13 +121,13 @@ def this_accelerator(device: torch.device) -> Accelerator:
 def plan_run(
     recipe: Recipe,
     hardware: Hardware,
-    num_samples: int,
+    samples: int | Callable[[Recipe], Epochs],
     caption_tokens: float,
     vocab_size: int,
     eot_token_id: int,
 ) -> RunPlan:
-    """Plan a recipe for data of `num_samples` pairs; raises UserError for what a run would refuse."""
-    stages = plan_stages(recipe, num_samples, hardware.gpus, vocab_size, eot_token_id)
+    """Plan a recipe; `samples` is what `plan_stages` takes. Raises UserError for what a run would refuse."""
+    stages = plan_stages(recipe, samples, hardware.gpus, vocab_size, eot_token_id)
     for stage in stages:
         check_stage(stage, _config(stage), hardware.machine)
     return RunPlan(hardware, caption_tokens, [plan_stage(stage, hardware, caption_tokens) for stage in stages])

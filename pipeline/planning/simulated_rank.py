@@ -47,10 +47,12 @@ def simulate(recipe: Recipe, rank: int, world_size: int, pairs: int | None) -> N
     data = read_training_data(recipe.data)
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
     encoder = tokenizer.encoder
-    stages = plan_stages(recipe, data.num_samples, world_size, encoder.vocab_size, encoder.end_token_id)
+    stages = plan_stages(recipe, data.epochs, world_size, encoder.vocab_size, encoder.end_token_id)
     configs = [deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in stages]
     for stage, config in zip(stages, configs, strict=True):
-        data.check_batch(stage.batches.global_batch_size)
+        data.check_batch(
+            data.order(stage.recipe.data, stage.seed), stage.own_positions, stage.batches.global_batch_size
+        )
         check_stage(stage, config, Machine.of(ranks.device))
     # stage 3 checks that all ranks do as rank 0 does, whose word never comes; its shares are equal on all ranks
     join_fake_world(0 if zero_stage(configs[0]) == 3 else rank, world_size)
@@ -126,7 +128,7 @@ def _describe_data(plan: BatchPlan, stage: Stage, rank: int) -> str:
     lines = []
     for name, step in (("first", stage.first_step), ("last", stage.end_step - 1)):
         ranges = [plan.micro_batch(step, accumulation, rank) for accumulation in range(plan.accumulation_steps)]
-        epochs = sorted({position // plan.num_samples for r in ranges for position in (r[0], r[-1])})
+        epochs = sorted({stage.epochs.at(position) for r in ranges for position in (r[0], r[-1])})
         places = ", ".join(f"{r[0]:,} to {r[-1]:,}" for r in ranges)
         lines.append(f"  {name} step {step + 1:,}: samples {places} of the stream, epoch {', '.join(map(str, epochs))}")
     return "\n".join(lines)

@@ -27,7 +27,12 @@ def read_record(run_directory: Path) -> dict[str, Any]:
 
 
 def check_unchanged(
-    run_directory: Path, recipe: Recipe, manifest_sha256: str, tokenizer_sha256: str, word_counts_sha256: str | None
+    run_directory: Path,
+    recipe: Recipe,
+    manifest_sha256: str,
+    tokenizer_sha256: str,
+    word_counts_sha256: str | None,
+    balance_sha256: str | None = None,
 ) -> None:
     """Raise UserError if a run that is to be continued would become another one half way."""
     before = _flat(read_recipe_file(str(run_directory / RECIPE)))
@@ -45,6 +50,14 @@ def check_unchanged(
     hashes = {"manifest_sha256": ("data", manifest_sha256), "tokenizer_sha256": ("tokenizer", tokenizer_sha256)}
     if word_counts_sha256:
         hashes["word_counts_sha256"] = ("word counts", word_counts_sha256)
+    if record.get("balance_sha256") != balance_sha256:  # runs of before there were balances had none
+        was, now_is = (
+            f"balance_sha256 {sha[:12]}…" if sha else "none" for sha in (record.get("balance_sha256"), balance_sha256)
+        )
+        raise UserError(
+            f"{run_directory} was started with another data.balance ({was}, now {now_is}): give the same, or choose "
+            "another train.output"
+        )
     for name, (what, sha256) in hashes.items():
         if record.get(name, sha256) != sha256:
             raise UserError(

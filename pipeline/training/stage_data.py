@@ -45,14 +45,14 @@ class StageData:
 
     def say_coverage(self, step: int) -> None:
         """Print what was seen of each epoch that a step, counted from 0, completed; nobody waits for long."""
-        plan = self._stage.batches
-        for epoch in range(plan.position(step) // plan.num_samples, plan.position(step + 1) // plan.num_samples):
-            if self._stage.recipe.data.sampling == "with_replacement":  # every sample is counted
+        plan, epochs = self._stage.batches, self._stage.epochs
+        for epoch in range(epochs.at(plan.position(step)), epochs.at(plan.position(step + 1))):
+            section = self._stage.recipe.data
+            if section.balances or section.sampling == "with_replacement":  # every sample is counted
                 threading.Thread(target=self._say_coverage_of, args=(epoch,), daemon=True, name="coverage").start()
             else:
                 self._say_coverage_of(epoch)
 
     def _say_coverage_of(self, epoch: int) -> None:
-        size = self._stage.batches.num_samples
-        read = range(epoch * size, (epoch + 1) * size)
+        read = range(self._stage.epochs.start(epoch), self._stage.epochs.start(epoch + 1))
         print(describe_coverage(f"epoch {epoch + 1}", self._data, self._order, [read]), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from formats.errors import UserError
@@ -11,7 +11,7 @@ from model.config import CLIPConfig
 from model.flops import step_flops
 from model.masking import MaskingConfig
 from pipeline.data.data_loader import BATCHES_AHEAD
-from pipeline.data.sample_order import BatchPlan
+from pipeline.data.sample_order import BatchPlan, Epochs, EqualEpochs
 from pipeline.recipe import OptimizerSection, Recipe
 from pipeline.training.progress import Progress, StageStart
 
@@ -28,6 +28,7 @@ class Stage:
     starts: where this stage and those before it began
     first_position: of this stage in the stream of samples
     read_before: positions of the stream that the stages before it read
+    epochs: where its epochs begin in that stream
     batches: what is left of the stage, from where the run stands
     planned_samples: at least so many are trained on, repetitions counted; the last batch is whole
     """
@@ -38,6 +39,7 @@ class Stage:
     starts: tuple[StageStart, ...]
     first_position: int
     read_before: tuple[range, ...]
+    epochs: Epochs
     batches: BatchPlan
     planned_samples: int
 
@@ -128,7 +130,7 @@ class Stage:
         return min(1.0, self.schedule_step(step) / max(1, self.schedule_steps - 1))
 
     def passes(self, step: int) -> float:
-        """Passes over the data that the first `step` steps of the run make."""
+        """Passes over the data that the first `step` steps of the run make; as long as this stage's are on average."""
         return self.samples(step) / self.batches.num_samples
 
     def samples(self, step: int) -> int:
@@ -138,6 +140,11 @@ class Stage:
     def positions(self, step: int) -> tuple[range, ...]:
         """What the first `step` steps of the run read of the stream of samples."""
         return (*self.read_before, range(self.first_position, self.batches.position(step)))
+
+    @property
+    def own_positions(self) -> range:
+        """What the whole stage reads of the stream of samples."""
+        return range(self.first_position, self.batches.position(self.end_step))
 
     def reached(self, step: int) -> Progress:
         """What a checkpoint after the first `step` steps of the run says of it."""
@@ -168,13 +175,15 @@ def plan_batches(recipe: Recipe, num_samples: int, world_size: int) -> BatchPlan
 
 def plan_stages(
     recipe: Recipe,
-    num_samples: int,
+    samples: int | Callable[[Recipe], Epochs],
     world_size: int,
     vocab_size: int,
     eot_token_id: int,
     progress: Progress = _AT_THE_START,
 ) -> tuple[Stage, ...]:
     """All stages of a run, one after the other, as they are once it got to `progress`.
+
+    samples: of an epoch; or the epochs of a stage's recipe, as TrainingData knows them
 
     Every stage begins an epoch with a number of its own, so that no order of samples comes twice. Raises UserError that
     names the first stage that cannot work.
@@ -183,7 +192,8 @@ def plan_stages(
     step, samples_seen, epoch = 0, 0, 0
     for number, (name, stage_recipe) in enumerate(recipe.by_stage()):
         try:
-            batches = plan_batches(stage_recipe, num_samples, world_size)
+            epochs = EqualEpochs(samples) if isinstance(samples, int) else samples(stage_recipe)
+            batches = plan_batches(stage_recipe, epochs.num_samples, world_size)
             model = stage_recipe.clip_config(vocab_size, eot_token_id)
             _check_masking(stage_recipe.masking, model.vision.num_patches)
         except UserError as error:
@@ -195,22 +205,23 @@ def plan_stages(
             stage_recipe,
             model,
             starts=(*stages[-1].starts, start) if stages else (start,),
-            first_position=epoch * num_samples,
+            first_position=epochs.start(epoch),
             read_before=stages[-1].positions(step) if stages else (),
-            batches=replace(batches, first_step=start.step, first_position=epoch * num_samples),
-            planned_samples=_planned_samples(stage_recipe, num_samples, start.global_batch_size),
+            epochs=epochs,
+            batches=replace(batches, first_step=start.step, first_position=epochs.start(epoch)),
+            planned_samples=_planned_samples(stage_recipe, epochs, epoch, start.global_batch_size),
         )
         if begun:  # a stage that is over is resumed at its end, where the next one began
             stage = stage.resumed(begun[1] if len(begun) > 1 else progress)
         stages.append(stage)
         step, samples_seen = stage.end_step, stage.samples(stage.end_step)
-        epoch += _ceil_div(stage.num_samples, num_samples)
+        epoch = epochs.at(stage.own_positions[-1]) + 1
     return tuple(stages)
 
 
-def _planned_samples(recipe: Recipe, num_samples: int, global_batch_size: int) -> int:
+def _planned_samples(recipe: Recipe, epochs: Epochs, first_epoch: int, global_batch_size: int) -> int:
     train = recipe.train
-    return train.max_steps * global_batch_size if train.max_steps else max(1, round(train.epochs * num_samples))
+    return train.max_steps * global_batch_size if train.max_steps else max(1, epochs.samples(first_epoch, train.epochs))
 
 
 def _check_masking(masking: MaskingConfig, num_patches: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from formats.errors import UserError
 from formats.files import write_json
 from pipeline.data.captions import TextMasker, load_tokenizer
-from pipeline.data.coverage import describe_coverage
+from pipeline.data.coverage import describe_reads
 from pipeline.data.shard_cache import check_room
 from pipeline.data.training_data import read_training_data
 from pipeline.ranks import Ranks
@@ -66,7 +66,8 @@ class TrainingRun:
         data = read_training_data(recipe.data)
         tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.context_length)
         facts = {"data": data.sha256, "tokenizer": tokenizer.sha256, "options": recipe.to_yaml()}
-        check_same_start(facts | versions(), ranks)
+        self._balance_sha256 = data.balance_sha256(recipe)
+        check_same_start(facts | {"balance": self._balance_sha256 or "none"} | versions(), ranks)
         self._context = RunContext(
             directory=directory,
             ranks=ranks,
@@ -85,7 +86,7 @@ class TrainingRun:
         self._checkpoint = choose_checkpoint(directory, recipe.train.resume, ranks)
         self._progress = Progress(0, 0) if self._checkpoint is None else read_contents(self._checkpoint).progress
         self._stages = plan_stages(
-            recipe, data.num_samples, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
+            recipe, data.epochs, ranks.world_size, encoder.vocab_size, encoder.end_token_id, self._progress
         )
         self._configs = [
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
@@ -93,7 +94,8 @@ class TrainingRun:
         self._word_counts_sha256 = self._check_stages()
         resumed = None if self._checkpoint is None else self._checkpoint.parent.parent  # a run, this or another
         if resumed is not None:
-            check_unchanged(resumed, recipe, data.sha256, tokenizer.sha256, self._word_counts_sha256)
+            hashes = (data.sha256, tokenizer.sha256, self._word_counts_sha256, self._balance_sha256)
+            check_unchanged(resumed, recipe, *hashes)
         self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
         self._print_plan()
 
@@ -101,7 +103,8 @@ class TrainingRun:
         """What would stop a later stage, before the first begins; the hash of the word counts that stages use."""
         sha256 = None
         for stage, config in zip(self._stages, self._configs, strict=True):
-            self._context.data.check_batch(stage.batches.global_batch_size)
+            order = self._context.data.order(stage.recipe.data, stage.seed)
+            self._context.data.check_batch(order, stage.own_positions, stage.batches.global_batch_size)
             check_room(self._context.data.shards, stage.recipe.data, len(self._context.data.sets), stage.samples_ahead)
             check_stage(stage, config, Machine.of(self._ranks.device))
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
@@ -190,6 +193,7 @@ class TrainingRun:
             "dataset_samples": context.data.num_samples,
             "manifest_sha256": context.data.sha256,
             "data_sets": context.data.record(),
+            "balance_sha256": self._balance_sha256,
             "tokenizer_sha256": context.tokenizer.sha256,
             "word_counts_sha256": self._word_counts_sha256,
             RECORD_KEY: self._start_sha256,
@@ -208,16 +212,21 @@ class TrainingRun:
         }
 
     def _describe_coverage(self) -> str:
-        last = self._stages[-1]
-        order = self._context.data.order(last.recipe.data, last.seed)
-        return describe_coverage("the run", self._context.data, order, last.positions(last.end_step))
+        last, data = self._stages[-1], self._context.data
+        orders = [data.order(stage.recipe.data, stage.seed) for stage in self._stages]
+        return describe_reads("the run", data, list(zip(orders, last.positions(last.end_step), strict=True)))
+
+    def _describe_data(self) -> str:
+        """The mixture and its balances, once where all stages have the same."""
+        lines = [self._context.data.describe_mixture(stage.recipe.data, stage.seed) for stage in self._stages]
+        return "".join(dict.fromkeys(lines))
 
     def _print_plan(self) -> None:
         config = self._configs[0]
         self._context.print(
             f"{self._recipe.model.name}, ZeRO stage {zero_stage(config)}, {precision_of(config)} "
             f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
-            + self._context.data.describe_mixture()
+            + self._describe_data()
             + describe_stages(self._stages, len(self._context.data.shards))
             + "".join(f"\n{warning}" for stage in self._stages for warning in warnings_about(stage))
             + f"\nDeepSpeed: {json.dumps(config)}"

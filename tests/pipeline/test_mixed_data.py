@@ -110,8 +110,9 @@ def test_weights_are_shares_of_the_samples(two_sets: DataSection) -> None:
         f"  {paths[1]}: 32 seen, 12 of 12 unique, 20 repeated",
     ]
     assert read_training_data(two_sets).weights == (8, 1)
-    assert "data: 30.0% from" in data.describe_mixture()
-    assert "2.70 passes over it per epoch" in data.describe_mixture()
+    described = data.describe_mixture(section, SEED)
+    assert "data: 30.0% from" in described
+    assert "2.70 passes over it per epoch" in described
 
 
 def test_a_mixture_is_another_one_if_a_set_or_weight_changes(two_sets: DataSection, tmp_path: Path) -> None:
@@ -134,10 +135,12 @@ def test_a_mixture_is_another_one_if_a_set_or_weight_changes(two_sets: DataSecti
 
 def test_a_set_too_small_for_its_weight_is_refused(two_sets: DataSection) -> None:
     paths = [Path(source.path) for source in two_sets.train if not isinstance(source, str)]
-    data: TrainingData = read_training_data(mixture(paths, [1, 1]))
-    data.check_batch(24)
+    section = mixture(paths, [1, 1])
+    data: TrainingData = read_training_data(section)
+    order = data.order(section, SEED)
+    data.check_batch(order, range(108), 24)
     with pytest.raises(UserError, match="has 12 samples, and its weight gives it 13 of a global batch of 26"):
-        data.check_batch(26)
+        data.check_batch(order, range(108), 26)
 
 
 def test_a_recipe_names_one_set_or_several(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from order_material import Place, Start, read_all, starts_of_a_run
 
 from pipeline.data.coverage import cover
-from pipeline.data.data_loader import MicroBatches
 from pipeline.data.sample_order import BatchPlan, MixedOrder, Proportions, SampleOrder
-
-Place = tuple[int, int]  # (shard, index within it)
 
 
 @dataclass(frozen=True)
@@ -99,39 +96,11 @@ def slow_order(world: World, count: int) -> list[Place]:
     return places
 
 
-@st.composite
-def starts_of_a_run(draw: st.DrawFn) -> list[tuple[int, int, int, int, int]]:
-    """(ranks, micro-batch, accumulation, workers, steps) of each start of a run."""
-    start = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3), st.integers(0, 3), st.integers(0, 5))
-    return draw(st.lists(start, min_size=1, max_size=4))
-
-
-def read_by_workers(order: MixedOrder, sampler: MicroBatches, workers: int) -> list[list[Place]]:
-    """What a rank gets: each worker has an order of its own and every so many-th micro-batch."""
-    own = [pickle.loads(pickle.dumps(order)) for _ in range(max(1, workers))]
-    return [
-        [own[number % len(own)].locate(position) for position in positions] for number, positions in enumerate(sampler)
-    ]
-
-
 @given(world=worlds(), starts=starts_of_a_run())
 @settings(max_examples=150, deadline=None)
-def test_any_ranks_workers_and_restarts_read_the_slow_order(
-    world: World, starts: list[tuple[int, int, int, int, int]]
-) -> None:
+def test_any_ranks_workers_and_restarts_read_the_slow_order(world: World, starts: list[Start]) -> None:
     order = world.order()
-    read: list[Place] = []
-    step = 0
-    for ranks, micro, accumulation, workers, steps in starts:
-        plan = BatchPlan(world.num_samples, ranks * micro * accumulation, micro, ranks, step, len(read))
-        of_ranks = [
-            read_by_workers(order, MicroBatches(plan, rank, step, step + steps), workers) for rank in range(ranks)
-        ]
-        assert {len(batches) for batches in of_ranks} == {steps * accumulation}, "ranks take equal steps"
-        assert {len(batch) for batches in of_ranks for batch in batches} <= {micro}
-        for number in range(steps * accumulation):
-            read += [place for rank in range(ranks) for place in of_ranks[rank][number]]
-        step += steps
+    read = read_all(order, starts)
     assert read == slow_order(world, len(read))
 
     seen = Counter(read)
@@ -262,5 +231,5 @@ def test_a_seek_is_no_walk() -> None:
     places = [order.locate(first + number) for number in range(30)]
     assert places == [order.locate(first + number) for number in range(30)]
     for own in order.orders:
-        assert own._epoch.cache_info().misses == 1
+        assert own._lap.cache_info().misses == 1
         assert own._window.cache_info().misses <= 2
