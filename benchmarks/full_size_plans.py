@@ -36,7 +36,11 @@ TABLES = "full_size_plans.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe on hardware. `row`: what it should reproduce of pipeline/reporting/tables/published.yaml."""
+    """A recipe on hardware.
+
+    row: the method, or the system of a cost, of pipeline/reporting/tables/published.yaml that it should reproduce
+    started_with: options that it needs when it is started, and no plan does
+    """
 
     recipe: str
     samples: int
@@ -45,6 +49,7 @@ class Case:
     shards: str = ""
     row: str = ""
     options: tuple[str, ...] = ()
+    started_with: str = ""
 
     @property
     def arguments(self) -> list[str]:
@@ -56,7 +61,8 @@ class Case:
     def start(self) -> str:
         """The command that starts it."""
         nodes = -(-self.gpus // find_accelerator(self.gpu).per_node)
-        return f"RECIPE={self.recipe} SHARDS={self.shards} sbatch --nodes={nodes} slurm/train.sbatch"
+        options = f" OPTIONS={self.started_with}" if self.started_with else ""
+        return f"RECIPE={self.recipe} SHARDS={self.shards}{options} sbatch --nodes={nodes} slurm/train.sbatch"
 
 
 # Pairs: of CC12M as in both papers' scripts; of LAION-400M what DynamiCS could still fetch; of DataComp the whole pool.
@@ -75,6 +81,15 @@ CASES = (
     Case("laion400m_vit_b16_cluster", LAION_400M, 64, "h100", "data/laion400m/shards"),
     Case("datacomp_medium_vit_b16_cluster", DATACOMP, 8, "h100", "data/datacomp_medium/shards"),
     Case("efficient_vit_b16", LAION_400M, 8, "h100", "data/laion400m/shards"),
+    Case(
+        "dynamics_vit_b16",
+        LAION_400M,
+        8,
+        "h100",
+        "data/laion400m/shards",
+        "DynamiCS ViT-B/16",
+        started_with="data.balance=data/laion400m/balance",
+    ),
 )
 # System of the published costs -> the same run in our model: its samples, batches and GPUs, nothing masked.
 PUBLISHED_RUNS = {
@@ -85,9 +100,7 @@ PUBLISHED_RUNS = {
         "a100-40gb",
         options=("masking.strategy=none", "train.micro_batch_size=192"),
     ),
-    "DynamiCS ViT-B/16": Case(
-        "efficient_vit_b16", LAION_400M, 8, "h100", options=("stages.low.masking.strategy=none",)
-    ),
+    "DynamiCS ViT-B/16": Case("dynamics_vit_b16", LAION_400M, 8, "h100"),
 }
 
 
@@ -174,9 +187,11 @@ def recipe_table(recipes: dict[str, Any], published: Published) -> str:
 
 
 def published_row(method: str, published: Published) -> str:
-    """A method and its two figures that sum up the most."""
+    """A method and its two figures that sum up the most; a system of the costs and what it reached for them."""
     if not method:
         return "none"
+    if cost := next((cost for cost in published.costs if cost.system == method), None):
+        return f"{method}: {cost.imagenet:.1f}, {cost.gpu_hours:,.0f} GPU-hours"
     imagenet = published.tables["robustness"].figures(method)["imagenet"]
     return f"{method}: {imagenet:.1f}, {published.tables['zero_shot'].figures(method)['mean']:.1f}"
 

@@ -336,7 +336,11 @@ def test_a_staged_run_is_continued_only_as_it_was_started(recipe_file: Path, tmp
 
 @pytest.mark.parametrize(
     ("name", "samples"),
-    [("flip_vit_b16", (30 * 10_000_000, 10_000_000)), ("efficient_vit_b16", (2_560_000_000, 128_000_000))],
+    [
+        ("flip_vit_b16", (30 * 10_000_000, 10_000_000)),
+        ("efficient_vit_b16", (2_560_000_000, 128_000_000)),
+        ("dynamics_vit_b16", (2_560_000_000, 128_000_000)),
+    ],
 )
 def test_the_published_recipes_have_the_stages_they_promise(name: str, samples: tuple[int, ...]) -> None:
     stages = plan_stages(load_recipe(name), 10_000_000, 8, 49408, 49407)
