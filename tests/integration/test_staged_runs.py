@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import RANK_ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
+from formats.balance import write_balance
+from formats.manifest import read_manifest
 from pipeline.inference import load_for_inference
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
@@ -95,6 +98,7 @@ def start(options: Sequence[str], run: Path) -> subprocess.Popen:
         cwd=ROOT,
         env={**os.environ, **RANK_ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 
@@ -186,6 +190,32 @@ def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, sta
     assert metrics(run)[:12] == first_stage, "not even logged again"
     assert_same_run(undisturbed, run)
     assert "is finished: 30 of 30 steps" in finish(options, run)
+
+
+def test_balanced_stages_go_on_where_they_were(tmp_path: Path, shards: Path, staged_options: list[str]) -> None:
+    """Each draws by a balance of its own; stopped in the second, the same bits; another balance is refused."""
+    manifest = read_manifest(shards)
+    for name, of_shards in (("thinned", (0.4, 0.6, 1.0)), ("repeated", (0.3, 1.0, 1.8))):
+        rates = [np.full(s.samples, rate) for s, rate in zip(manifest.shards, of_shards, strict=True)]
+        write_balance(tmp_path / name, manifest, rates, {})
+    options = [
+        *staged_options,
+        "data.draw=bernoulli",
+        f"stages.small.data.balance={tmp_path / 'thinned'}",
+        f"stages.whole.data.balance={tmp_path / 'repeated'}",
+        "stages.whole.data.draw=rotation",
+    ]
+    printed = finish(options, tmp_path / "run")
+    assert f"({tmp_path / 'thinned'})" in printed
+    assert "coverage of the run:" in printed
+    assert "tail (rates up to 1.8)" in printed
+    assert "head (rates up to 0.4)" in printed, "after an epoch of the first stage"
+    assert interrupt(options, tmp_path / "again", "whole  step     18/", signal.SIGTERM) == 75
+    finish(options, tmp_path / "again")
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    refused = start([*options, f"stages.whole.data.balance={tmp_path / 'thinned'}"], tmp_path / "again")
+    assert "another data.balance" in refused.communicate(timeout=120)[0]
+    assert refused.returncode == 2
 
 
 def test_a_stop_waits_for_no_line(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
