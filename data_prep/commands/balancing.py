@@ -20,6 +20,31 @@ from formats.errors import UserError
 from formats.files import path_argument
 
 
+def add_embeddings(commands: Commands[argparse.ArgumentParser]) -> None:
+    """`data-prep embeddings`."""
+    parser = add_command(commands, "embeddings", _embeddings, "take features that others computed, for `clusters`")
+    parser.add_argument("features", type=path_argument, metavar="DIR", help="output of clip-retrieval inference")
+    parser.add_argument("--shards", type=path_argument, required=True, metavar="DIR", help="verified shard directory")
+    add_output(parser)
+    parser.add_argument("--by", choices=("key", "sha256"), default="key", help="what names a picture in both")
+    parser.add_argument("--model", default="", metavar="NAME", help="what computed them, for the record")
+    add_processes(parser)
+
+
+def _embeddings(options: argparse.Namespace) -> int:
+    from data_prep.balancing.foreign_features import take_features
+
+    take_features(
+        options.features,
+        options.shards,
+        options.output,
+        by=options.by,
+        model=options.model,
+        processes=options.processes,
+    )
+    return 0
+
+
 def add_clusters(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep clusters`."""
     parser = add_command(commands, "clusters", _clusters, "group the pictures by what they show")
