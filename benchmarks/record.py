@@ -14,17 +14,24 @@ RESULTS_DIRECTORY = Path(__file__).parent / "results"
 
 
 def record(
-    name: str, figures: dict[str, Any], command: str, repeats: int, part: str | None = None, note: str | None = None
+    name: str,
+    figures: dict[str, Any],
+    command: str,
+    repeats: int,
+    part: str | None = None,
+    note: str | None = None,
+    keep_others: bool = False,
 ) -> Path:
     """Write one result and return its path; `repeats` is how often each figure was measured.
 
-    With `part` the figures go under that key and the other parts of the result stay as they are; command, commit,
-    machine, repeats and date are those of the last part written. `note`: what has to be known beside all that.
+    With `part` the figures go under that key and the other parts of the result stay as they are, as with `keep_others`
+    all figures do that are not written anew; command, commit, machine, repeats and date are those of what was written
+    last. `note`: what has to be known beside all that.
     """
     path = RESULTS_DIRECTORY / f"{name}.json"
-    if part is not None:
+    if part is not None or keep_others:
         before = json.loads(path.read_text())["figures"] if path.exists() else {}
-        figures = {**before, part: figures}
+        figures = {**before, **({part: figures} if part is not None else figures)}
     result = {
         "name": name,
         "figures": figures,

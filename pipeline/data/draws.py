@@ -68,7 +68,8 @@ class Draws:
     def lap_at(self, position: int) -> int:
         """The lap in which a position is."""
         while self._known[1][-1] <= position:
-            self._through(len(self._known[0]) + self.laps_per_epoch)
+            laps = max(len(self._known[0]), position // self.num_samples * self.laps_per_epoch)
+            self._through(laps + self.laps_per_epoch)
         return bisect.bisect_right(self._known[1], position) - 1
 
     def start(self, epoch: int) -> int:
@@ -81,10 +82,8 @@ class Draws:
 
     def samples(self, first_epoch: int, epochs: float) -> int:
         """How many come in so many epochs from one on; of a part of an epoch the same part."""
-        last = first_epoch + int(epochs)
-        part = epochs - int(epochs)
-        self._through((last + (part > 0)) * self.laps_per_epoch)  # in one pass
-        of_last = round(part * (self.start(last + 1) - self.start(last))) if part else 0
+        last, part = first_epoch + int(epochs), epochs % 1
+        of_last = round(part * (self.start(last + 1) - self.start(last)))  # which a whole last batch may reach into
         return self.start(last) - self.start(first_epoch) + of_last
 
     def describe(self) -> str:
@@ -139,8 +138,10 @@ def _crossings(phases: np.ndarray, rates: np.ndarray, laps: range, laps_per_epoc
     phases, rates: in parts of 2^-32; the phases times `laps_per_epoch`, the rates at most that
     """
     whole = np.uint64(laps_per_epoch * _ONE)
-    before = (phases + np.uint64(laps.start) * rates) // whole
-    for lap in laps:
-        after = (phases + np.uint64(lap + 1) * rates) // whole
+    reached = phases + np.uint64(laps.start) * rates
+    before = reached // whole
+    for _ in laps:
+        reached += rates
+        after = reached // whole
         yield after != before
         before = after

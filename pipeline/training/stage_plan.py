@@ -200,6 +200,7 @@ def plan_stages(
             raise UserError(f"stage {name}: {error}" if name else str(error)) from None
         begun = progress.stage_starts[number:]
         start = begun[0] if begun else StageStart(step, samples_seen, batches.global_batch_size)
+        planned_samples = _planned_samples(stage_recipe, epochs, epoch, start.global_batch_size)
         stage = Stage(
             name,
             stage_recipe,
@@ -209,7 +210,7 @@ def plan_stages(
             read_before=stages[-1].positions(step) if stages else (),
             epochs=epochs,
             batches=replace(batches, first_step=start.step, first_position=epochs.start(epoch)),
-            planned_samples=_planned_samples(stage_recipe, epochs, epoch, start.global_batch_size),
+            planned_samples=planned_samples,
         )
         if begun:  # a stage that is over is resumed at its end, where the next one began
             stage = stage.resumed(begun[1] if len(begun) > 1 else progress)

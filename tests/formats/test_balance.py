@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +64,7 @@ def _of_another_manifest(folder: Path) -> None:
         (lambda folder: (folder / "00002.npy").unlink(), "00002.npy is missing"),
         (lambda folder: (folder / "00002.npy").write_bytes(b"no array"), "00002.npy is not an array"),
         (lambda folder: (folder / "balance.json").unlink(), "has no balance.json"),
+        (lambda folder: os.truncate(folder / "00002.npy", 200), "00002.npy is not an array"),
         (_replaced([0.5] * 6), r"00000.npy is float16 \[6\], not float16 \[5\]"),
         (_replaced([0.5] * 5, "<f4"), r"00000.npy is float32 \[5\]"),
         (_replaced([0.5, 0.5, np.nan, 0.5, 0.5]), "00000.npy holds a rate that is not a number"),
@@ -87,6 +89,15 @@ def test_rates_that_are_none_are_not_written(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"00000\.tar has 5 samples"):
             write_balance(tmp_path / "balance", MANIFEST, [wrong, *random_rates()[1:]], CLUSTERS)
     assert list(tmp_path.iterdir()) == [], "nothing half-made is left"
+
+
+def test_a_header_of_another_writer_is_read(tmp_path: Path) -> None:
+    write_balance(tmp_path / "balance", MANIFEST, random_rates(), CLUSTERS)
+    before = read_balance(tmp_path / "balance", MANIFEST)
+    with (tmp_path / "balance" / "00002.npy").open("r+b") as file:
+        rates = np.array(before.rates(2))
+        np.lib.format.write_array(file, rates, version=(2, 0), allow_pickle=False)
+    assert read_balance(tmp_path / "balance", MANIFEST).sha256 == before.sha256
 
 
 def test_another_writer_may_leave_out_what_is_not_needed(tmp_path: Path) -> None:

@@ -253,6 +253,7 @@ def test_a_seek_looks_at_one_window_and_laps_are_counted_in_one_pass(monkeypatch
 
     object.__setattr__(draws.balance, "rates", noted)
     assert draws.samples(0, 7.0) == draws.start(7)
+    draws.lap_at(draws.start(7) + 100)
     assert sorted(looked_at) == list(range(40)), "once each, for all laps of all epochs"
     looked_at.clear()
     order = BalancedOrder(draws, 4, seed=0)
