@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,12 +32,12 @@ COUNTS = [8, 8, 5, 4, 3, 2]  # 30 pictures, as 1 / rank but never more than 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def study_modules() -> None:
+def study_modules() -> Iterator[None]:
     """Scripts of a folder import each other by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         patch.syspath_prepend(str(ROOT / "benchmarks/study"))
-        importlib.import_module("long_tail")
+        yield
 
 
 def module(name: str) -> ModuleType:
@@ -67,7 +68,7 @@ def pictures(path: Path, of_each_class: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(study_modules: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long_tail")
     with (folder / "classes.tsv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
@@ -173,3 +174,6 @@ def test_runs_are_compared_seed_by_seed(prepared: Path) -> None:
     half = 12.7062 * 0.1 / 2  # Student's t of one degree of freedom; differences of 0.1 and 0.2
     assert difference["tail"]["low"] == pytest.approx(0.15 - half, abs=1e-3)
     assert difference["head"]["p"] is None  # no differences
+    row = module("draw_study").long_tail_table(figures).splitlines()[-1]
+    assert row.startswith("| rotation | 2 | 60.0 ± 0.0 | 0.0 ± 0.0 | 35.0 ")
+    assert "| +15.0 [-48.5, +78.5], p 0.205 |" in row

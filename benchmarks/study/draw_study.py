@@ -144,6 +144,20 @@ def budget_table(budget: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def long_tail_table(study: dict[str, Any]) -> str:
+    """Accuracy by thirds of the classes, and what balanced arms have over uniform sampling."""
+    thirds = [*study["test_classes"], "mean"]
+    over_uniform = {found["of"]: found for found in study["comparisons"] if found["over"] == "uniform"}
+    header = ["arm", "seeds", *thirds, "tail: over uniform", "mean: over uniform"]
+    rows = []
+    for arm, found in study["arms"].items():
+        differences = [
+            describe_difference(over_uniform[arm][metric]) if arm in over_uniform else "" for metric in ("tail", "mean")
+        ]
+        rows.append([arm, str(found["seeds"]), *(estimate_cell(found[third]) for third in thirds), *differences])
+    return markdown(header, rows)
+
+
 def colour(arm: str) -> str:
     """One for each kind of masks."""
     return COLOURS.get(arm, COLOURS.get(arm.split(" ")[0], "#8c564b"))
@@ -219,6 +233,8 @@ def tables(figures: dict[str, Any]) -> dict[tuple[Path, str], str]:
     found = {(PAGE, f"study.json, {name}"): study_table(study) for name, study in studies(figures).items()}
     found[PAGE, "study.json, cifar10_cpu, differences"] = further_table(figures["cifar10_cpu"])
     found[PAGE, "study.json, budget"] = budget_table(figures["budget"])
+    if "long_tail" in figures:
+        found[PAGE, "study.json, long_tail"] = long_tail_table(figures["long_tail"])
     found[README, "study.json"] = headline_table(figures)
     return found
 
