@@ -22,6 +22,7 @@ import small_slurm
 from peers.client import Peer, peers_python
 from PIL import Image
 from slurm_cluster import Cluster
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 # ranks of a test share the machine with other tests: one thread each, and no search for accelerators
@@ -126,9 +127,9 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unused_port() -> int:
-    """Below those that the system gives to others at any moment, so that it is still free when it is used."""
+    """Below those that Slurm's jobs and the system use at any moment, so that it is still free when it is used."""
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000, 20_000)
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
@@ -146,7 +147,7 @@ def launch(free_port: Callable[[], int]) -> Callable[..., subprocess.CompletedPr
     """Run a script of the project as a user would: `ranks=0` is plain python, else the deepspeed launcher."""
 
     def run(
-        script: str | Path, *arguments: str, ranks: int = 0, timeout_s: float = 240
+        script: str | Path, *arguments: str, ranks: int = 0, timeout_s: float = PATIENCE_S
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(script)]
         if ranks:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import unused_port
+from waiting import PATIENCE_S, wait_for
 
 _SERVER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # What the first step of the first engine would import; none of it starts a thread.
@@ -66,7 +67,9 @@ def _join_world(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 600) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = PATIENCE_S
+) -> list[Any]:
     """`function(ranks, *arguments)` in every rank at once, gloo between them; what each returns, in rank order.
 
     The function is found by its module and name in the other process, its arguments and result are pickled. Raises
@@ -130,7 +133,7 @@ class Program:
     processes: list[ForkServerProcess]
     directory: Path
 
-    def wait(self, timeout_s: float = 600) -> list[int]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> list[int]:
         """Exit codes in rank order, negative for a signal; what runs longer is killed."""
         end_s = time.monotonic() + timeout_s
         for process in self.processes:
@@ -146,17 +149,30 @@ class Program:
             if (ranks is None or rank in ranks) and process.exitcode is None and process.pid:
                 os.kill(process.pid, number)
 
+    def wait_until_frozen(self) -> None:
+        """Wait until every rank has been stopped by SIGSTOP; AssertionError if one ends instead."""
+        for rank, process in enumerate(self.processes):
+            wait_for(lambda process=process: self._state(process) in "TZ", "the rank to stop", self.outputs)
+            assert process.exitcode is None, f"rank {rank} ended before it was stopped:\n{self.outputs()}"
+
+    @staticmethod
+    def _state(process: ForkServerProcess) -> str:
+        stat = Path(f"/proc/{process.pid}/stat")
+        return stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else "Z"
+
+    def outputs(self) -> str:
+        """What all ranks have written so far."""
+        return "\n".join(f"rank {rank}:\n{self.output(rank)}" for rank in range(len(self.processes)))
+
     def output(self, rank: int = 0) -> str:
         """What a rank has written so far to stdout and stderr."""
         return (self.directory / f"output_{rank}.txt").read_text(errors="replace")
 
-    def wait_for(self, text: str, rank: int = 0, timeout_s: float = 600) -> None:
-        """Wait until a rank has written a text; AssertionError if it ends without, or takes longer."""
-        end_s = time.monotonic() + timeout_s
-        while text not in self.output(rank):
-            assert self.processes[rank].exitcode is None, f"ended before {text!r}:\n{self.output(rank)}"
-            assert time.monotonic() < end_s, f"no {text!r} within {timeout_s} s:\n{self.output(rank)}"
-            time.sleep(0.005)
+    def wait_for(self, text: str, rank: int = 0) -> None:
+        """Wait until a rank has written a text; AssertionError if it ends without, or takes too long."""
+        process = self.processes[rank]
+        wait_for(lambda: text in self.output(rank) or process.exitcode is not None, repr(text), self.outputs)
+        assert text in self.output(rank), f"ended before {text!r}:\n{self.outputs()}"
 
 
 def start_program(

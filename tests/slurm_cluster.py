@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import small_slurm
+import waiting
 
 T = TypeVar("T")
-_POLL_S = 0.05
 _NOT_OVER = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
-
-
-def wait_for(condition: Callable[[], T], what: str, timeout_s: float = 60) -> T:
-    """What the condition gives, once that is true."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(_POLL_S)
-    return value
 
 
 class Cluster:
@@ -42,7 +32,7 @@ class Cluster:
             cwd=self._checkout,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=waiting.PATIENCE_S,
             check=False,
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
@@ -66,7 +56,20 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.fields(job)["JobState"]
 
-    def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
+    def is_over(self, job: str) -> bool:
+        return self.state(job) not in _NOT_OVER
+
+    def wait_for(self, condition: Callable[[], T], what: str, log: Callable[[], str] = str) -> T:
+        """What the condition gives, once that is true; AssertionError with a log and the state of all jobs."""
+        return waiting.wait_for(condition, what, lambda: f"{log()}\n{self.report()}")
+
+    def wait(self, job: str, log: Callable[[], str] = str) -> dict[str, str]:
         """The fields of a job once it is over."""
-        wait_for(lambda: self.state(job) not in _NOT_OVER, f"the end of job {job}", timeout_s)
+        self.wait_for(lambda: self.is_over(job), f"the end of job {job}", log)
         return self.fields(job)
+
+    def report(self) -> str:
+        """What there is to say when a job does not do what it should."""
+        commands = (["sinfo", "--Node"], ["squeue"], ["scontrol", "--oneliner", "show", "job"])
+        controller = (self._directory / "slurmctld.log").read_text(errors="replace")
+        return "\n".join([*(self.run(*command, check=False).stdout for command in commands), controller[-5000:]])

@@ -9,6 +9,7 @@ with that process, however it ends. Clients need `SLURM_CONF=DIRECTORY/slurm.con
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 # names that resolve by themselves, to addresses of this machine
 NODES = ("127.0.0.1", "127.0.0.2")
 _SEARCH_PATH = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 300.0
 
 # `low` jobs are preempted and requeued by `high` ones. cred_expire is what a requeued job waits for before it starts
 # again, 5 s being the least. preempt_send_user_signal with a GraceTime: jobs get their --signal before they must go.
@@ -35,6 +36,7 @@ SlurmctldHost={host}({address})
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={directory}/munge.sock,cred_expire=5
@@ -96,7 +98,8 @@ def running_cluster(directory: Path) -> Iterator[None]:
     """The daemons, with both nodes idle. Raises RuntimeError with the logs' ends if they do not become so."""
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    _write_configuration(directory)
+    reserved, first_job = _reserve_job_ids()
+    _write_configuration(directory, first_job)
     socket_file = directory / "munge.sock"
     files = [f"--{name}-file={directory}/munge.{name}" for name in ("key", "log", "pid", "seed")]
     try:
@@ -111,9 +114,21 @@ def running_cluster(directory: Path) -> Iterator[None]:
         # daemons, jobs, and what jobs started; nobody needs their state again
         while _kill_all({f"SLURM_CONF={directory}/slurm.conf"}):
             time.sleep(0.05)
+        reserved.close()
 
 
-def _write_configuration(directory: Path) -> None:
+def _reserve_job_ids() -> tuple[socket.socket, int]:
+    """The first of a hundred job ids, which no other cluster of this machine has while the socket is open.
+
+    The ranks of a job meet at port 20000 plus its id (slurm/env.sh): jobs of two clusters would meet each other.
+    """
+    for first in range(0, 10_000, 100):
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", 20_000 + first)), first + 1
+    raise RuntimeError("all ports of jobs are taken")
+
+
+def _write_configuration(directory: Path, first_job: int) -> None:
     key = directory / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
@@ -127,6 +142,7 @@ def _write_configuration(directory: Path) -> None:
         directory=directory,
         ports=_free_ports(1 + len(NODES)),
         nodes=NODES,
+        first_job=first_job,
     )
     (directory / "slurm.conf").write_text(text)
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import RANK_ENVIRONMENT
 from forked_ranks import start_program
-from slurm_cluster import wait_for
+from waiting import wait_for
 
 from pipeline import train
 
@@ -166,11 +166,11 @@ def test_what_is_asked_to_stop_begins_no_other_run(whole_study: bool, tmp_path: 
     jobs = [lanes.Job(str(tmp_path / name), tmp_path, tmp_path / "log") for name in "abc"]
     study = multiprocessing.get_context("fork").Process(
         target=lanes.run_jobs,
-        args=(interrupted_run, jobs, 1, time.monotonic() + 60, lambda *_: None),
+        args=(interrupted_run, jobs, 1, time.monotonic() + 600, lambda *_: None),
     )
     study.start()
     wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "a").read_text(), "the first run")
     os.kill(int(study.pid or 0) if whole_study else int((tmp_path / "a").read_text()), signal.SIGTERM)
-    study.join(30)
+    study.join(600)
     assert study.exitcode == (143 if whole_study else 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "log"]

@@ -1,10 +1,10 @@
 """pipeline/train.py with faults at given steps, for start_program: FAULTS is JSON, {"nan": [[step, rank], …], …}.
 
-Steps count from 0.
+Steps count from 0: a fault at step 3 finds three steps done, logged and saved, however slow the machine or the test is.
 nan: an image's feature is none
 spike: images are projected to where they do not belong, and the temperature is low, for that step
 flip: a weight changes on one rank alone
-kill, freeze: the rank sends itself SIGKILL or SIGSTOP
+kill, terminate, freeze: the rank sends itself SIGKILL, SIGTERM or SIGSTOP before it takes the step
 slow_worker: a loader process never returns that step's batch
 """
 
@@ -16,14 +16,26 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import Program, start_program
 from torch import Tensor
 
 from pipeline import train
 from pipeline.data import data_loader
 from pipeline.training.train_step import Learner, StepReport
+
+_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "freeze": signal.SIGSTOP}
+
+Faults = dict[str, list[tuple[int, int]]]
+
+
+def start(options: Sequence[str], run: Path, world_size: int, faults: Faults) -> Program:
+    """A run with faults; what its ranks write is beside it."""
+    output = run.with_name(f"{run.name}_output")
+    return start_program(main, [*options, f"train.output={run}"], world_size, output, {"FAULTS": json.dumps(faults)})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             with torch.no_grad():
                 clip.logit_scale.fill_(4.6)
                 clip.visual.proj.mul_(-1)
-        for kind, number in (("kill", signal.SIGKILL), ("freeze", signal.SIGSTOP)):
+        for kind, number in _SIGNALS.items():
             if (step, rank) in faults.get(kind, []):
                 os.kill(os.getpid(), number)
         report = undisturbed_step(learner, micro_batches, step, *others)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import Program, start_program
+from faulty_train import start
 from safetensors.torch import load_file
-
-from pipeline import train
 
 STEPS = 12
 # bf16 without ZeRO is refused
 CASES = [(0, "fp32"), (0, "autocast"), *product((1, 2, 3), ("fp32", "bf16"))]
 
 
-def start(options: list[str], run: Path, world_size: int) -> Program:
-    return start_program(train.main, [*options, f"train.output={run}"], world_size, run.with_name(f"{run.name}_output"))
+def finish(options: list[str], run: Path, world_size: int) -> str:
+    program = start(options, run, world_size, {})
+    assert program.wait() == [0] * world_size, program.output()
+    return program.output()
+
+
+def kill(options: list[str], run: Path, world_size: int, at_step: int) -> None:
+    """SIGKILL for all ranks at once, when they have come so far."""
+    program = start(options, run, world_size, {"freeze": [(at_step, rank) for rank in range(world_size)]})
+    program.wait_until_frozen()
+    program.send(signal.SIGKILL)
+    assert program.wait() == [-signal.SIGKILL] * world_size
 
 
 def with_zero(directory: Path, stage: int, precision: str) -> list[str]:
@@ -60,15 +67,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
         f"optimizer.name={'muon' if stage == 2 else 'adamw'}",
         "optimizer.ema_decay=0.9",
     ]
-    undisturbed = start(options, tmp_path / "a", world_size)
-    assert undisturbed.wait() == [0] * world_size, undisturbed.output()
-    killed = start(options, tmp_path / "b", world_size)
-    killed.wait_for("step_00000004 in")
-    killed.send(signal.SIGKILL)
-    assert killed.wait() == [-signal.SIGKILL] * world_size
-    resumed = start(options, tmp_path / "b", world_size)
-    assert resumed.wait() == [0] * world_size, resumed.output()
-    assert "resuming from" in resumed.output()
+    finish(options, tmp_path / "a", world_size)
+    kill(options, tmp_path / "b", world_size, at_step=5)
+    assert "resuming from" in finish(options, tmp_path / "b", world_size)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert len(losses(tmp_path / "a")) == STEPS
     last = f"checkpoints/step_{STEPS:08d}"
@@ -79,8 +80,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 def test_ranks_stage_and_precision_may_change_from_start_to_start(tmp_path: Path, tiny_options: list[str]) -> None:
     """Killed three times, and each time something else goes on: the losses of one rank that nothing disturbed."""
     options = [*tiny_options, f"train.max_steps={STEPS}", "train.save_every_steps=3", "masking.strategy=none"]
-    undisturbed = start([*options, "train.micro_batch_size=16", *with_zero(tmp_path, 1, "fp32")], tmp_path / "a", 1)
-    assert undisturbed.wait() == [0], undisturbed.output()
+    finish([*options, "train.micro_batch_size=16", *with_zero(tmp_path, 1, "fp32")], tmp_path / "a", 1)
     run = tmp_path / "b"
     for until, world_size, stage, precision in [
         (3, 2, 3, "fp32"),
@@ -89,16 +89,11 @@ def test_ranks_stage_and_precision_may_change_from_start_to_start(tmp_path: Path
         (12, 2, 1, "bf16"),
     ]:
         micro = f"train.micro_batch_size={16 // world_size}"  # the same negatives
-        program = start([*options, micro, *with_zero(tmp_path, stage, precision)], run, world_size)
+        start_options = [*options, micro, *with_zero(tmp_path, stage, precision)]
         if until < STEPS:
-            program.wait_for(f"step_{until:08d} in")
-            program.send(signal.SIGKILL)
-            assert program.wait() == [-signal.SIGKILL] * world_size
-            for later in sorted((run / "checkpoints").glob("step_*"))[1:]:
-                if int(later.name[5:]) > until:
-                    shutil.rmtree(later)
+            kill(start_options, run, world_size, at_step=until)
         else:
-            assert program.wait() == [0] * world_size, program.output()
+            finish(start_options, run, world_size)
     expected = losses(tmp_path / "a")
     assert losses(run)[:9] == pytest.approx(expected[:9], rel=1e-5)
     assert losses(run)[9:] == pytest.approx(expected[9:], rel=2e-2)

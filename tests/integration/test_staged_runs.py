@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RANK_ENVIRONMENT, ROOT
+from faulty_train import start
 from safetensors.torch import load_file
 
 from formats.balance import write_balance
@@ -24,7 +21,6 @@ from formats.manifest import read_manifest
 from pipeline.inference import load_for_inference
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
-TRAIN = "pipeline/train.py"
 POSITIONS = "visual.positional_embedding"
 
 # The first stage looks through a moving average of the model, the second at its patch embeddings.
@@ -92,44 +88,25 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def start(options: Sequence[str], run: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *options, f"train.output={run}"],
-        cwd=ROOT,
-        env={**os.environ, **RANK_ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def interrupt(options: Sequence[str], run: Path, kind: str, step: int) -> int:
+    """Start or continue a run that is killed, or told to terminate, when so many steps are done; its exit code."""
+    (code,) = start(options, run, 1, {kind: [(step, 0)]}).wait()
+    return code
 
 
-def interrupt(options: Sequence[str], run: Path, when: str, number: int) -> int:
-    """Start or continue a run and send it a signal when it prints a line with `when`; returns its exit code."""
-    process = start(options, run)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if when in line:
-            process.send_signal(number)
-            break
-    process.stdout.read()
-    return process.wait(timeout=120)
-
-
-def finish(options: Sequence[str], run: Path) -> str:
+def finish(options: Sequence[str], run: Path, world_size: int = 1) -> str:
     """Start or continue a run, to its end; returns what it prints."""
-    process = start(options, run)
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0
-    return printed
+    program = start(options, run, world_size, {})
+    assert program.wait() == [0] * world_size, program.outputs()
+    return program.output()
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_stages_on_two_ranks(stage: int, tmp_path: Path, launch: Callable, staged_options: list[str]) -> None:
+def test_stages_on_two_ranks(stage: int, tmp_path: Path, staged_options: list[str]) -> None:
     """One command, one run: each stage with its images, masks, batch and schedule; and resumed in the second."""
     options = [*staged_options, f"train.deepspeed_config=zero{stage}_bf16"]
-    done = launch(TRAIN, *options, f"train.output={tmp_path / 'run'}", ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan = done.stdout[: done.stdout.index("step ")]
+    printed = finish(options, tmp_path / "run", world_size=2)
+    plan = printed[: printed.index("step ")]
     assert "stage 1 of 2, small: steps 1 to 12" in plan
     assert "stage 2 of 2, whole: steps 13 to 30" in plan
 
@@ -152,9 +129,7 @@ def test_stages_on_two_ranks(stage: int, tmp_path: Path, launch: Callable, stage
 
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000030")
-    again = launch(TRAIN, *options, f"train.output={tmp_path / 'again'}", ranks=2)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "step_00000028 at step 28" in again.stdout
+    assert "step_00000028 at step 28" in finish(options, tmp_path / "again", world_size=2)
     assert_same_run(tmp_path / "run", tmp_path / "again")
 
 
@@ -172,15 +147,15 @@ def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, sta
         tmp_path / "run",
         [*staged_options, "train.keep_checkpoints=1", "stages.whole.train.save_every_steps=20"],
     )
-    assert interrupt(options, run, "small  step      5/30", signal.SIGKILL) == -signal.SIGKILL
-    assert interrupt(options, run, "stage whole begins", signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(options, run, "kill", 5) == -signal.SIGKILL
+    assert interrupt(options, run, "kill", 12) == -signal.SIGKILL
     assert [line["stage"] for line in metrics(run)] == ["small"] * 12
     first_stage = metrics(run)
 
     # killed in the second stage before that has a checkpoint: the last one of the first is still there
-    assert interrupt(options, run, "whole  step     14/30", signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(options, run, "kill", 14) == -signal.SIGKILL
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000012"]
-    assert interrupt(options, run, "whole  step     15/30", signal.SIGTERM) == 75
+    assert interrupt(options, run, "terminate", 15) == 75
     stopped = newest_checkpoint(run)
     assert stopped is not None
     assert 15 <= int(stopped.name.removeprefix("step_")) < 30
@@ -210,18 +185,18 @@ def test_balanced_stages_go_on_where_they_were(tmp_path: Path, shards: Path, sta
     assert "coverage of the run:" in printed
     assert "tail (rates up to 1.8)" in printed
     assert "head (rates up to 0.4)" in printed, "after an epoch of the first stage"
-    assert interrupt(options, tmp_path / "again", "whole  step     18/", signal.SIGTERM) == 75
+    assert interrupt(options, tmp_path / "again", "terminate", 18) == 75
     finish(options, tmp_path / "again")
     assert_same_run(tmp_path / "run", tmp_path / "again")
-    refused = start([*options, f"stages.whole.data.balance={tmp_path / 'thinned'}"], tmp_path / "again")
-    assert "another data.balance" in refused.communicate(timeout=120)[0]
-    assert refused.returncode == 2
+    refused = start([*options, f"stages.whole.data.balance={tmp_path / 'thinned'}"], tmp_path / "again", 1, {})
+    assert refused.wait() == [2]
+    assert "another data.balance" in refused.output()
 
 
 def test_a_stop_waits_for_no_line(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
     """Asked to stop long before the only line that the first stage logs, its last."""
     run, options = tmp_path / "run", [*staged_options, "stages.small.train.log_every_steps=12"]
-    assert interrupt(options, run, "step_00000004", signal.SIGTERM) == 75
+    assert interrupt(options, run, "terminate", 4) == 75
     stopped = newest_checkpoint(run)
     assert stopped is not None
     assert stopped.name < "step_00000012"
@@ -276,9 +251,9 @@ def test_what_masks_look_at_survives_a_kill(tmp_path: Path, staged_options: list
     assert [line["image_tokens"] for line in lines] == [count + 8 for count in kept]
 
     run = tmp_path / "b"
-    assert interrupt(options, run, "look  step      7/28", signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(options, run, "kill", 7) == -signal.SIGKILL
     assert (run / "checkpoints" / "step_00000006" / "attentive_copy.safetensors").exists()
-    assert interrupt(options, run, "mix  step     21/28", signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(options, run, "kill", 21) == -signal.SIGKILL
     newest = newest_checkpoint(run)
     assert newest is not None
     assert not (newest / "attentive_copy.safetensors").exists()

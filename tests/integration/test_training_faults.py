@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
-import faulty_train
 import pytest
 import torch
 from conftest import write_shards
-from forked_ranks import Program, start_program
+from faulty_train import start
 from safetensors.torch import load_file
-
-Faults = dict[str, list[tuple[int, int]]]
 
 
 @pytest.fixture
@@ -30,11 +26,6 @@ def options(tiny_options: list[str]) -> list[str]:
     ]
 
 
-def start(directory: Path, options: Sequence[str], faults: Faults, world_size: int = 2) -> Program:
-    arguments = [*options, f"train.output={directory / 'run'}"]
-    return start_program(faulty_train.main, arguments, world_size, directory, {"FAULTS": json.dumps(faults)})
-
-
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -46,7 +37,7 @@ def same_weights(run: Path, first_step: int, second_step: int, file: str = "mode
 
 
 def test_a_skipped_step_is_counted_and_its_samples_named(tmp_path: Path, options: list[str]) -> None:
-    program = start(tmp_path, options, {"nan": [(3, 1)]})
+    program = start(options, tmp_path / "run", 2, {"nan": [(3, 1)]})
     assert program.wait() == [0, 0], program.output()
     run = tmp_path / "run"
     figures = lines(run / "metrics.jsonl")
@@ -62,7 +53,7 @@ def test_a_skipped_step_is_counted_and_its_samples_named(tmp_path: Path, options
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, options: list[str]) -> None:
-    program = start(tmp_path, [*options, "faults.max_skipped_steps=1"], {"nan": [(1, 0), (7, 1)]})
+    program = start([*options, "faults.max_skipped_steps=1"], tmp_path / "run", 2, {"nan": [(1, 0), (7, 1)]})
     assert program.wait() == [2, 2], program.output()
     assert "error: step 8: the loss is nan" in program.output(0)
     assert "2 such steps among 1000 (faults.max_skipped_steps)" in program.output(0)
@@ -77,7 +68,7 @@ def test_rolling_back_takes_the_weights_of_the_last_checkpoint(
     """Before the first checkpoint there is nothing to go back to; afterwards data and steps go on."""
     options = [*options, f"train.deepspeed_config={template}", "faults.on_non_finite=roll_back"]
     options.append("optimizer.ema_decay=0.5")
-    program = start(tmp_path, options, {"nan": [(1, 0), (7, 1)]})
+    program = start(options, tmp_path / "run", 2, {"nan": [(1, 0), (7, 1)]})
     assert program.wait() == [0, 0], program.output()
     run = tmp_path / "run"
     assert "no checkpoint of this stage to roll back to" in program.output(0)
@@ -95,7 +86,7 @@ def test_rolling_back_takes_the_weights_of_the_last_checkpoint(
 
 def test_a_spike_is_said_and_may_stop_the_run(tmp_path: Path, options: list[str]) -> None:
     sensitive = [*options, "faults.spike_window_steps=16", "faults.spike_deviations=3", "faults.on_spike=stop"]
-    program = start(tmp_path, sensitive, {"spike": [(7, 0)]}, world_size=1)
+    program = start(sensitive, tmp_path / "run", 1, {"spike": [(7, 0)]})
     assert program.wait() == [2], program.output()
     assert "error: step 8: the loss is" in program.output(0)
     assert "(faults.spike_deviations)" in program.output(0)
@@ -106,7 +97,7 @@ def test_bad_samples_are_named_and_count_over_all_starts(tmp_path: Path, tiny_op
     bad = {f"{number:08d}.jpg": b"<html>404</html>" for number in range(0, 96, 12)}
     data = write_shards(tmp_path / "shards", [48, 48], bad)
     options = [*tiny_options, f"data.train={data}", "data.workers=1", "train.max_steps=12", "train.save_every_steps=6"]
-    program = start(tmp_path, [*options, "data.max_bad_ratio=0.5"], {"kill": [(7, 0)]})
+    program = start([*options, "data.max_bad_ratio=0.5"], tmp_path / "run", 2, {"kill": [(7, 0)]})
     assert program.wait() == [-signal.SIGKILL, 69], program.output(1)
     run = tmp_path / "run"
     named = "".join((run / f"bad_samples_rank{rank}.txt").read_text() for rank in range(2))
@@ -115,7 +106,7 @@ def test_bad_samples_are_named_and_count_over_all_starts(tmp_path: Path, tiny_op
     first = [line["bad_samples"] for line in lines(run / "metrics.jsonl")]
     assert first[5] >= 8
 
-    again = start(tmp_path, [*options, f"data.max_bad_ratio={(first[5] + 0.5) / 1000}"], {})
+    again = start([*options, f"data.max_bad_ratio={(first[5] + 0.5) / 1000}"], tmp_path / "run", 2, {})
     assert again.wait() == [2, 2], again.output(0)
     stopped = re.search(r"error: (\d+) of \d+ samples could not be used, more than data.max_bad", again.output(0))
     assert stopped is not None, again.output(0)

@@ -8,15 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RANK_ENVIRONMENT, ROOT, write_shards
+from faulty_train import start
+from forked_ranks import start_program
 from safetensors.torch import load_file
+from waiting import PATIENCE_S
 
+from pipeline import train
 from pipeline.inference import load_for_inference
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
@@ -37,6 +40,13 @@ def assert_same_weights(first: Path, second: Path) -> None:
     a, b = weights(first), weights(second)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def finish(options: list[str], run: Path, world_size: int = 2) -> str:
+    """Start or continue a run, to its end; returns what it prints."""
+    program = start(options, run, world_size, {})
+    assert program.wait() == [0] * world_size, program.outputs()
+    return program.output()
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +85,10 @@ def test_a_run_leaves_what_the_formats_promise(finished_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_activation_checkpointing_changes_no_bit(
-    finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]
-) -> None:
+def test_activation_checkpointing_changes_no_bit(finished_run: Path, tmp_path: Path, tiny_options: list[str]) -> None:
     """Every block is computed twice, from the same masks."""
     run = tmp_path / "recomputing"
-    options = [*tiny_options, "train.max_steps=8", "train.activation_checkpointing=true", f"train.output={run}"]
-    done = launch(TRAIN, *options, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish([*tiny_options, "train.max_steps=8", "train.activation_checkpointing=true"], run)
     for name in ("loss", "grad_norm", "mask_ratio_std", "mask_threshold"):
         assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(finished_run)]
     assert_same_weights(finished_run, run)
@@ -90,39 +96,32 @@ def test_activation_checkpointing_changes_no_bit(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_train_to_the_same_losses(
-    finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]
-) -> None:
+def test_compiled_blocks_train_to_the_same_losses(finished_run: Path, tmp_path: Path, tiny_options: list[str]) -> None:
     run = tmp_path / "compiled"
-    options = [*tiny_options, "train.max_steps=8", "train.compile=true", f"train.output={run}"]
-    done = launch(TRAIN, *options, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish([*tiny_options, "train.max_steps=8", "train.compile=true"], run)
     expected = [line["loss"] for line in metrics(finished_run)]
     assert [line["loss"] for line in metrics(run)] == pytest.approx(expected, rel=1e-4)
     assert weights(run).keys() == weights(finished_run).keys()
 
 
 @pytest.mark.slow
-def test_resume_is_bit_exact(finished_run: Path, tmp_path: Path, launch: Callable, tiny_options: list[str]) -> None:
+def test_resume_is_bit_exact(finished_run: Path, tmp_path: Path, tiny_options: list[str]) -> None:
     run = tmp_path / "resumed"
     shutil.copytree(finished_run, run)
     # as after a crash while the last checkpoint was being written: not complete, so it does not count
     (run / "checkpoints" / "step_00000008" / "COMPLETE.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss"')
-    options = [*tiny_options, "train.max_steps=8", "train.save_every_steps=4", f"train.output={run}"]
-    done = launch(TRAIN, *options, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming from" in done.stdout
-    assert "step_00000004 at step 4" in done.stdout
+    options = [*tiny_options, "train.max_steps=8", "train.save_every_steps=4"]
+    printed = finish(options, run)
+    assert "resuming from" in printed
+    assert "step_00000004 at step 4" in printed
     assert_same_weights(finished_run, run)
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(finished_run)]
     times = [line["wall_time_s"] for line in metrics(run)]
     assert times == sorted(times), "time is counted over all starts"
     # once finished, the same command is a no-op that says so
-    again = launch(TRAIN, *options, ranks=2)
-    assert again.returncode == 0
-    assert "is finished" in again.stdout
+    assert "is finished" in finish(options, run)
 
 
 @pytest.mark.slow
@@ -139,7 +138,7 @@ def test_other_launchers_give_the_same_losses(
         env={**os.environ, **RANK_ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = [line["loss"] for line in metrics(finished_run)[:2]]
@@ -159,7 +158,7 @@ def test_other_launchers_give_the_same_losses(
         }
         command = [sys.executable, TRAIN, *options, schedule, f"train.output={tmp_path / 'srun'}"]
         tasks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
-    assert [task.wait(timeout=240) for task in tasks] == [0, 0]
+    assert [task.wait(timeout=PATIENCE_S) for task in tasks] == [0, 0]
     assert [line["loss"] for line in metrics(tmp_path / "srun")] == pytest.approx(expected, rel=1e-6)
 
     plain = launch(TRAIN, *options, schedule, f"train.output={tmp_path / 'plain'}")
@@ -167,49 +166,25 @@ def test_other_launchers_give_the_same_losses(
     assert "2 accumulation x 1 ranks" in plain.stdout
 
 
-def start(options: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *options], cwd=ROOT, env={**os.environ, **RANK_ENVIRONMENT}, stdout=subprocess.DEVNULL
-    )
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step:
-        assert process.poll() is None, "the run ended early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_kill_and_terminate_lose_nothing(tmp_path: Path, tiny_options: list[str]) -> None:
     """SIGKILL in mid-run, then SIGTERM, then to the end: the weights of an undisturbed run."""
     options = [*tiny_options, "train.max_steps=60", "train.save_every_steps=10"]
-    undisturbed = start([*options, f"train.output={tmp_path / 'a'}"])
-    assert undisturbed.wait(timeout=240) == 0
+    finish(options, tmp_path / "a", world_size=1)
 
     run = tmp_path / "b"
-    killed = start([*options, f"train.output={run}"])
-    wait_for_step(run, 23, killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-
-    terminated = start([*options, f"train.output={run}"])
-    wait_for_step(run, 27, terminated)
-    terminated.send_signal(signal.SIGTERM)
-    assert terminated.wait(timeout=120) == 75  # "start me again"
+    assert start(options, run, 1, {"kill": [(23, 0)]}).wait() == [-signal.SIGKILL]
+    assert start(options, run, 1, {"terminate": [(27, 0)]}).wait() == [75]  # "start me again"
     stopped = newest_checkpoint(run)
     assert stopped is not None
-    assert int(stopped.name[5:]) == metrics(run)[-1]["step"]
+    assert int(stopped.name[5:]) == metrics(run)[-1]["step"] < 60
 
-    assert start([*options, f"train.output={run}"]).wait(timeout=240) == 0
+    finish(options, run, world_size=1)
     assert_same_weights(tmp_path / "a", run)
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(tmp_path / "a")]
 
 
-def test_wrong_inputs_are_one_line_and_exit_code_2(
-    tmp_path: Path, launch: Callable, tiny_options: list[str], finished_run: Path
-) -> None:
+def test_wrong_inputs_are_one_line_and_exit_code_2(tmp_path: Path, tiny_options: list[str], finished_run: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     damaged = write_shards(tmp_path / "damaged", [96])
@@ -230,9 +205,10 @@ def test_wrong_inputs_are_one_line_and_exit_code_2(
     cases[f"--resume=never train.output={finished_run}"] = "holds a run, and train.resume=never"
     cases["--resume=runs/absent"] = "no run or checkpoint there"
     for option, expected in cases.items():
-        done = launch(TRAIN, *tiny_options, f"train.output={tmp_path / 'run'}", *option.split())
-        assert done.returncode == 2, (option, done.stderr[-2000:])
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        assert len(errors) == 1, (option, done.stderr[-2000:])
+        arguments = [*tiny_options, f"train.output={tmp_path / 'run'}", *option.split()]
+        program = start_program(train.main, arguments, 1, tmp_path / "output")
+        assert program.wait() == [2], (option, program.output())
+        errors = [line for line in program.output().splitlines() if line.startswith("error")]
+        assert len(errors) == 1, (option, program.output())
         assert expected in errors[0]
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in program.output()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import faulty_train
 import pytest
-from forked_ranks import Program, start_program
+from faulty_train import start
+from waiting import PATIENCE_S, wait_for
 
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint
 
@@ -27,25 +26,11 @@ def options(tiny_options: list[str]) -> list[str]:
     ]
 
 
-def start(
-    directory: Path, options: Sequence[str], faults: dict[str, list[tuple[int, int]]], world_size: int = 2
-) -> Program:
-    arguments = [*options, f"train.output={directory / 'run'}"]
-    return start_program(faulty_train.main, arguments, world_size, directory, {"FAULTS": json.dumps(faults)})
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
-
-
 def test_a_signal_to_one_rank_stops_all_at_once_and_saves(tmp_path: Path, options: list[str]) -> None:
     """Long before the next line of metrics; further signals to all of them, while they save too, change nothing."""
     run = tmp_path / "run"
-    program = start(tmp_path, options, {})
-    wait_until((run / "stacks_rank1.txt").exists)  # from here on it listens
+    program = start(options, tmp_path / "run", 2, {})
+    wait_for((run / "stacks_rank1.txt").exists, "ranks that listen", program.outputs)
     time.sleep(1)
     program.send(signal.SIGTERM, ranks=[1])
     program.wait_for("SIGTERM: all ranks stop", rank=1)
@@ -62,15 +47,15 @@ def test_a_signal_to_one_rank_stops_all_at_once_and_saves(tmp_path: Path, option
 
 
 def test_the_death_of_a_rank_ends_the_others_with_a_line(tmp_path: Path, options: list[str]) -> None:
-    program = start(tmp_path, options, {"kill": [(5, 1)]})
-    assert program.wait(timeout_s=60) == [69, -signal.SIGKILL], program.output(0)
+    program = start(options, tmp_path / "run", 2, {"kill": [(5, 1)]})
+    assert program.wait() == [69, -signal.SIGKILL], program.output(0)
     assert "error: another rank ended or cannot be reached" in program.output(0)
     assert "Traceback" not in program.output(0)
 
 
 def test_weights_that_differ_between_ranks_stop_the_run(tmp_path: Path, options: list[str]) -> None:
     often = [*options, "train.log_every_steps=4", "faults.compare_ranks_every_steps=4"]
-    program = start(tmp_path, often, {"flip": [(7, 1)]})
+    program = start(often, tmp_path / "run", 2, {"flip": [(7, 1)]})
     assert program.wait() == [2, 2], program.output(0)
     assert "error: step 8: weights are no longer the same on all ranks: logit_scale on ranks 0 and 1" in program.output(
         0
@@ -80,9 +65,9 @@ def test_weights_that_differ_between_ranks_stop_the_run(tmp_path: Path, options:
 def test_ranks_that_stand_still_end_the_run_and_leave_stacks(tmp_path: Path, options: list[str]) -> None:
     """Rank 1 is stopped whole; a loader process of rank 2 hangs; rank 0 waits for both."""
     slow = [*options, "faults.hang_timeout_s=4", "data.workers=1", "train.global_batch_size=24"]
-    program = start(tmp_path, slow, {"freeze": [(5, 1)], "slow_worker": [(5, 2)]}, world_size=3)
+    program = start(slow, tmp_path / "run", 3, {"freeze": [(5, 1)], "slow_worker": [(5, 2)]})
     for rank in (0, 2):
-        program.processes[rank].join(60)
+        program.processes[rank].join(PATIENCE_S)
     program.send(signal.SIGKILL, ranks=[1])
     assert program.wait() == [70, -signal.SIGKILL, 70], program.output(0)
     ended = program.output(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import re
 import signal
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from forked_ranks import start_program
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster
 from small_web import Page, SmallWeb
 
 from data_prep.__main__ import main as data_prep
@@ -60,14 +61,30 @@ class Chain:
         metrics = self.folder / "run" / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
+    @property
+    def starts(self) -> int:
+        """How often training has begun."""
+        starts = self.folder / "run" / "starts.tsv"
+        return starts.read_text().count("\n") if starts.exists() else 0
+
+    @property
+    def checkpoint(self) -> str:
+        """The newest one, if there is one."""
+        latest = self.folder / "run" / "checkpoints" / "latest"
+        return latest.read_text() if latest.exists() else ""
+
     def log(self, name: str) -> str:
         """What a job, or the tasks of an array, have printed."""
         logs = (self.folder / "logs").glob(f"{name}-{self.jobs[name]}*.log")
         return "".join(log.read_text() for log in logs)
 
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        """AssertionError with all logs if it never comes."""
+        self.cluster.wait_for(condition, what, lambda: "\n".join(f"{name}:\n{self.log(name)}" for name in self.jobs))
+
     def ranks(self) -> list[int]:
         """Process ids of the ranks that train; loader processes have the same command line, and ranks as parents."""
-        parents = {}
+        parents: dict[int, int] = {}
         for process in psutil.process_iter(["cmdline", "ppid"]):
             words = process.info["cmdline"] or [""]
             if f"train.output={self.folder}/run" in words and "python" in words[0]:
@@ -76,7 +93,8 @@ class Chain:
 
     def assert_completes(self, name: str) -> None:
         """Wait for a job."""
-        assert self.cluster.wait(self.jobs[name])["JobState"] == "COMPLETED", self.log(name)
+        self.wait_for(lambda: self.cluster.is_over(self.jobs[name]), f"{name} to end")
+        assert self.cluster.state(self.jobs[name]) == "COMPLETED", f"{self.log(name)}\n{self.cluster.report()}"
 
 
 def submit(slurm: Cluster, web: Path, folder: Path) -> Chain:
@@ -120,44 +138,54 @@ class Chaos:
     def disturb_array(self, name: str) -> None:
         """Queue one task of an array again while it runs."""
         task = f"{self._chain.jobs[name]}_{self._random.randrange(2)}"
-        wait_for(lambda: self._slurm.state(task) == "RUNNING", f"{name} to run", timeout_s=120)
-        self._slurm.run("scontrol", "requeue", task)
-        self._note(f"task {task} of {name} queued again")
+        self._chain.wait_for(lambda: self._slurm.state(task) == "RUNNING" or self._slurm.is_over(task), f"task {task}")
+        if self._slurm.is_over(task):  # the jobs behind it may be at work
+            self._note(f"task {task} of {name} was faster")
+        else:
+            self._slurm.run("scontrol", "requeue", task)
+            self._note(f"task {task} of {name} queued again")
 
     def disturb_training(self) -> None:
         """Preempt it, kill one of its ranks, queue it again: in any order, at any step."""
         events = [self._preempt, self._kill_a_rank, self._requeue]
         self._random.shuffle(events)
-        for number, event in enumerate(events):
+        for restarts, event in enumerate(events, start=1):
             # after a new checkpoint in each start: a crash before it would end the job
-            step = 35 * number + self._random.randrange(12, 30)
-            wait_for(lambda step=step: self._chain.step >= step, f"step {step}", timeout_s=120)
+            step, checkpoint = self._chain.step + self._random.randrange(5, 25), self._chain.checkpoint
+            self._wait_for_training(lambda step=step: self._chain.step >= step, f"step {step}")
+            self._wait_for_training(lambda old=checkpoint: self._chain.checkpoint != old, "a checkpoint")
+            ranks = self._chain.ranks()
+            _send(ranks, signal.SIGSTOP)  # the run would soon be over
             self._note(f"step {self._chain.step}: {event.__name__}")
-            event()
-            restarts = str(number + 1)
-            wait_for(
-                lambda restarts=restarts: self._slurm.fields(self._chain.jobs["train"])["Restarts"] == restarts,
-                f"restart {restarts}",
-            )
+            event(ranks)
+            self._wait_for_training(lambda starts=restarts + 1: self._chain.starts == starts, f"restart {restarts}")
 
-    def _preempt(self) -> None:
-        # until Slurm has seen that the nodes are wanted, so short a run would be over
-        ranks = self._chain.ranks()
-        for rank in ranks:
-            os.kill(rank, signal.SIGSTOP)
+    def _preempt(self, ranks: list[int]) -> None:
         self._slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-        wait_for(lambda: "asked to stop" in self._chain.log("train"), "the signal")
-        for rank in ranks:
-            os.kill(rank, signal.SIGCONT)
+        self._wait_for_training(lambda: "asked to stop" in self._chain.log("train"), "the signal")
+        _send(ranks, signal.SIGCONT)
 
-    def _kill_a_rank(self) -> None:
-        os.kill(self._random.choice(self._chain.ranks()), signal.SIGKILL)
+    def _kill_a_rank(self, ranks: list[int]) -> None:
+        _send([self._random.choice(ranks)], signal.SIGKILL)
+        _send(ranks, signal.SIGCONT)
 
-    def _requeue(self) -> None:
+    def _requeue(self, ranks: list[int]) -> None:
         self._slurm.run("scontrol", "requeue", self._chain.jobs["train"])
+        _send(ranks, signal.SIGCONT)
+
+    def _wait_for_training(self, condition: Callable[[], object], what: str) -> None:
+        job = self._chain.jobs["train"]
+        self._chain.wait_for(lambda: condition() or self._slurm.is_over(job), what)
+        assert not self._slurm.is_over(job), f"no {what}: {self._chain.log('train')}\n{self._slurm.report()}"
 
     def _note(self, what: str) -> None:
         print(f"{time.monotonic() - self._start_s:5.1f} s  {what}")
+
+
+def _send(processes: Sequence[int], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def run_undisturbed(web: Path, data: Path, folder: Path) -> None:
@@ -177,13 +205,13 @@ def run_undisturbed(web: Path, data: Path, folder: Path) -> None:
 def outcome(run: Path) -> dict[str, object]:
     """All of a run that must not depend on what happened to it."""
     results = [json.loads(line) for line in (run / "evaluation" / "results.jsonl").read_text().splitlines()]
-    page = (run / "report" / "report.md").read_text()
+    sections = re.split("^## ", (run / "report" / "report.md").read_text(), flags=re.MULTILINE)
     return {
         "weights": sha256_of(find_checkpoint(run) / "model.safetensors"),
         "losses": [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()],
         "metrics": {result["dataset"]: result["metrics"] for result in results},
-        # the tables before and after it say how long training took, too
-        "table": page[page.index("## All figures by dataset") : page.index("## Training")],
+        # other tables say how long training took, too
+        "tables": [section for section in sections if section.startswith("All figures by dataset")],
     }
 
 
@@ -206,12 +234,14 @@ def test_chaos_changes_no_bit(slurm: Cluster, web: Path, tmp_path: Path) -> None
     assert captions_in(tmp_path / "data" / "shards") == sorted(listed)
 
     chaos.disturb_training()
+    chain.assert_completes("train")
     chaos.disturb_array("evaluate")
-    for name in ("train", "evaluate", "collect"):
+    for name in ("evaluate", "collect"):
         chain.assert_completes(name)
     assert slurm.fields(chain.jobs["train"])["Restarts"] == "3"
 
     run_undisturbed(web, tmp_path / "data", tmp_path / "undisturbed")
     found = outcome(tmp_path / "run")
     assert len(found["losses"]) == STEPS
+    assert len(found["tables"]) == 1
     assert found == outcome(tmp_path / "undisturbed" / "run")

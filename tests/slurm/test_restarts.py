@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        return (self.run / "log").read_text()
+        return (self.run / "log").read_text() if (self.run / "log").exists() else "no log"
 
     @property
     def saved(self) -> str:
@@ -32,10 +32,11 @@ class Job:
 
     def wait_until_ready(self, start: int = 0) -> None:
         for rank in range(2):
-            wait_for((self.run / f"ready_{start}_{rank}").exists, f"start {start} of job {self.id}")
+            ready = self.run / f"ready_{start}_{rank}"
+            self.cluster.wait_for(ready.exists, f"start {start} of job {self.id}", lambda: self.log)
 
     def assert_ends(self, state: str, exit_code: str, restarts: int) -> None:
-        fields = self.cluster.wait(self.id)
+        fields = self.cluster.wait(self.id, lambda: self.log)
         found = (fields["JobState"], fields["ExitCode"], int(fields["Restarts"]))
         assert found == (state, exit_code, restarts), self.log
 
@@ -112,7 +113,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled(slurm: Cluster, submit: Calla
     job.wait_until_ready()
     slurm.run("scancel", job.id)
     job.assert_ends("CANCELLED", "0:15", restarts=0)
-    wait_for((job.run / "checkpoints" / "latest").exists, "the checkpoint", timeout_s=10)
+    slurm.wait_for((job.run / "checkpoints" / "latest").exists, "the checkpoint", lambda: job.log)
 
 
 def test_a_preempted_run_saves_and_goes_on(slurm: Cluster, submit: Callable[..., Job]) -> None:
@@ -133,7 +134,7 @@ def test_a_failed_node_is_replaced(slurm: Cluster, submit: Callable[..., Job]) -
     job = submit("node", "save+sleep,0")
     job.wait_until_ready()
     slurm.fail_node("127.0.0.2")
-    wait_for(lambda: slurm.fields(job.id)["Restarts"] == "1", "the job to be queued again")
+    slurm.wait_for(lambda: slurm.fields(job.id)["Restarts"] == "1", "the job to be queued again", lambda: job.log)
     slurm.mend_node("127.0.0.2")
     job.assert_ends("COMPLETED", "0:0", restarts=1)
 

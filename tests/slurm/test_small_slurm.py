@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import small_slurm
-from slurm_cluster import wait_for
+from waiting import wait_for
 
 pytestmark = pytest.mark.skipif(bool(small_slurm.missing_programs()), reason="no slurm-wlm and munge")
 
@@ -43,4 +43,4 @@ def test_daemons_and_jobs_end_with_whoever_started_them(short_path: Path) -> Non
         wait_for((short_path / "running").exists, "the job")
         assert len(processes_of(short_path)) > len(small_slurm.NODES) + 2
         starter.kill()
-    wait_for(lambda: not processes_of(short_path), "the end of all daemons and jobs", timeout_s=40)
+    wait_for(lambda: not processes_of(short_path), "the end of all daemons and jobs")

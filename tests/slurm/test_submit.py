@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster
 
 SCRIPTS = sorted(
     [
@@ -96,7 +96,7 @@ def test_what_depends_on_a_failed_job_is_cancelled(slurm: Cluster, submit: Calla
     done = submit()
     assert done.returncode == 0, done.stderr
     jobs = job_ids(done.stdout)
-    states = {name: slurm.wait(job, timeout_s=30)["JobState"] for name, job in jobs.items()}
+    states = {name: slurm.wait(job)["JobState"] for name, job in jobs.items()}
     assert states == {"ingest": "FAILED"} | dict.fromkeys(
         ["download", "prepare", "train", "evaluate", "collect"], "CANCELLED"
     )
@@ -108,5 +108,5 @@ def test_a_refused_job_takes_back_those_before_it(slurm: Cluster, submit: Callab
     done = submit(TRAIN_SBATCH="--partition=absent")
     assert done.returncode != 0
     assert "error: a job was refused; those before it are cancelled" in done.stderr
-    wait_for(lambda: slurm.run("squeue", "--noheader").stdout == "", "an empty queue")
+    slurm.wait_for(lambda: slurm.run("squeue", "--noheader").stdout == "", "an empty queue")
     assert all(slurm.state(job) in {"CANCELLED", "FAILED"} for job in job_ids(done.stdout).values())

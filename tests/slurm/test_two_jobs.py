@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster
 
 from formats.owners import OWNER
 
@@ -29,10 +29,14 @@ def test_the_second_job_is_told_who_and_the_first_goes_on(
     slurm: Cluster, shards: Path, tokenizer_file: Path, tmp_path: Path
 ) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def logs() -> str:
+        return "\n".join(log.read_text() for log in tmp_path.glob("log-*"))
+
     first = submit(slurm, tmp_path, "127.0.0.1", shards, tokenizer_file)
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, "the first steps", timeout_s=120)
+    slurm.wait_for(lambda: metrics.exists() and metrics.stat().st_size, "the first steps", logs)
     second = submit(slurm, tmp_path, "127.0.0.2", shards, tokenizer_file)
-    fields = slurm.wait(second)
+    fields = slurm.wait(second, logs)
     log = (tmp_path / f"log-{second}").read_text()
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0"), log
     assert f"run is being trained by process {json.loads((tmp_path / 'run' / OWNER).read_text())['pid']}" in log
@@ -41,11 +45,10 @@ def test_the_second_job_is_told_who_and_the_first_goes_on(
     assert slurm.state(first) == "RUNNING"
     slurm.run("scontrol", "requeue", first)
     resumed = f"resuming from {tmp_path}/run/checkpoints/step_"
-    log_file = tmp_path / f"log-{first}"
-    wait_for(lambda: resumed in log_file.read_text(), "the job to go on", timeout_s=120)
+    slurm.wait_for(lambda: resumed in logs(), "the job to go on", logs)
     owner = json.loads((tmp_path / "run" / OWNER).read_text())
     assert (owner["job"], owner["restart"]) == (first, 1)
     slurm.run("scancel", first)
-    slurm.wait(first)
+    slurm.wait(first, logs)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
