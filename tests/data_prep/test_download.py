@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_images import encoded
 from small_web import Page, SmallWeb
+from waiting import PATIENCE_S, wait_for
 
 from data_prep.forget import forget
 from data_prep.shards.publish import changing
@@ -92,13 +93,6 @@ def processes_with(argument: str) -> set[int]:
     return found - {os.getpid()}
 
 
-def wait_until(condition, limit_s: float = 60.0) -> bool:
-    end_s = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < end_s:
-        time.sleep(0.1)
-    return bool(condition())
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("victim", ["child", "parent"])
@@ -112,21 +106,21 @@ def test_a_killed_download_leaves_no_process_and_goes_on(
     urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in paths])
     output = tmp_path / "shards"
     with running_download(urls, output) as process:
-        assert wait_until((output / "00000_stats.json").exists)
-        assert wait_until(lambda: web.requests[paths[4]])  # the second shard hangs
+        wait_for((output / "00000_stats.json").exists, "the first shard")
+        wait_for(lambda: web.requests[paths[4]], "the second shard, which hangs")
         os.kill(child_of(process.pid) if victim == "child" else process.pid, signal.SIGKILL)
-        _, message = process.communicate(timeout=30)
+        _, message = process.communicate(timeout=PATIENCE_S)
     if victim == "child":
         assert process.returncode == 2
         last = message.splitlines()[-1]
         assert last.startswith("error: 1 of 2 shards are missing: the download ended with signal SIGKILL")
         assert "run the same command again" in last
         assert "Traceback" not in message
-    assert wait_until(lambda: not processes_with(mark), limit_s=10)
+    wait_for(lambda: not processes_with(mark), "the end of all processes")
 
     web.pages = {path: Page(encoded(0)) for path in paths}
     with running_download(urls, output) as process:
-        process.communicate(timeout=100)
+        process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert len(samples(output)) == 8
     assert web.requests[paths[0]] == 1
@@ -161,10 +155,10 @@ def test_killed_at_random_points_it_ends_with_the_same_set(tmp_path: Path, web: 
                 victim = child_of(victim)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE_S)
         assert {path.suffix for path in killed.glob("[!.]*")} <= {".tar", ".parquet", ".json", ".jsonl", ".log", ""}
     with running_download(urls, killed) as process:
-        process.communicate(timeout=100)
+        process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
 
     def content(directory: Path) -> dict[str, tuple[str, str, bytes]]:
@@ -184,11 +178,11 @@ def test_two_downloads_keep_out_of_each_others_way(
     tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_prep.web.processes.PREDECESSOR_S", 0.1)
-    web.pages = {"/slow.jpg": Page(encoded(0), delay_s=5)}
+    web.pages = {"/slow.jpg": Page(encoded(0), delay_s=60)}
     urls = write_urls(tmp_path / "urls.parquet", [web.url("/slow.jpg")])
     settings = dataclasses.replace(SETTINGS, samples_per_shard=4, image_size=256)
     with running_download(urls, tmp_path / "shards"):
-        assert wait_until(lambda: web.requests["/slow.jpg"])
+        wait_for(lambda: web.requests["/slow.jpg"], "the first download")
         with pytest.raises(UserError, match="another download is at work"):
             download(urls, tmp_path / "shards", settings)
         (tmp_path / "hosts.txt").write_text("example.org")
@@ -220,14 +214,14 @@ def test_a_disk_that_fills_up_is_named_and_leaves_nothing_half_made(tmp_path: Pa
     command = [sys.executable, "-m", "data_prep", "download", str(urls), "--output", str(tmp_path / "shards")]
     command += ["--samples-per-shard", "2", "--processes", "1", "--allow-local"]
     limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "-", *command]  # KiB a file
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: 2 of 2 shards are missing: the download said 'shard ")
     assert "File too large" in last
     assert "Traceback" not in done.stderr
     assert not [path.name for path in (tmp_path / "shards").iterdir() if "tar" in path.name]
-    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=False).returncode == 0
     assert len(samples(tmp_path / "shards")) == 4
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ingest_helpers import KEEP_ALL, done, read, rows_of
+from killed_at import kill_at
 
 from data_prep.lists import list_files, rows
 from data_prep.lists.filters import Filters
@@ -110,17 +109,10 @@ def test_killed_anywhere_and_started_again_gives_the_same(tmp_path: Path) -> Non
         "from data_prep.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     output, work = tmp_path / "urls", tmp_path / "urls.ingest-work"
-    command = [sys.executable, "-c", code, "ingest", str(path), "--output", str(output), "--processes", "1"]
-    kills = 0
-    for moment in ("*.json", "*-0.arrow", "*.json", "output-*/*"):
-        before = set(work.glob(moment))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and set(work.glob(moment)) <= before:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 3  # the last moment may be missed: the run is over then
-    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    command = ["-c", code, "ingest", str(path), "--output", str(output), "--processes", "1"]
+    for moment, number in (("*.json", 1), ("*-0.arrow", 3), ("*.json", 3), ("output-*", 1)):
+        kill_at(work / moment, *command, number=number)
+    assert subprocess.run([sys.executable, *command], check=False, capture_output=True).returncode == 0
     assert rows_of(output) == rows[:70_000]
     assert not list(tmp_path.glob("*-work"))
 

@@ -4,11 +4,11 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from data_prep.parallel import map_in_processes
 from formats.errors import UserError
@@ -43,7 +43,7 @@ def test_a_killed_worker_is_one_error() -> None:
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom data_prep.parallel import map_in_processes\n"
-        "def work(name):\n    Path(name).write_text(str(os.getpid()))\n    time.sleep(60)\n"
+        "def work(name):\n    Path(name).write_text(str(os.getpid()))\n    time.sleep(3600)\n"
         "if __name__ == '__main__':\n    list(map_in_processes(work, sys.argv[1:], 2))\n"
     )
     script = tmp_path / "script.py"
@@ -51,20 +51,11 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     names = [tmp_path / "a", tmp_path / "b"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     parent = subprocess.Popen([sys.executable, script, *names], env=environment)
-    assert wait_until(lambda: all(name.exists() and name.read_text() for name in names), 60)
+    wait_for(lambda: all(name.exists() and name.read_text() for name in names), "the workers")
     parent.kill()
     parent.wait()
     workers = [int(name.read_text()) for name in names]
-    assert wait_until(lambda: not any(map(is_running, workers)), 5)
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
+    wait_for(lambda: not any(map(is_running, workers)), "their end")
 
 
 def is_running(process: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from waiting import PATIENCE_S, wait_for
 
 from formats import owners
 from formats.errors import UserError
@@ -152,7 +153,7 @@ def test_of_many_at_once_one_gets_it(left: str | bytes | None, tmp_path: Path, q
         start.wait()
         try:
             with owning(directory, "is in use", "choose another"):
-                ended.wait(20)
+                ended.wait(PATIENCE_S)
         except UserError:
             os._exit(2)
         os._exit(0)
@@ -161,9 +162,7 @@ def test_of_many_at_once_one_gets_it(left: str | bytes | None, tmp_path: Path, q
     for process in processes:
         process.start()
     start.set()
-    deadline_s = time.monotonic() + 20
-    while sum(process.is_alive() for process in processes) > 1 and time.monotonic() < deadline_s:
-        time.sleep(0.05)
+    wait_for(lambda: sum(process.is_alive() for process in processes) <= 1, "all but one to give up")
     ended.set()
     for process in processes:
         process.join()
@@ -176,7 +175,7 @@ def test_an_owner_taken_for_dead_leaves_when_it_wakes(tmp_path: Path, quick: Non
         os.kill(other.pid, signal.SIGSTOP)
         leave_elsewhere(tmp_path)
         os.kill(other.pid, signal.SIGCONT)
-        assert other.wait(10) == 2
+        assert other.wait(PATIENCE_S) == 2
         assert other.stderr is not None
         assert "was taken over by process" in other.stderr.read()
 
@@ -184,8 +183,6 @@ def test_an_owner_taken_for_dead_leaves_when_it_wakes(tmp_path: Path, quick: Non
 def test_a_file_that_somebody_tidied_up_comes_back(tmp_path: Path) -> None:
     with holder(tmp_path) as other:
         (tmp_path / OWNER).unlink()
-        deadline_s = time.monotonic() + 10
-        while not (tmp_path / OWNER).exists() and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+        wait_for((tmp_path / OWNER).exists, "the file")
         with pytest.raises(UserError, match=f"process {other.pid}"):
             take(tmp_path)

@@ -20,6 +20,7 @@ import fsspec
 import pytest
 from conftest import write_shards
 from small_web import Page, SmallWeb
+from waiting import PATIENCE_S, wait_for
 
 from formats.errors import UserError
 from formats.manifest import Shard, read_manifest
@@ -187,7 +188,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path: Path, web: S
         process.start()
     start.set()
     for process in processes:
-        process.join(30)
+        process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0, 0, 0, 0]
     assert failures.value == 0
     alone = SmallWeb()
@@ -211,8 +212,7 @@ def test_a_kill_while_fetching_leaves_nothing_that_matters(tmp_path: Path, web: 
     start.set()
     killed = FORK.Process(target=_open_and_check, args=(tmp_path, shard, start, FORK.Value("i", 0)))
     killed.start()
-    while not any(path.stat().st_size for path in tmp_path.glob("*.part")):
-        time.sleep(0.01)
+    wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("*.part")), "the first bytes")
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert names(tmp_path) != []
@@ -233,10 +233,7 @@ def test_the_next_window_is_there_before_it_is_asked_for(tmp_path: Path, web: Sm
     cache = ShardCache(tmp_path / "cache", 2**20)
     reader = ShardReader(manifest.shards, cache)
     reader.open(3, lambda: ([3, 1], [0, 2]))
-    deadline = time.monotonic() + 10
-    while len(list((tmp_path / "cache").glob("*.npz"))) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: len(list((tmp_path / "cache").glob("*.npz"))) == 4, "the next window")
     before = web.requests.copy()
     for number in (1, 0, 2):
         reader.open(number, lambda: ([1, 0, 2], [3]))
