@@ -36,7 +36,11 @@ from data_prep.web.processes import fill_missing_shards, working_in
 from data_prep.web.shard_worker import ShardWorker
 from formats.errors import UserError
 
-SETTINGS = Settings(image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True)
+# a machine with much to do may take long for a page of its own, too
+SETTINGS = Settings(
+    image_size=32, samples_per_shard=6, processes=2, threads=8, retries=0, allow_local=True,
+    timeout_s=100, deadline_s=200,
+)  # fmt: skip
 KILLS = int(os.environ.get("CLUSTER_CLIP_KILLS", "4"))
 
 
