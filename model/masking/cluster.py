@@ -23,9 +23,13 @@ _FLAT_STD = 1e-4
 # Flat patches are the same colour within a third of a grey level (1/255 is about 0.015 after normalisation).
 _SAME_COLOUR = 5e-3
 
-# A patch shows one colour if no channel varies by more than half a grey level (standard deviation; a grey level is
-# about 0.015 after normalisation).
-_ONE_COLOUR_STD = 7.5e-3
+# Half a grey level. A patch shows one colour if no channel varies by more (standard deviation); raw, a patch whose
+# pixels differ by less from the data's mean colour (root of the mean square) has no direction but that of rounding.
+_HALF_A_GREY_LEVEL = 7.5e-3
+
+# What alike means. normalized: the pattern of a patch, zero mean each; raw: its colours, as they differ from the data's
+# mean colour.
+SIMILARITIES = ("normalized", "raw")
 
 # On a CPU similarities are computed for so many images at a time: their patches stay in the cache, and memory stays
 # the same for any batch. Accelerators take as many as keep them busy.
@@ -53,14 +57,18 @@ def num_anchors(num_patches: int, anchor_ratio: float) -> int:
 
 
 @torch.no_grad()
-def anchor_similarity(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
+def anchor_similarity(patches_BLP: Tensor, anchors_BA: Tensor, similarity: str = "normalized") -> Tensor:
     """Similarity of each patch to its nearest anchor: fp32 [B, L] in [-1, 1], the maximum over the anchors."""
-    return _nearest(anchor_cosines(patches_BLP, anchors_BA), anchors_BA)
+    return _nearest(anchor_cosines(patches_BLP, anchors_BA, similarity), anchors_BA)
 
 
 @torch.no_grad()
 def cluster_similarity(
-    images: PatchedImages, anchors_BA: Tensor, embed: Embed | None = None, embedding_weight: float = 0.0
+    images: PatchedImages,
+    anchors_BA: Tensor,
+    similarity: str = "normalized",
+    embed: Embed | None = None,
+    embedding_weight: float = 0.0,
 ) -> ClusterSimilarity:
     """`anchor_similarity` of a whole batch, a few images at a time.
 
@@ -69,7 +77,7 @@ def cluster_similarity(
     similarities, flat_counts = [], []
     for part in image_slices(images):
         patches_BLP = images.patches(part)
-        cosine_BAL = anchor_cosines(patches_BLP, anchors_BA[part])
+        cosine_BAL = anchor_cosines(patches_BLP, anchors_BA[part], similarity)
         if embed is not None and embedding_weight > 0:
             cosine_BAL = cosine_BAL.lerp(embedding_cosines(embed(patches_BLP), anchors_BA[part]), embedding_weight)
         similarities.append(_nearest(cosine_BAL, anchors_BA[part]))
@@ -83,7 +91,7 @@ def of_one_colour(patches_BLP: Tensor, channels: int) -> Tensor:
     values_BLCp = patches_BLP.float().unflatten(2, (channels, -1))
     mean_BLC = values_BLCp.mean(dim=3)
     mean_square_BLC = torch.linalg.vector_norm(values_BLCp, dim=3).square() / values_BLCp.shape[3]
-    is_one_BLC: Tensor = mean_square_BLC - mean_BLC.square() < _ONE_COLOUR_STD**2
+    is_one_BLC: Tensor = mean_square_BLC - mean_BLC.square() < _HALF_A_GREY_LEVEL**2
     return is_one_BLC.all(dim=2)
 
 
@@ -93,26 +101,31 @@ def image_slices(images: PatchedImages) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, images.num_images, size))
 
 
-def anchor_cosines(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
-    """Cosines of all patches to the anchors, fp32 [B, A, L], each patch normalised to zero mean. Never L x L.
+def anchor_cosines(patches_BLP: Tensor, anchors_BA: Tensor, similarity: str = "normalized") -> Tensor:
+    """Cosines of all patches to the anchors, fp32 [B, A, L]; never L x L.
 
-    A flat patch has no direction: it resembles flat anchors of its own colour (1) and nothing else (0).
+    similarity: one of SIMILARITIES; `normalized` takes each patch's mean from it first.
+
+    A flat patch has no direction: it resembles flat anchors of its own colour (1) and nothing else (0). Raw, patches
+    of one colour have the direction of that colour, and flat are those of the data's mean colour alone.
     """
     patches_BLP = patches_BLP.float()
     P = patches_BLP.shape[2]
     mean_BL = patches_BLP.mean(dim=2)
-    centred_BLP = patches_BLP - mean_BL[:, :, None]
-    norm_BL = torch.linalg.vector_norm(centred_BLP, dim=2)
-    is_flat_BL = norm_BL < _FLAT_STD * P**0.5
-    scale_BL = torch.where(is_flat_BL, 0.0, 1.0 / norm_BL.clamp_min(_FLAT_STD))
-    anchors_BAP = centred_BLP.take_along_dim(anchors_BA[:, :, None], dim=1)
+    is_raw = similarity == "raw"
+    vectors_BLP = patches_BLP if is_raw else patches_BLP - mean_BL[:, :, None]
+    flat_below, same_within = (_HALF_A_GREY_LEVEL, math.inf) if is_raw else (_FLAT_STD, _SAME_COLOUR)
+    norm_BL = torch.linalg.vector_norm(vectors_BLP, dim=2)
+    is_flat_BL = norm_BL < flat_below * P**0.5
+    scale_BL = torch.where(is_flat_BL, 0.0, 1.0 / norm_BL.clamp_min(flat_below))
+    anchors_BAP = vectors_BLP.take_along_dim(anchors_BA[:, :, None], dim=1)
     scale_BA = scale_BL.take_along_dim(anchors_BA, dim=1)
     with torch.autocast(patches_BLP.device.type, enabled=False):
-        cosine_BAL = (anchors_BAP * scale_BA[:, :, None]) @ centred_BLP.mT * scale_BL[:, None, :]
+        cosine_BAL = (anchors_BAP * scale_BA[:, :, None]) @ vectors_BLP.mT * scale_BL[:, None, :]
 
     mean_BA = mean_BL.take_along_dim(anchors_BA, dim=1)
     both_flat_BAL = is_flat_BL.take_along_dim(anchors_BA, dim=1)[:, :, None] & is_flat_BL[:, None, :]
-    same_colour_BAL = (mean_BA[:, :, None] - mean_BL[:, None, :]).abs() < _SAME_COLOUR
+    same_colour_BAL = (mean_BA[:, :, None] - mean_BL[:, None, :]).abs() < same_within
     cosine_BAL = torch.where(both_flat_BAL, same_colour_BAL.float(), cosine_BAL)
     return cosine_BAL.clamp(-1, 1)
 

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from model.masking.cluster import Embed, cluster_similarity, draw_anchors, select_evenly, select_with_threshold
+from model.masking.cluster import (
+    SIMILARITIES,
+    Embed,
+    cluster_similarity,
+    draw_anchors,
+    select_evenly,
+    select_with_threshold,
+)
 from model.masking.pgs import pgs_scores
 from model.masking.reference import reference_masks
 from model.masking.spatial import block_scores, grid_scores, random_scores
@@ -37,6 +44,7 @@ class MaskingConfig:
     min_mask_ratio: float = _option(0.3, "each image loses at least this share (cluster, pgs)")
     max_mask_ratio: float = _option(0.9, "each image loses at most this share (cluster, pgs)")
     anchor_ratio: float = _option(0.03, "share of an image's patches that seed clusters (cluster, pgs)")
+    similarity: str = _option("normalized", "what alike means (cluster): " + " | ".join(SIMILARITIES))
     embedding_mix: float = _option(0.0, "weight of patch-embedding similarity at the end (cluster); 0: pixels alone")
     ratio_schedule: str = _option("constant", "target over training: " + " | ".join(SCHEDULES))
     final_mask_ratio: float | None = _option(None, "target at the last step, for another schedule")
@@ -57,6 +65,8 @@ class MaskingConfig:
             raise ValueError("masking.final_mask_ratio and a ratio_schedule other than constant need each other")
         if not 0 < self.anchor_ratio < 1:
             raise ValueError(f"masking.anchor_ratio must be in (0, 1), not {self.anchor_ratio}")
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"unknown masking.similarity {self.similarity!r}; known: {', '.join(SIMILARITIES)}")
         if not 0 <= self.embedding_mix <= 1:
             raise ValueError(f"masking.embedding_mix must be in [0, 1], not {self.embedding_mix}")
         if self.embedding_mix and self.strategy != "cluster":
@@ -171,4 +181,4 @@ def _scores(
             if config.embedding_mix and guidance.embed is None:
                 raise ValueError("masking.embedding_mix needs the model's patch embeddings")
             weight = config.embedding_mix * guidance.progress
-            return cluster_similarity(images, anchors_BA, guidance.embed, weight)
+            return cluster_similarity(images, anchors_BA, config.similarity, guidance.embed, weight)

@@ -86,7 +86,8 @@ def _clusters(
         return None
     anchors_BA = draw_anchors(images.num_images, images.num_patches, masking.anchor_ratio, generator)
     patches_BLP = images.patches()
-    cosine_BAL = anchor_cosines(patches_BLP, anchors_BA)
+    is_raw = masking.strategy == "cluster" and masking.similarity == "raw"
+    cosine_BAL = anchor_cosines(patches_BLP, anchors_BA, "raw" if is_raw else "normalized")
     weight = masking.embedding_mix * guidance.progress
     if guidance.embed is not None and weight > 0:
         cosine_BAL = cosine_BAL.lerp(embedding_cosines(guidance.embed(patches_BLP), anchors_BA), weight)

@@ -138,6 +138,7 @@ def test_images_and_batches_get_different_masks(strategy: str) -> None:
         {"max_mask_ratio": 1.5},
         {"min_mask_ratio": 0.7, "max_mask_ratio": 0.2},
         {"anchor_ratio": 0.0},
+        {"similarity": "pixels"},
         {"embedding_mix": 1.1},
         {"strategy": "random", "embedding_mix": 0.5},
         {"ema_decay": 1.0, "strategy": "attentive"},

@@ -21,7 +21,7 @@ from model.masking import (
     patchify,
     select_patches,
 )
-from model.masking.cluster import cluster_similarity, embedding_cosines
+from model.masking.cluster import SIMILARITIES, cluster_similarity, embedding_cosines
 from model.masking.pgs import pgs_scores
 from model.packing import PIXEL_STD
 from model.towers import embed_patches
@@ -39,33 +39,42 @@ def cosine(u: np.ndarray, v: np.ndarray) -> float:
     return float(u @ v / np.sqrt((u @ u) * (v @ v)))
 
 
-def slow_similarity(patches_BLP: Tensor, anchors_BA: Tensor) -> Tensor:
+def raw_cosine(u: np.ndarray, v: np.ndarray) -> float:
+    """Of two patches as they are. Those within half a grey level of the mean colour resemble each other alone."""
+    flat = [np.sqrt((w**2).mean()) < 7.5e-3 for w in (u, v)]
+    return float(all(flat)) if any(flat) else float(u @ v / np.sqrt((u @ u) * (v @ v)))
+
+
+def slow_similarity(patches_BLP: Tensor, anchors_BA: Tensor, kind: str = "normalized") -> Tensor:
+    cosine_of = raw_cosine if kind == "raw" else cosine
     patches = patches_BLP.double().numpy()
     similarity = np.empty(patches.shape[:2])
     for b, anchors in enumerate(anchors_BA.tolist()):
         for p in range(patches.shape[1]):
-            similarity[b, p] = max(1.0 if a == p else cosine(patches[b, a], patches[b, p]) for a in anchors)
+            similarity[b, p] = max(1.0 if a == p else cosine_of(patches[b, a], patches[b, p]) for a in anchors)
     return torch.tensor(similarity)
 
 
+@pytest.mark.parametrize("kind", SIMILARITIES)
 @pytest.mark.parametrize("patch_size", [14, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_similarity_equals_float64_loops(patch_size: int, dtype: torch.dtype) -> None:
+def test_similarity_equals_float64_loops(patch_size: int, dtype: torch.dtype, kind: str) -> None:
     patches = patchify(pictures_BCHW(3, patch_size * 6), patch_size).to(dtype)
     anchors = draw_anchors(3, 36, 0.1, generator())
-    similarity = anchor_similarity(patches, anchors)
+    similarity = anchor_similarity(patches, anchors, kind)
     assert similarity.dtype == torch.float32
     assert not similarity.requires_grad
     assert (similarity.gather(1, anchors) == 1).all()  # whatever rounding says
-    assert torch.allclose(similarity.double(), slow_similarity(patches, anchors), atol=2e-5)
+    assert torch.allclose(similarity.double(), slow_similarity(patches, anchors, kind), atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", SIMILARITIES)
 @pytest.mark.parametrize("name", awkward_images())
-def test_similarity_on_awkward_images_equals_float64_loops(name: str) -> None:
+def test_similarity_on_awkward_images_equals_float64_loops(name: str, kind: str) -> None:
     patches = patchify(awkward_images()[name], 8)
     anchors = draw_anchors(4, 64, 0.03, generator())
-    similarity = anchor_similarity(patches, anchors)
-    assert torch.allclose(similarity.double(), slow_similarity(patches, anchors), atol=1e-4)
+    similarity = anchor_similarity(patches, anchors, kind)
+    assert torch.allclose(similarity.double(), slow_similarity(patches, anchors, kind), atol=1e-4)
     assert similarity.abs().max() <= 1
 
 
@@ -105,6 +114,25 @@ def test_flat_patches_are_one_cluster_per_colour() -> None:
     assert anchor_similarity(patches, torch.tensor([[4]]))[0, :4].tolist() == [0, 0, 0, 0]
     levels = torch.tensor([0.0, 1 / 3, 1.0])[None, :, None].expand(1, 3, 48) * (1 / 255 / 0.27)
     assert anchor_similarity(levels, torch.tensor([[0]]))[0].tolist() == [1, 1, 0]  # a third of a grey level, and one
+
+
+def test_brightness_counts_raw_and_only_the_pattern_normalised() -> None:
+    """A light striped patch, the same stripes in the dark, and a plain light one."""
+    stripes = 40 * (torch.arange(64).view(8, 8) % 2).expand(3, 8, 8)
+    image = torch.cat([200 + stripes, 20 + stripes, torch.full_like(stripes, 220)], dim=2).to(torch.uint8)
+    images, anchors = PatchedImages(image[None], 8), torch.tensor([[0]])
+    raw, normalised = (cluster_similarity(images, anchors, kind).similarity_BL[0] for kind in ("raw", "normalized"))
+    assert raw[2] > 0.98
+    assert raw[1] < -0.9
+    assert normalised[1] > 0.98
+    assert normalised[2] < 0.5
+
+
+def test_the_mean_colour_has_no_direction_raw() -> None:
+    """The grey that whole numbers of 0 to 255 come nearest to the mean with: what is left of it is rounding."""
+    mean = PatchedImages(torch.tensor([123, 117, 104], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 8, 16), 8)
+    patches = torch.cat((mean.patches(), torch.randn(1, 2, 192, generator=generator())), dim=1)
+    assert anchor_similarity(patches, torch.tensor([[0]]), "raw")[0].tolist() == [1, 1, 0, 0]
 
 
 def test_permuting_images_or_patches_permutes_similarities() -> None:
@@ -158,7 +186,7 @@ def test_results_do_not_depend_on_the_slices(size: int, monkeypatch: pytest.Monk
     weight_DP, position_LD = torch.randn(8, 192, generator=generator()), torch.randn(16, 8, generator=generator())
 
     def results() -> tuple[Tensor, ...]:
-        mixed = cluster_similarity(images, anchors, lambda x: embed_patches(x, weight_DP, position_LD), 0.3)
+        mixed = cluster_similarity(images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), 0.3)
         return *mixed, pgs_scores(images, 0.2, generator())
 
     expected = results()
@@ -185,7 +213,7 @@ def test_embedding_mix_is_linear_in_progress() -> None:
                     pixels = cosine(patches[b, a].double().numpy(), patches[b, p].double().numpy())
                     values.append(1.0 if a == p else (1 - mix) * pixels + mix * embedded)
                 expected[b, p] = max(values)
-        result = cluster_similarity(images, anchors, lambda x: embed_patches(x, weight_DP, position_LD), mix)
+        result = cluster_similarity(images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), mix)
         assert torch.allclose(result.similarity_BL.double(), torch.tensor(expected), atol=2e-5)
 
     embed = Guidance(progress=0.5, embed=lambda x: embed_patches(x, weight_DP, position_LD)).embed
@@ -193,5 +221,5 @@ def test_embedding_mix_is_linear_in_progress() -> None:
         images, MaskingConfig(embedding_mix=0.8, anchor_ratio=0.2), generator(7), Guidance(0.5, embed)
     )
     generate = generator(7)
-    similarity = cluster_similarity(images, draw_anchors(3, 16, 0.2, generate), embed, 0.4).similarity_BL
+    similarity = cluster_similarity(images, draw_anchors(3, 16, 0.2, generate), "normalized", embed, 0.4).similarity_BL
     assert torch.equal(half_way.selection.kept_K, select_patches(similarity, 0.5, 0.3, 0.9, generate).kept_K)
