@@ -123,7 +123,7 @@ def test_brightness_counts_raw_and_only_the_pattern_normalised() -> None:
     images, anchors = PatchedImages(image[None], 8), torch.tensor([[0]])
     raw, normalised = (cluster_similarity(images, anchors, kind).similarity_BL[0] for kind in ("raw", "normalized"))
     assert raw[2] > 0.98
-    assert raw[1] < -0.9
+    assert raw[1] < -0.8
     assert normalised[1] > 0.98
     assert normalised[2] < 0.5
 
@@ -186,7 +186,9 @@ def test_results_do_not_depend_on_the_slices(size: int, monkeypatch: pytest.Monk
     weight_DP, position_LD = torch.randn(8, 192, generator=generator()), torch.randn(16, 8, generator=generator())
 
     def results() -> tuple[Tensor, ...]:
-        mixed = cluster_similarity(images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), 0.3)
+        mixed = cluster_similarity(
+            images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), 0.3
+        )
         return *mixed, pgs_scores(images, 0.2, generator())
 
     expected = results()
@@ -213,7 +215,9 @@ def test_embedding_mix_is_linear_in_progress() -> None:
                     pixels = cosine(patches[b, a].double().numpy(), patches[b, p].double().numpy())
                     values.append(1.0 if a == p else (1 - mix) * pixels + mix * embedded)
                 expected[b, p] = max(values)
-        result = cluster_similarity(images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), mix)
+        result = cluster_similarity(
+            images, anchors, "normalized", lambda x: embed_patches(x, weight_DP, position_LD), mix
+        )
         assert torch.allclose(result.similarity_BL.double(), torch.tensor(expected), atol=2e-5)
 
     embed = Guidance(progress=0.5, embed=lambda x: embed_patches(x, weight_DP, position_LD)).embed
