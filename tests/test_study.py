@@ -99,11 +99,11 @@ def test_runs_of_one_process_are_those_of_their_own(tmp_path: Path, shards: Path
     subprocess.run([sys.executable, *synthetic], check=True, cwd=ROOT, env=environment, capture_output=True)
     study_file = tmp_path / "study.yaml"
     study_file.write_text(yaml.safe_dump(SMALL))
-    output = tmp_path / "out"
+    output = tmp_path / "out" / "study"
 
     def run_study(action: str) -> str:
         command = [sys.executable, "benchmarks/study/run_study.py", action, str(study_file)]
-        options = ["--data", str(data), "--output", str(output), "--workers", "0"]
+        options = ["--data", str(data), "--output", str(output.parent), "--workers", "0"]
         done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -1,6 +1,6 @@
 """What the runs of studies reached, summed up: parts of benchmarks/results/study.json.
 
-    python benchmarks/study/collect_study.py flickr8k_gpu=OUT cifar10_cpu=OUT
+    python benchmarks/study/collect_study.py OUT/flickr8k_gpu OUT/cifar10_cpu
 
 Arms are compared over the seeds that both have. Seconds are those of steps timed alone (`run_study.py time`), where
 they were, times the steps: runs side by side disturb each other's clocks.
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paired import estimate, paired_p
 from record import record
-from run_study import median_times, read_lines
+from run_study import read_lines, step_times
 from study_plan import BASELINE, TAIL_SHARE, Study, read_study
 
 PROBE = "linear probe"
@@ -29,12 +29,14 @@ class Outcomes:
 
     def __init__(self, directory: Path) -> None:
         self.study: Study = read_study(directory / "study.yaml")
-        self.times = median_times(directory)
+        self.times = step_times(self.study, directory)
         self._timed = read_lines(directory / "times.jsonl")
         self._probes = _read_probes(directory)
         self._runs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         for line in read_lines(directory / "runs.jsonl"):
-            view = "samples" if line["view"] == "further" else line["view"]
+            # the baseline takes as long as itself
+            is_samples = line["view"] == "further" or line["arm"] == BASELINE
+            view = "samples" if is_samples else line["view"]
             self._runs.setdefault((line["arm"], view), {})[line["seed"]] = line
 
     @property
@@ -113,7 +115,7 @@ class Outcomes:
 
     def _arms(self) -> list[tuple[str, str]]:
         """What has runs, in the order of the study's file."""
-        views = [view for view in self.study.views if view != "further"]
+        views = [view for view in ("samples", "time", "tail") if any(view == found for _, found in self._runs)]
         return [(arm, view) for view in views for arm in self.study.arms if (arm, view) in self._runs]
 
     def _pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -121,7 +123,7 @@ class Outcomes:
         for arm, view in self._arms():
             if (arm, view) != (BASELINE, "samples"):
                 pairs.append(((arm, view), (BASELINE, "samples")))
-            if arm != BASELINE and not arm.startswith("random"):
+            if arm not in (BASELINE, _random_like(arm)):
                 pairs.append(((arm, view), (_random_like(arm), view)))
             if view == "tail":
                 pairs.append(((arm, view), (arm, "samples")))
@@ -131,8 +133,9 @@ class Outcomes:
 
 
 def _random_like(arm: str) -> str:
-    """The random arm of an arm's ratio."""
-    return f"random {arm.rsplit(' ', 1)[1]}" if " " in arm else "random 0.5"
+    """The random arm of an arm's ratio; of half the patches for an arm without one in its name."""
+    last = arm.rsplit(" ", 1)[-1]
+    return f"random {last}" if last[0].isdigit() else "random 0.5"
 
 
 def _read_probes(directory: Path) -> dict[str, float]:
@@ -147,13 +150,13 @@ def _read_probes(directory: Path) -> dict[str, float]:
 def main() -> None:
     """Collect and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", metavar="NAME=OUT")
+    parser.add_argument("studies", nargs="+", type=Path, metavar="OUT/NAME")
     options = parser.parse_args()
-    for study in options.studies:
-        name, _, directory = study.partition("=")
-        figures = Outcomes(Path(directory)).figures()
+    for directory in options.studies:
+        name = directory.name
+        figures = Outcomes(directory).figures()
         seeds = min(arm["seeds"] for arms in figures["views"].values() for arm in arms.values())
-        print(record("study", figures, f"python benchmarks/study/collect_study.py {name}=OUT", seeds, name), name)
+        print(record("study", figures, f"python benchmarks/study/collect_study.py OUT/{name}", seeds, name), name)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ _PRELOADED = ("deepspeed.runtime.engine", "torch.utils.tensorboard", "pipeline.t
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to train; what is printed goes to `log`."""
+    """A recipe to train, perhaps with one of experiments.py; what is printed goes to `log`."""
 
     name: str
     recipe: Path
     log: Path
+    experiment: str | None = None
 
 
 OnEnd = Callable[[Job, bool], None]

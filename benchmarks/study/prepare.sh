@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Shards, evaluation sets and tokenizers of the studies.
 #   prepare.sh DATA FOLDER [SYNTHETIC_PAIRS] [PROCESSES]
-# DATA holds flickr8k_{train,val}.parquet and cifar10_{train,test}.parquet (docs/results.md). Made parts stay.
+# DATA holds flickr8k_{train,val}.parquet, cifar10_{train,test}.parquet, tiny_imagenet_{train,val}.parquet and
+# tiny_imagenet_classes.tsv (docs/results.md). Made parts stay. PARTS names some of: flickr cifar tiny synthetic.
 set -euo pipefail
 data=$1
 out=$2
@@ -43,6 +44,19 @@ cifar() {
         data-prep tokenizer "$out/cifar_train" --model-type bpe --vocab-size 512 --output "$out/cifar.model"
     }
 }
+tiny() {
+    made "$out/tiny.model" || {
+        python "$(dirname "$0")/tiny_imagenet.py" "$data" "$out"
+        data-prep pack "$data/tiny_imagenet_val.parquet" --as classification --label-column label --output "$out/tiny" \
+            --classnames "$out/tiny_classes.txt" --templates "$out/tiny_templates.txt" --overwrite
+        for pairs in 1500 6000 24000 50000; do
+            data-prep pack "$out/tiny_$pairs.parquet" --output "$out/tiny_$pairs" --samples-per-shard 500 --overwrite
+            data-prep verify "$out/tiny_$pairs"
+            rm "$out/tiny_$pairs.parquet"
+        done
+        data-prep tokenizer "$out/tiny_50000" --model-type bpe --vocab-size 2048 --output "$out/tiny.model"
+    }
+}
 synthetic() {
     made "$out/synthetic.model" || {
         rm -rf "$out/synthetic"
@@ -52,7 +66,7 @@ synthetic() {
         data-prep tokenizer "$out/synthetic_train" --model-type bpe --vocab-size 1024 --output "$out/synthetic.model"
     }
 }
-for part in ${PARTS:-flickr cifar synthetic}; do
+for part in ${PARTS:-flickr cifar tiny synthetic}; do
     "$part" &
 done
 wait

@@ -2,29 +2,36 @@
 
     benchmarks/study/prepare.sh DATA FOLDER                               # shards, evaluation sets, tokenizers
     python benchmarks/study/run_study.py time STUDY.yaml --data FOLDER --output OUT       # seconds of a step, alone
-    python benchmarks/study/run_study.py train STUDY.yaml --data FOLDER --output OUT --lanes 4 --minutes 10
+    python benchmarks/study/run_study.py train STUDY.yaml… --data FOLDER --output OUT --lanes 4 --minutes 10
     python benchmarks/study/run_study.py probe STUDY.yaml --data FOLDER --output OUT      # of the final weights
-    python benchmarks/study/collect_study.py OUT…                         # -> benchmarks/results/study.json
+    python benchmarks/study/collect_study.py OUT/NAME…                    # -> benchmarks/results/study.json
 
-`time` runs every arm by itself, again and again in turn, and has to come first: the runs of the view `time` are as long
-as its ratios say. With several lanes the runs of `train` disturb each other's speed, never what they learn. Finished
-runs are not repeated. On a machine without a GPU set DS_ACCELERATOR=cpu, and OMP_NUM_THREADS=1 for one lane per core.
+What a study gives is in OUT/NAME, NAME that of its file. `time` runs every arm by itself, again and again in turn, and
+has to come first: the runs of the view `time` are as long as its ratios say. With `--workers 0` it counts the seconds
+that a core works, whatever else the machine does. With several lanes the runs of `train`
+disturb each other's speed, never what they learn. Finished runs are not repeated: the same command goes on. On a
+machine without a GPU set DS_ACCELERATOR=cpu, and OMP_NUM_THREADS=1 for one lane per core.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import yaml
+from experiments import trying
 from lanes import Job, preload, run_jobs
 from study_plan import BASELINE, Run, Study, merged, read_study, recipe_of
 
@@ -34,7 +41,7 @@ from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training import training_run
 
-_TIMED_STEPS, _UNTIMED_LINES = 40, 1
+_TIMED_STEPS, _UNTIMED_LINES = 20, 1
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -42,12 +49,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_job(name: str, directory: Path, fields: dict[str, Any]) -> Job:
+def write_job(name: str, directory: Path, fields: dict[str, Any], experiment: str | None = None) -> Job:
     """A recipe's file and a log beside its run directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     recipe = directory.with_name(f"{directory.name}.yaml")
     recipe.write_text(yaml.safe_dump(fields, sort_keys=False))
-    return Job(name, recipe, directory.with_name(f"{directory.name}.log"))
+    return Job(name, recipe, directory.with_name(f"{directory.name}.log"), experiment)
 
 
 @functools.cache
@@ -58,11 +65,18 @@ def _ranks() -> Ranks:
 
 def train(job: Job) -> None:
     """What `pipeline/train.py` does, without a start of its own."""
-    code = training_run.train(load_recipe(str(job.recipe), []), _ranks(), plan_warnings)
+    with trying(job.experiment):
+        code = training_run.train(load_recipe(str(job.recipe), []), _ranks(), plan_warnings)
     if code == training_run.EXIT_INTERRUPTED:
         raise SystemExit(code)  # asked to stop, and saved: the lane stops too, and the same command goes on
     if code:
         raise RuntimeError(f"exit code {code}")
+
+
+def train_by_core_seconds(job: Job) -> None:
+    """`train` whose seconds are those that a core worked, of one thread and a loader within: others are not counted."""
+    with mock.patch("pipeline.training.observing.metrics.time", SimpleNamespace(perf_counter=time.process_time)):
+        train(job)
 
 
 def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int, end_s: float) -> None:
@@ -76,10 +90,12 @@ def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int,
     }
     jobs = []
     for turn in range(rounds):
-        for arm in study.arms:
+        for arm, settled in study.arms.items():
+            if settled.parts:
+                continue
             directory = output / "timed" / f"{arm.replace(' ', '_')}-{known}-{turn}"
             fields = merged(recipe_of(study, Run(arm, "samples", 0), 1.0, data, directory), settings)
-            jobs.append(write_job(arm, directory, fields))
+            jobs.append(write_job(arm, directory, fields, settled.experiment))
 
     def keep(job: Job, is_well: bool) -> None:
         if not is_well:
@@ -97,20 +113,21 @@ def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int,
             file.write(json.dumps(figures) + "\n")
         print(json.dumps(figures), flush=True)
 
-    run_jobs(train, jobs, 1, end_s, keep)
+    run_jobs(train_by_core_seconds if workers == 0 else train, jobs, 1, end_s, keep)
 
 
-def median_times(output: Path) -> dict[str, float]:
-    """Median seconds of a step of each arm that was timed."""
-    lines = read_lines(output / "times.jsonl")
-    return {
-        arm: statistics.median(line["s_per_step"] for line in lines if line["arm"] == arm)
+def step_times(study: Study, output: Path) -> dict[str, float]:
+    """Seconds of a step of each arm, alone on a core: the least of its rounds, since others only ever add to it."""
+    lines = read_lines((output.with_name(study.timed_as) if study.timed_as else output) / "times.jsonl")
+    timed = {
+        arm: min(line["s_per_step"] for line in lines if line["arm"] == arm)
         for arm in dict.fromkeys(line["arm"] for line in lines)
     }
+    return {arm: step_s for arm in study.arms if (step_s := study.step_s(arm, timed)) is not None}
 
 
 def _jobs(study: Study, data: Path, output: Path, workers: int) -> list[Job]:
-    times = median_times(output)
+    times = step_times(study, output)
     done = {line["name"] for line in read_lines(output / "runs.jsonl")}
     jobs = []
     for run in study.runs():
@@ -123,7 +140,7 @@ def _jobs(study: Study, data: Path, output: Path, workers: int) -> list[Job]:
             share = times[BASELINE] / times[run.arm]
         directory = output / "runs" / run.name
         fields = merged(recipe_of(study, run, share, data, directory), {"data": {"workers": workers}})
-        jobs.append(write_job(run.name, directory, fields))
+        jobs.append(write_job(f"{output.name}/{run.name}", directory, fields, study.arms[run.arm].experiment))
     return jobs
 
 
@@ -145,22 +162,25 @@ def _mean_of(line: dict[str, Any], keys: list[str]) -> float | None:
     return statistics.mean(line[key] for key in keys) if all(key in line for key in keys) else None
 
 
-def train_arms(study: Study, data: Path, output: Path, lanes: int, workers: int, end_s: float) -> None:
-    """All runs that are not finished, until the time is up."""
-    runs = {run.name: run for run in study.runs()}
+def train_arms(studies: Mapping[Path, Study], data: Path, lanes: int, workers: int, end_s: float) -> None:
+    """All runs of studies, by their folders, that are not finished, studies in turn, until the time is up."""
+    runs = {f"{folder.name}/{run.name}": (study, run) for folder, study in studies.items() for run in study.runs()}
 
     def keep(job: Job, is_well: bool) -> None:
         if not is_well:
             print(f"{job.name} failed, see {job.log}", file=sys.stderr, flush=True)
             return
-        kept = outcome(study, runs[job.name], output / "runs" / job.name)
-        with (output / "runs.jsonl").open("a") as file:
+        folder = job.log.parents[1]
+        study, run = runs[job.name]
+        kept = outcome(study, run, folder / "runs" / run.name)
+        with (folder / "runs.jsonl").open("a") as file:
             file.write(json.dumps(kept) + "\n")
         last = kept["curve"][-1]
         figures = "  ".join(f"{name} {last[name]:.4f}" for name in study.metrics)
         print(f"{job.name}  {last['wall_time_s']:.1f} s  {figures}", flush=True)
 
-    run_jobs(train, _jobs(study, data, output, workers), lanes, end_s, keep)
+    turns = itertools.zip_longest(*(_jobs(study, data, folder, workers) for folder, study in studies.items()))
+    run_jobs(train, [job for turn in turns for job in turn if job], lanes, end_s, keep)
 
 
 def probe_arms(study: Study, data: Path, output: Path, arms: list[str]) -> None:
@@ -177,7 +197,7 @@ def main() -> None:
     """Time, train or probe, as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["time", "train", "probe"])
-    parser.add_argument("study", type=Path)
+    parser.add_argument("studies", type=Path, nargs="+", metavar="STUDY.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.sh made")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lanes", type=int, default=1, help="runs at a time (train)")
@@ -187,16 +207,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="then end what is under way")
     options = parser.parse_args()
     end_s = time.monotonic() + 60 * options.minutes
-    study = read_study(options.study)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "study.yaml").write_text(options.study.read_text())
+    studies = {options.output / path.stem: read_study(path) for path in options.studies}
+    for folder, study in studies.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "study.yaml").write_text(study.to_yaml())
     preload()
-    if options.action == "time":
-        time_arms(study, options.data, options.output, options.rounds, options.workers, end_s)
-    elif options.action == "probe":
-        probe_arms(study, options.data, options.output, options.arms)
-    else:
-        train_arms(study, options.data, options.output, options.lanes, options.workers, end_s)
+    if options.action == "train":
+        train_arms(studies, options.data, options.lanes, options.workers, end_s)
+    for folder, study in studies.items():
+        if options.action == "time":
+            time_arms(study, options.data, folder, options.rounds, options.workers, end_s)
+        elif options.action == "probe":
+            probe_arms(study, options.data, folder, options.arms)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """A study: arms that differ in masking alone, trained on the same pairs in the same order from the same weights.
 
-The file of a study is YAML. `views` of an arm: `samples` sees as many pairs as every other; `time` trains for as long
-as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth of the learning rate. `further` are
-as `samples`, of the first seed alone, when all others are done.
+The file of a study is YAML, perhaps a diff over another (`base`). `views` of an arm: `samples` sees as many pairs as
+every other; `time` trains for as long as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth
+of the learning rate. `further` are as `samples`, of the first seed alone, when all others are done.
+
+An arm is sections of a recipe, or `parts`: shares of the run, each as another arm has it, at a tenth of the learning
+rate from the second on. `experiment` names one of experiments.py, at the ratio of the arm's masks.
 """
 
 from __future__ import annotations
@@ -19,6 +22,22 @@ View = Literal["samples", "time", "tail", "further"]
 TAIL_SHARE, TAIL_LR_RATIO = 0.1, 0.1
 
 
+class Arm(BaseModel):
+    """What sets one arm apart."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    masking: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    experiment: str | None = None
+    parts: dict[str, float] = {}  # name of an arm: share of the run
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Of the recipe."""
+        return {"masking": self.masking, "model": self.model}
+
+
 class Study(BaseModel):
     """What a study's file says; paths are within the folder of prepared data."""
 
@@ -32,9 +51,16 @@ class Study(BaseModel):
     pairs: int  # of a run at equal samples
     evaluations: int  # of a run, evenly spaced, the last at its end
     seeds: int
+    first_seed: int = 0
+    timed_as: str = ""  # the study whose times hold here too: the same arms on batches of the same shapes
+    protocol: str = ""  # what was decided before the first run
     recipe: dict[str, Any]
-    arms: dict[str, dict[str, Any]]  # sections of the recipe; the first is the baseline
+    arms: dict[str, Arm]  # the first is the baseline
     views: dict[View, list[str]]  # which arms
+
+    def to_yaml(self) -> str:
+        """The whole study in one file, without a base."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property
     def batch(self) -> int:
@@ -48,8 +74,18 @@ class Study(BaseModel):
     def runs(self) -> list[Run]:
         """All runs: every seed once before any a second time, so that what is not reached is balanced."""
         views = {view: arms for view, arms in self.views.items() if view != "further"}
-        runs = [Run(arm, view, seed) for seed in range(self.seeds) for view, arms in views.items() for arm in arms]
-        return [*runs, *(Run(arm, "further", 0) for arm in self.views.get("further", []))]
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        runs = [Run(arm, view, seed) for seed in seeds for view, arms in views.items() for arm in arms]
+        return [*runs, *(Run(arm, "further", self.first_seed) for arm in self.views.get("further", []))]
+
+    def step_s(self, arm: str, timed: dict[str, float]) -> float | None:
+        """Seconds of an arm's step, from those of the arms that were timed; None where it cannot be told."""
+        parts = self.arms[arm].parts
+        if not parts:
+            return timed.get(arm)
+        if not parts.keys() <= timed.keys():
+            return None
+        return sum(share * timed[part] for part, share in parts.items())
 
 
 @dataclass(frozen=True)
@@ -68,7 +104,16 @@ class Run:
 
 def read_study(path: Path) -> Study:
     """Raises pydantic's ValidationError for a file that is no study."""
-    return Study.model_validate(yaml.safe_load(path.read_text()))
+    return Study.model_validate(_read_fields(path))
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load(path.read_text())
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    below = _read_fields(path.parent / base)
+    return below | fields | {name: merged(below[name], fields.get(name, {})) for name in ("recipe", "arms")}
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -83,9 +128,8 @@ def recipe_of(study: Study, run: Run, share: float, data: Path, output: Path) ->
     """The recipe of a run that sees `share` times the study's pairs."""
     steps = study.steps(share)
     every = steps // study.evaluations
-    fields = merged(study.recipe, study.arms[run.arm])
     fields = merged(
-        fields,
+        study.recipe,
         {
             "data": {"train": str(data / study.train), "tokenizer": str(data / study.tokenizer)},
             "evaluation": {"data": [str(data / name) for name in study.evaluation], "every_steps": every},
@@ -99,11 +143,22 @@ def recipe_of(study: Study, run: Run, share: float, data: Path, output: Path) ->
             "optimizer": {"warmup_steps": steps // 10},
         },
     )
+    parts = study.arms[run.arm].parts
     if run.view == "tail":
-        tail = max(1, round(TAIL_SHARE * steps))
-        rate = {"lr": fields["optimizer"]["lr"] * TAIL_LR_RATIO, "warmup_steps": 0}
-        fields["stages"] = [
-            {"name": "masked", "train": {"max_steps": steps - tail}},
-            {"name": "whole", "masking": {"strategy": "none"}, "optimizer": rate, "train": {"max_steps": tail}},
-        ]
-    return fields
+        parts = {run.arm: 1 - TAIL_SHARE, BASELINE: TAIL_SHARE}
+    if not parts:
+        return merged(fields, study.arms[run.arm].sections)
+    return fields | {"stages": _stages(study, parts, steps, fields["optimizer"]["lr"])}
+
+
+def _stages(study: Study, parts: dict[str, float], steps: int, lr: float) -> list[dict[str, Any]]:
+    """Of a run in parts: the last takes the steps that rounding leaves."""
+    lengths = [max(1, round(share * steps)) for share in parts.values()]
+    lengths[0] += steps - sum(lengths)
+    stages = []
+    for number, (arm, length) in enumerate(zip(parts, lengths, strict=True)):
+        stage = {"name": f"part{number + 1}", **study.arms[arm].sections, "train": {"max_steps": length}}
+        if number:
+            stage["optimizer"] = {"lr": lr * TAIL_LR_RATIO, "warmup_steps": 0}
+        stages.append(stage)
+    return stages
