@@ -8,7 +8,8 @@
 
 What a study gives is in OUT/NAME, NAME that of its file. `time` runs every arm by itself, again and again in turn, and
 has to come first: the runs of the view `time` are as long as its ratios say. With `--workers 0` it counts the seconds
-that a core works, whatever else the machine does. With several lanes the runs of `train`
+that a core works on steps, whatever else the machine does, and leaves out those of the loader, which has a process of
+its own elsewhere. With several lanes the runs of `train`
 disturb each other's speed, never what they learn. Finished runs are not repeated: the same command goes on. On a
 machine without a GPU set DS_ACCELERATOR=cpu, and OMP_NUM_THREADS=1 for one lane per core.
 """
@@ -75,7 +76,11 @@ def train(job: Job) -> None:
 
 def train_by_core_seconds(job: Job) -> None:
     """`train` whose seconds are those that a core worked, of one thread and a loader within: others are not counted."""
-    with mock.patch("pipeline.training.observing.metrics.time", SimpleNamespace(perf_counter=time.process_time)):
+    core = SimpleNamespace(perf_counter=time.process_time)
+    with (
+        mock.patch("pipeline.training.observing.metrics.time", core),
+        mock.patch("pipeline.training.trainer.time", core),
+    ):
         train(job)
 
 
@@ -104,7 +109,7 @@ def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int,
         lines = read_lines(job.log.with_suffix("") / "metrics.jsonl")[_UNTIMED_LINES:]
         figures = {
             "arm": job.name,
-            "s_per_step": statistics.median(line["seconds_per_step"] for line in lines),
+            "s_per_step": statistics.median(_seconds(line, is_alone=workers > 0) for line in lines),
             "data_wait_share": statistics.median(line["data_wait_share"] for line in lines),
             "tokens_per_pair": (lines[-1]["image_tokens"] + lines[-1]["text_tokens"]) / study.batch,
             "memory_peak_bytes": max(line["memory_peak_bytes"] or 0 for line in lines),
@@ -114,6 +119,12 @@ def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int,
         print(json.dumps(figures), flush=True)
 
     run_jobs(train_by_core_seconds if workers == 0 else train, jobs, 1, end_s, keep)
+
+
+def _seconds(line: dict[str, Any], is_alone: bool) -> float:
+    """Of a step, without the loader's where that works in the same process."""
+    seconds: float = line["seconds_per_step"]
+    return seconds if is_alone else seconds * (1 - line["data_wait_share"])
 
 
 def step_times(study: Study, output: Path) -> dict[str, float]:
