@@ -65,7 +65,9 @@ class BalancedOrder(SampleOrder):
         if self._is_one_window:
             return [np.flatnonzero(self.draws.counts(lap))]
         shards = keep_apart(self._drawn_shards(lap - 1), self._drawn_shards(lap))
-        return np.array_split(shards, max(1, -(-len(shards) // self.window_shards)))
+        # no window is larger than a third, which is what is kept apart of two laps
+        largest = max(1, min(self.window_shards, len(shards) // 3))
+        return np.array_split(shards, max(1, -(-len(shards) // largest)))
 
     def _drawn_shards(self, lap: int) -> np.ndarray:
         """As they are shuffled, without regard to the lap before."""

@@ -150,7 +150,7 @@ def slow_order(world: World, laps: int) -> list[list[Place]]:
             in_order.append(slow_apart(*units))  # type: ignore[arg-type]
             continue
         shards = slow_apart(shuffled_shards(lap - 1) if lap else [], shuffled_shards(lap))
-        windows = -(-len(shards) // world.window_shards)
+        windows = -(-len(shards) // max(1, min(world.window_shards, len(shards) // 3)))
         of_lap: list[Place] = []
         for window in range(windows):
             # as equal as can be, the larger ones first
@@ -210,8 +210,8 @@ def test_what_was_late_is_not_early(before: list[int], now: list[int], lengths: 
 
 def test_a_batch_of_a_third_is_always_possible() -> None:
     """Of a set that is one window; of a larger one of about that, as windows are not divided."""
-    for shards, least in ((4, 1 / 3), (60, 0.25)):
-        order = World(((0.5,) * 300,) * shards, "bernoulli", 4, 1).order()
+    for shards, window, least in ((4, 4, 1 / 3), (60, 4, 0.25), *((shards, 8, 0.2) for shards in range(17, 27))):
+        order = World(((0.5,) * 300,) * shards, "bernoulli", window, 1).order()
         size = order.draws.num_samples
         assert order.largest_batch(range(8 * size)) > 0.9 * least * size
 
