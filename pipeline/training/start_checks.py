@@ -24,8 +24,9 @@ class Machine:
     @staticmethod
     def of(device: torch.device) -> Machine:
         """The machine that this process computes on."""
-        on_gpu = device.type == "cuda"
-        return Machine("this GPU", on_gpu, not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False))
+        if device.type == "cuda":
+            return Machine("this GPU", on_gpu=True, has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+        return Machine("this CPU", on_gpu=False, has_bf16=torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_stage(stage: Stage, config: dict[str, Any], machine: Machine) -> None:
@@ -49,6 +50,16 @@ def warnings_about(stage: Stage) -> list[str]:
     return [
         f"warning: {where}optimizer.warmup_steps {section.warmup_steps:,} are more than the {steps:,} steps: the "
         f"learning rate ends at {reached:.3g} and never reaches its peak of {section.lr:g}"
+    ]
+
+
+def warnings_about_precision(config: dict[str, Any], machine: Machine) -> list[str]:
+    """What a machine computes only in a roundabout way."""
+    if machine.has_bf16 or machine.on_gpu or precision_of(config) == "fp32":  # on a GPU it is refused
+        return []
+    return [
+        f"warning: {machine.name} has no instructions for bf16, in which products take it many times longer than in "
+        "fp32: take train.deepspeed_config=zero1_fp32"
     ]
 
 

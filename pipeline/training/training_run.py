@@ -31,7 +31,7 @@ from pipeline.training.observing.step_observer import ProfileWindow
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import RECORD, check_unchanged, read_record, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
-from pipeline.training.start_checks import Machine, check_stage, warnings_about
+from pipeline.training.start_checks import Machine, check_stage, warnings_about, warnings_about_precision
 from pipeline.training.trainer import RunContext, StageTrainer
 from pipeline.training.weights.stage_model import count_parameters, make_model
 from pipeline.training.weights.start_weights import RECORD_KEY, check_start_weights, load_start_weights
@@ -221,6 +221,10 @@ class TrainingRun:
         lines = [self._context.data.describe_mixture(stage.recipe.data, stage.seed) for stage in self._stages]
         return "".join(dict.fromkeys(lines))
 
+    def _warnings(self) -> list[str]:
+        of_stages = [warning for stage in self._stages for warning in warnings_about(stage)]
+        return of_stages + warnings_about_precision(self._configs[0], Machine.of(self._ranks.device))
+
     def _print_plan(self) -> None:
         config = self._configs[0]
         self._context.print(
@@ -228,6 +232,6 @@ class TrainingRun:
             f"on {self._ranks.world_size} x {self._ranks.device.type}\n"
             + self._describe_data()
             + describe_stages(self._stages, len(self._context.data.shards))
-            + "".join(f"\n{warning}" for stage in self._stages for warning in warnings_about(stage))
+            + "".join(f"\n{warning}" for warning in self._warnings())
             + f"\nDeepSpeed: {json.dumps(config)}"
         )

@@ -19,7 +19,13 @@ from pipeline.recipe_files import load_recipe, parse_recipe, read_recipe_file
 from pipeline.training.progress import Progress
 from pipeline.training.run_record import check_unchanged, write_record
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages, stage_of, steps_left
-from pipeline.training.start_checks import Machine, check_computable, check_stage, warnings_about
+from pipeline.training.start_checks import (
+    Machine,
+    check_computable,
+    check_stage,
+    warnings_about,
+    warnings_about_precision,
+)
 from pipeline.training.weights.stage_model import count_parameters, make_model, speed_up
 
 CPU = torch.device("cpu")
@@ -316,6 +322,12 @@ def test_how_the_model_is_computed_follows_the_stage(recipe_file: Path) -> None:
         check_computable(plan(recipe_file, "model.attention=varlen")[0], {}, old)
     with pytest.raises(UserError, match="needs 16-bit floats"):
         check_computable(plan(recipe_file, "model.attention=varlen")[0], {}, GPU)
+
+
+def test_a_cpu_without_bf16_is_no_secret() -> None:
+    old, new = (Machine("this CPU", on_gpu=False, has_bf16=has) for has in (False, True))
+    assert "zero1_fp32" in warnings_about_precision(BF16, old)[0]
+    assert warnings_about_precision(BF16, new) == warnings_about_precision({}, old) == []
 
 
 def test_a_staged_run_is_continued_only_as_it_was_started(recipe_file: Path, tmp_path: Path) -> None:
