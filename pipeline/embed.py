@@ -16,19 +16,23 @@ import argparse
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NoReturn
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from formats.embeddings import EmbeddingsHeader, claim_folder
 from formats.files import location_argument, path_argument
-from formats.manifest import Manifest, read_manifest
+from formats.manifest import Manifest, Shard, read_manifest
 from formats.programs import add_launcher_argument, run, whole
 from pipeline.data.shard_cache import ShardCache, default_directory
 from pipeline.evaluation.features import FeatureEncoder
 from pipeline.evaluation.jobs import Slice
-from pipeline.evaluation.shard_features import embed_shards, unfinished
+from pipeline.evaluation.shard_features import ImageEmbedder, embed_shards, unfinished
+from pipeline.foreign.dinov2 import is_dinov2, read_dinov2
 from pipeline.inference import load_any_model
-from pipeline.ranks import explain_lost_peers, init_ranks
+from pipeline.ranks import Ranks, explain_lost_peers, init_ranks
 
 # A rank that has less to do, because much was there already, waits for the others.
 _PATIENCE = timedelta(days=7)
@@ -42,46 +46,63 @@ def main(argv: Sequence[str]) -> int:
     with explain_lost_peers("the arrays of finished shards are kept"):
         ranks = init_ranks(_PATIENCE)
 
-        def load() -> FeatureEncoder:
-            model = load_any_model(arguments.checkpoint, ranks.device, arguments.tokenizer, arguments.model)
-            return FeatureEncoder(
-                model.identity, model.clip, model.tokenizer, model.preprocessing, ranks, arguments.workers
-            )
-
-        encoder = ranks.together(load)
-        ranks.from_main(lambda: claim_folder(arguments.output, _header(encoder, manifest)))
-        cache = ShardCache(default_directory(), int(arguments.cache_gib * 2**30))
-        undecodable = ranks.together(
-            lambda: _embed_share(encoder, manifest, cache, arguments.slice, arguments.output, arguments.batch_size)
+        embedder = ranks.together(
+            lambda: _load(arguments.checkpoint, ranks, arguments.workers, arguments.tokenizer, arguments.model)
         )
+        header = EmbeddingsHeader(
+            embedder.name, embedder.weights_sha256, manifest.sha256, embedder.width, manifest.num_samples
+        )
+        ranks.from_main(lambda: claim_folder(arguments.output, header))
+        share = [manifest.shards[number] for number in arguments.slice.share(len(manifest.shards), ranks)]
+        left = [share[number] for number in unfinished(arguments.output, share, embedder.width)]
+        cache = ShardCache(default_directory(), arguments.cache_gib << 30)
+        with _progress(left, ranks) as progress:
+            undecodable = ranks.together(
+                lambda: embed_shards(
+                    embedder,
+                    left,
+                    cache,
+                    arguments.output,
+                    arguments.batch_size,
+                    arguments.workers,
+                    progress.update,
+                )
+            )
         total_undecodable = sum(ranks.gather_objects(undecodable))
     if ranks.is_main:
-        _report(manifest, arguments.output, encoder.clip.config.embed_dim, total_undecodable)
+        _report(manifest, arguments.output, embedder.width, total_undecodable)
     return 0
 
 
-def _header(encoder: FeatureEncoder, manifest: Manifest) -> EmbeddingsHeader:
-    width = encoder.clip.config.embed_dim
-    return EmbeddingsHeader(
-        encoder.model.name, encoder.model.weights_sha256, manifest.sha256, width, manifest.num_samples
+def _load(checkpoint: str, ranks: Ranks, workers: int, tokenizer: str | None, name: str | None) -> ImageEmbedder:
+    if is_dinov2(Path(checkpoint)):
+        model = read_dinov2(Path(checkpoint), ranks.device)
+
+        def encode(images_3SS: list[Tensor]) -> Tensor:
+            images_BCHW = torch.stack(images_3SS).to(ranks.device)
+            return model.encode_image(model.preprocessing.normalize(images_BCHW))
+
+        return ImageEmbedder(model.name, checkpoint, model.sha256, model.width, model.preprocessing, encode)
+    clip = load_any_model(checkpoint, ranks.device, tokenizer, name)
+    encoder = FeatureEncoder(clip.identity, clip.clip, clip.tokenizer, clip.preprocessing, ranks, workers)
+    return ImageEmbedder(
+        clip.name,
+        clip.checkpoint,
+        clip.weights_sha256,
+        clip.clip.config.embed_dim,
+        clip.preprocessing,
+        encoder.encode_images,
     )
 
 
-def _embed_share(
-    encoder: FeatureEncoder, manifest: Manifest, cache: ShardCache, part: Slice, output: Path, batch_size: int
-) -> int:
-    """Embed what is unfinished of this slice's and rank's shards; how many of their pictures do not decode."""
-    ranks = encoder.ranks
-    share = [manifest.shards[number] for number in part.share(len(manifest.shards), ranks)]
-    left = [share[number] for number in unfinished(output, share, encoder.clip.config.embed_dim)]
-    with tqdm(
+def _progress(left: Sequence[Shard], ranks: Ranks) -> tqdm[NoReturn]:
+    return tqdm(
         total=sum(shard.samples for shard in left),
         desc="embed" if ranks.world_size == 1 else "embed, rank 0's share",
         unit="",
         disable=not (ranks.is_main and left),
         mininterval=0.2 if sys.stderr.isatty() else _LOG_FILE_REFRESH_S,
-    ) as progress:
-        return embed_shards(encoder, left, cache, output, batch_size, progress.update)
+    )
 
 
 def _report(manifest: Manifest, output: Path, width: int, undecodable: int) -> None:
@@ -104,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         type=location_argument,
         required=True,
         metavar="MODEL",
-        help="a run, a checkpoint, a model of open_clip or transformers",
+        help="a run, a checkpoint, a model of open_clip or transformers, also DINOv2",
     )
     parser.add_argument(
         "--data", type=location_argument, required=True, metavar="DIR", help="verified shard directory, local or remote"

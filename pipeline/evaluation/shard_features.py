@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,28 @@ from formats.arrays import array_path, map_array, write_array
 from formats.errors import UserError
 from formats.manifest import Shard
 from formats.pictures import ImageError
-from pipeline.data.image_transform import decode_image
+from pipeline.data.image_transform import Preprocessing, decode_image
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shard_reader import OpenShard, ShardReader
-from pipeline.evaluation.features import FeatureEncoder, load_ahead
+from pipeline.evaluation.features import load_ahead
 
 _BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class ImageEmbedder:
+    """What makes features of pictures.
+
+    source: what messages call the model
+    encode: features [b, width] of images that `preprocessing` made
+    """
+
+    name: str
+    source: str
+    weights_sha256: str
+    width: int
+    preprocessing: Preprocessing
+    encode: Callable[[list[Tensor]], Tensor]
 
 
 def unfinished(directory: Path, shards: Sequence[Shard], width: int) -> list[int]:
@@ -45,11 +62,12 @@ def _is_finished(path: Path, shard: Shard, width: int) -> bool:
 
 @torch.inference_mode()
 def embed_shards(
-    encoder: FeatureEncoder,
+    embedder: ImageEmbedder,
     shards: Sequence[Shard],
     cache: ShardCache,
     output: Path,
     batch_size: int,
+    threads: int,
     progress: Callable[[int], object],
 ) -> int:
     """Write the arrays of these shards; returns how many of their pictures do not decode: their rows are NaN.
@@ -58,11 +76,11 @@ def embed_shards(
     """
     reader = ShardReader(shards, cache)
     undecodable = 0
-    with ThreadPoolExecutor(encoder.workers) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for number, shard in enumerate(shards):
             following = range(number + 1, min(number + 2, len(shards)))
             opened = reader.open(number, partial(_windows, range(number, number + 1), following))
-            rows_nD = _embed(encoder, opened, pool, batch_size, progress)
+            rows_nD = _embed(embedder, opened, pool, batch_size, progress)
             write_array(array_path(output, shard), rows_nD)
             undecodable += int(np.isnan(rows_nD[:, 0]).sum())
     return undecodable
@@ -73,7 +91,7 @@ def _windows(now: range, following: range) -> tuple[range, range]:
 
 
 def _embed(
-    encoder: FeatureEncoder,
+    embedder: ImageEmbedder,
     shard: OpenShard,
     pool: ThreadPoolExecutor,
     batch_size: int,
@@ -83,21 +101,21 @@ def _embed(
 
     def load(sample: int) -> Tensor | None:
         try:
-            return encoder.preprocessing(decode_image(shard.read(sample)[0]))
+            return embedder.preprocessing(decode_image(shard.read(sample)[0]))
         except ImageError:
             return None
 
     n = len(shard.index.keys)
-    rows_nD = np.full((n, encoder.clip.config.embed_dim), np.nan, np.float16)
+    rows_nD = np.full((n, embedder.width), np.nan, np.float16)
     loaded = load_ahead(pool, load, range(n), ahead=_BATCHES_AHEAD * batch_size)
     for first in range(0, n, batch_size):
         images_3SS = list(islice(loaded, batch_size))
         usable = [index for index, image_3SS in enumerate(images_3SS) if image_3SS is not None]
         if usable:
-            features_bD = encoder.encode_images([image_3SS for image_3SS in images_3SS if image_3SS is not None])
+            features_bD = embedder.encode([image_3SS for image_3SS in images_3SS if image_3SS is not None])
             if not features_bD.isfinite().all():
                 raise UserError(
-                    f"{encoder.model.checkpoint} gives features that are not finite for pictures of {shard.url}: its "
+                    f"{embedder.source} gives features that are not finite for pictures of {shard.url}: its "
                     "training diverged; take an earlier checkpoint"
                 )
             normalised_bD = F.normalize(features_bD.float(), dim=1)

@@ -21,7 +21,7 @@ from pipeline.foreign.fields import UNREADABLE, per_channel, refuse_others, squa
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")
-_PROCESSOR, _IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+_PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 _LAYER_NORM_EPS = 1e-5
 # What old configurations say of CLIP's end token, which is the last id all the same.
 _OLD_EOS = 2
@@ -46,6 +46,7 @@ _PROCESSING = {
     "image_std": list(PIXEL_STD),
 }
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+_PROCESSORS_OF_DINOV2 = ("BitImageProcessor", "BitImageProcessorFast", "BitImageProcessorPil")  # they do the same
 _KINDS = ("image_processor_type", "feature_extractor_type")
 # How its images are handed over, and who else reads the file.
 _NO_MATTER = {"processor_class", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping"}
@@ -102,7 +103,7 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
     Raises UserError for what cannot be done here, and for two files that say different things.
     """
     found = {}
-    for name, section in ((_PROCESSOR, "image_processor"), (_IMAGE_PROCESSOR, None)):
+    for name, section in ((_PROCESSOR, "image_processor"), (IMAGE_PROCESSOR, None)):
         file = folder / name
         if not file.is_file():
             continue
@@ -120,7 +121,7 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
 
 def _preprocessing(given: Mapping[str, Any], size: int) -> Preprocessing:
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or _PROCESSORS[0]
-    if kind not in _PROCESSORS:
+    if kind not in (*_PROCESSORS, *_PROCESSORS_OF_DINOV2):
         raise ValueError(f"its processor is {kind}, not {_PROCESSORS[0]}")
     refuse_others("its processor", given, {*_PROCESSING, *_KINDS}, {}, _NO_MATTER)
     fields = with_defaults(given, _PROCESSING)
@@ -170,7 +171,7 @@ def text_files(config: CLIPConfig, encoder: TextEncoder) -> dict[str, str]:
         )
     return {
         CONFIG: json.dumps(_config(config, encoder.start_token_id), indent=2) + "\n",
-        _IMAGE_PROCESSOR: json.dumps(_processing(config.vision.image_size), indent=2) + "\n",
+        IMAGE_PROCESSOR: json.dumps(_processing(config.vision.image_size), indent=2) + "\n",
         **tokenizer_files(encoder, config.text.context_length),
     }
 

@@ -6,6 +6,7 @@ Needs the environment of `make peers`, or another one named by PEERS_PYTHON.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,17 @@ import torch
 from conftest import jpeg_bytes
 from peers.cases import PECULIAR_CAPTIONS, small_config, untrained_model
 from peers.client import Peer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_prep.tokens.clip_merges import ClipBytePairs as TrainedPairs
+from formats.errors import UserError
 from model.config import CLIPConfig, config_from_name
 from pipeline.data.captions import Tokenizer, load_tokenizer, tokenizer_from_bytes
 from pipeline.data.image_transform import Preprocessing, decode_image
 from pipeline.export import FORMATS, export, random_examples
 from pipeline.foreign import open_clip_folder, transformers_folder
+from pipeline.foreign.dinov2 import is_dinov2, read_dinov2
 from pipeline.inference import InferenceModel, load_any_model
 
 SIZE = 32
@@ -154,3 +157,23 @@ def test_a_folder_that_transformers_saved_again(peer: Peer, tmp_path: Path) -> N
     assert found.tokenizer.encode_batch(PECULIAR_CAPTIONS).equal(tokenizer.encode_batch(PECULIAR_CAPTIONS))
     assert found.preprocessing == Preprocessing(84, floor_offsets=True, resized=84)
     assert_same_features(found, model)
+
+
+def test_dinov2(peer: Peer, tmp_path: Path) -> None:
+    images_BCHW = torch.randn(3, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    save_file({"images": images_BCHW}, tmp_path / "images")
+    folder = tmp_path / "dinov2"
+    peer("dinov2_random", folder, tmp_path / "images", tmp_path / "theirs")
+    assert is_dinov2(folder)
+    model = read_dinov2(folder, torch.device("cpu"))
+    assert (model.preprocessing.size, model.preprocessing.resized, model.width) == (42, 48, 24)
+    theirs_BD = load_file(tmp_path / "theirs")["image_features"]
+    torch.testing.assert_close(model.encode_image(images_BCHW), theirs_BD, atol=1e-5, rtol=1e-5)
+    # names of the files that are published
+    old = {re.sub(r"\.q_proj", ".attention.query", name): value for name, value in model.weights.items()}
+    save_file(old, folder / "model.safetensors")
+    torch.testing.assert_close(read_dinov2(folder, torch.device("cpu")).encode_image(images_BCHW), theirs_BD)
+    del old["layernorm.bias"]
+    save_file(old, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"layernorm\.bias is missing"):
+        read_dinov2(folder, torch.device("cpu"))

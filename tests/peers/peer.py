@@ -181,6 +181,22 @@ def transformers_random(folder: str, examples: str, output: str) -> None:
     save_file(_transformers_features(model, load_file(examples)), output)
 
 
+def dinov2_random(folder: str, images: str, output: str) -> None:
+    """Save a DINOv2 with nothing at its default, and what its class token becomes of images of another size."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(2)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=70, patch_size=14, layer_norm_eps=1e-5
+    )
+    model = Dinov2Model(config).eval()
+    _disturb(model.parameters())
+    model.save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 42, "width": 42}).save_pretrained(folder)
+    pixels = load_file(images)["images"]
+    save_file({"image_features": model(pixel_values=pixels).last_hidden_state[:, 0].contiguous()}, output)
+
+
 def transformers_inputs(folder: str, captions: str, image: str, output: str) -> None:
     """Token ids and pixels by the processor of an exported folder."""
     from PIL import Image
@@ -287,6 +303,7 @@ COMMANDS = {
         open_clip_scripted,
         transformers_features,
         transformers_random,
+        dinov2_random,
         transformers_inputs,
         transformers_preprocessed,
         transformers_resaved,

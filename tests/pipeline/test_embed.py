@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RANK_ENVIRONMENT, ROOT, write_shards
+from safetensors.torch import save_file
 from saved_runs import save_run
 
 from formats.embeddings import open_embeddings
@@ -22,6 +23,7 @@ from formats.manifest import read_manifest, usable_samples
 from pipeline import embed
 from pipeline.data.captions import load_tokenizer
 from pipeline.data.image_transform import decode_image
+from pipeline.foreign.dinov2 import _shapes, read_dinov2
 from pipeline.inference import load_any_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,3 +154,35 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, whole: Path, model: Path,
         np.save(tmp_path / "00000.npy", array, allow_pickle=True)
         with pytest.raises(UserError, match=expected):
             open_embeddings(tmp_path, read_manifest(other))
+
+
+def make_dinov2(folder: Path) -> Path:
+    """A tiny one with random weights."""
+    folder.mkdir()
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    (folder / "config.json").write_text(json.dumps({"model_type": "dinov2", **sizes}))
+    processor = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}}
+    crop = {"crop_size": {"height": 24, "width": 24}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | crop))
+    generator = torch.Generator().manual_seed(0)
+    given = {"encoder.layer.0.mlp.fc1.bias": torch.zeros(20), "embeddings.position_embeddings": torch.zeros(1, 17, 12)}
+    shapes = _shapes(given, 1, 12, 8)
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def test_dinov2_embeds_too(tmp_path: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_dinov2(tmp_path / "dinov2")
+    assert embed.main(arguments(folder, damaged, tmp_path / "embeddings")) == 0
+    assert "1 pictures do not decode" in capsys.readouterr().out
+    manifest = read_manifest(damaged)
+    embeddings = open_embeddings(tmp_path / "embeddings", manifest)
+    assert embeddings.header["model"] == "dinov2"
+    model = read_dinov2(folder, torch.device("cpu"))
+    shard = manifest.shards[2]
+    images = [decode_image(sample.members["jpg"]) for sample in usable_samples(damaged, shard)]
+    pixels_BCHW = model.preprocessing.normalize(torch.stack([model.preprocessing(image) for image in images]))
+    alone_nD = torch.nn.functional.normalize(model.encode_image(pixels_BCHW), dim=1)
+    np.testing.assert_allclose(embeddings.rows(shard).astype(np.float32), alone_nD.numpy(), atol=1e-3)
