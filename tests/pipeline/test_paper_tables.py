@@ -138,6 +138,9 @@ def test_accuracy_by_rarity_stands_in_one_table() -> None:
     assert [cell.text for cell in table.of_kind("ours")[0].cells] == ["25.00", "10.00", "20.00"]
     assert column(table, "Let It Wag!")["DynamiCS, LAION-400M"] == "45.5"
     assert any("2604.27932" in note for note in table.notes)
+    alone = rarity_table(checkpoints_of(results[1:]), PUBLISHED)
+    assert alone
+    assert (alone.of_kind("published"), alone.notes) == ([], ())  # nothing of theirs to show
     assert rarity_table(checkpoints_of([result_of("a", "cifar10", {"acc1": 0.5})]), PUBLISHED) is None
 
 

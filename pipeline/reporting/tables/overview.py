@@ -15,7 +15,7 @@ from pipeline.evaluation.tasks.rarity import BY_RARITY
 from pipeline.recipe import Recipe
 from pipeline.reporting.inputs import Checkpoint
 from pipeline.reporting.runs import Run, device_hours_label
-from pipeline.reporting.tables.paper_tables import format_interval, paper_table
+from pipeline.reporting.tables.paper_tables import entry_figures, format_interval, paper_table
 from pipeline.reporting.tables.papers import RARITY, Measure, PaperLayout, Published
 from pipeline.reporting.tables.rows import by_recipe
 from pipeline.reporting.tables.table import Cell, Column, Row, Table, distinct, mark_places, percent
@@ -69,7 +69,9 @@ def rarity_table(checkpoints: Sequence[Checkpoint], published: Published, runs: 
         for dataset, metric in columns
     )
     layout = replace(RARITY, measures=(*RARITY.measures, *by_thirds))
-    return paper_table(layout, by_recipe(checkpoints), published, device_hours_label(runs))
+    entries = by_recipe(checkpoints)
+    beside = published if any(entry_figures(RARITY, entry) for entry in entries) else Published()
+    return paper_table(layout, entries, beside, device_hours_label(runs))
 
 
 def headline_columns(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, str]]:
