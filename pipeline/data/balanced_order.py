@@ -7,7 +7,6 @@ which the lap before ended waits. So samples that stand near each other, as thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import accumulate
 
 import numpy as np
@@ -39,12 +38,19 @@ class BalancedOrder(SampleOrder):
         """How far apart a sample's places in a lap and in the one before are at least."""
         if self._is_one_window:
             return min(self._length(lap - 1), self._length(lap)) // 3 + 1
-        before, now = self._shard_windows(lap - 1), self._shard_windows(lap)
-        third = min(sum(map(len, before)), sum(map(len, now))) // 3
-        counts_before, counts_now = self.draws.counts(lap - 1), self.draws.counts(lap)
-        late = sum(int(counts_before[shards].sum()) for shards in _first_windows(before[::-1], third))
-        early = sum(int(counts_now[shards].sum()) for shards in _first_windows(now, third))
-        return min(late, early) + 1
+        after = self._samples_outside(lap - 1, self._shard_windows(lap - 1)[::-1])
+        before = self._samples_outside(lap, self._shard_windows(lap))
+        return int((after + before).min()) + 1
+
+    def _samples_outside(self, lap: int, windows: list[np.ndarray]) -> np.ndarray:
+        """int64 [shards]: how many samples come in a lap's windows before that of the shard; all if it has none."""
+        counts = self.draws.counts(lap)
+        outside = np.full(len(self.shard_sizes), counts.sum())
+        so_far = 0
+        for shards in windows:
+            outside[shards] = so_far
+            so_far += counts[shards].sum()
+        return outside
 
     def _length(self, lap: int) -> int:
         return self.draws.lap_start(lap + 1) - self.draws.lap_start(lap)
@@ -65,9 +71,9 @@ class BalancedOrder(SampleOrder):
         if self._is_one_window:
             return [np.flatnonzero(self.draws.counts(lap))]
         shards = keep_apart(self._drawn_shards(lap - 1), self._drawn_shards(lap))
-        # no window is larger than a third, which is what is kept apart of two laps
-        largest = max(1, min(self.window_shards, len(shards) // 3))
-        return np.array_split(shards, max(1, -(-len(shards) // largest)))
+        third = len(shards) // 3  # which no window goes beyond
+        parts = [part for part in np.split(shards, [third, len(shards) - third]) if len(part)]
+        return [window for part in parts for window in np.array_split(part, -(-len(part) // self.window_shards))]
 
     def _drawn_shards(self, lap: int) -> np.ndarray:
         """As they are shuffled, without regard to the lap before."""
@@ -109,10 +115,3 @@ def keep_apart(before: np.ndarray, now: np.ndarray) -> np.ndarray:
     may_be_first = ~np.isin(head, before[len(before) - third :])
     first = np.flatnonzero(may_be_first)[:third]
     return np.concatenate([head[first], np.delete(head, first), now[2 * third :]])
-
-
-def _first_windows(windows: list[np.ndarray], shards: int) -> Iterator[np.ndarray]:
-    """The first windows that have no more than so many shards together."""
-    for window, count in zip(windows, accumulate(map(len, windows)), strict=True):
-        if count <= shards:
-            yield window

@@ -130,6 +130,7 @@ class _Thirds:
 
     def __init__(self, balance: Balance) -> None:
         self._balance = balance
+        self._ends = balance.thirds
         self._drawn = np.zeros(3, np.int64)
 
     def add_drawn(self, shard: int, samples: np.ndarray | slice) -> None:
@@ -145,11 +146,11 @@ class _Thirds:
             if number in seen:
                 is_seen = np.unpackbits(seen[number], count=shard.samples).astype(bool)
                 of_seen += np.bincount(thirds[is_seen], minlength=3)
-        up_to = (*self._balance.thirds, self._balance.max_rate)
+        up_to = (*self._ends, self._balance.max_rate)
         counts = (sizes.tolist(), self._drawn.tolist(), of_seen.tolist())
         return tuple(Third(*values) for values in zip(up_to, *counts, strict=True))
 
     def _third_of(self, shard: int) -> np.ndarray:
         rates = self._balance.rates(shard)
-        first, second = self._balance.thirds
+        first, second = self._ends
         return (rates > first).astype(np.int64) + (rates > second)

@@ -128,6 +128,16 @@ def slow_apart(before: list[int] | list[Place], now: list[int] | list[Place]) ->
     return [*first, *(item for item in now if item not in first)]  # type: ignore[return-value]
 
 
+def slow_windows(shards: list[int], window_shards: int) -> list[list[int]]:
+    """Each third in windows of its own: as few as can be, as equal as can be, the larger ones first."""
+    third, windows = len(shards) // 3, []
+    for part in (shards[:third], shards[third : len(shards) - third], shards[len(shards) - third :]):
+        number = -(-len(part) // window_shards)
+        sizes = [len(part) // number + (window < len(part) % number) for window in range(number)]
+        windows += [part[sum(sizes[:window]) : sum(sizes[: window + 1])] for window in range(number)]
+    return windows
+
+
 def slow_order(world: World, laps: int) -> list[list[Place]]:
     """The samples of each lap, in order."""
     drawn = [slow_lap(world, lap) for lap in range(laps)]
@@ -150,13 +160,9 @@ def slow_order(world: World, laps: int) -> list[list[Place]]:
             in_order.append(slow_apart(*units))  # type: ignore[arg-type]
             continue
         shards = slow_apart(shuffled_shards(lap - 1) if lap else [], shuffled_shards(lap))
-        windows = -(-len(shards) // max(1, min(world.window_shards, len(shards) // 3)))
         of_lap: list[Place] = []
-        for window in range(windows):
-            # as equal as can be, the larger ones first
-            size, larger = divmod(len(shards), windows)
-            start = window * size + min(window, larger)
-            of_lap += shuffled_window(lap, shards[start : start + size + (window < larger)], window)  # type: ignore[arg-type]
+        for window, of_window in enumerate(slow_windows(shards, world.window_shards)):  # type: ignore[arg-type]
+            of_lap += shuffled_window(lap, of_window, window)
         in_order.append(of_lap)
     return in_order
 
@@ -208,12 +214,14 @@ def test_what_was_late_is_not_early(before: list[int], now: list[int], lengths: 
     assert not set(apart[:third]) & set(before[len(before) - third :])
 
 
-def test_a_batch_of_a_third_is_always_possible() -> None:
-    """Of a set that is one window; of a larger one of about that, as windows are not divided."""
-    for shards, window, least in ((4, 4, 1 / 3), (60, 4, 0.25), *((shards, 8, 0.2) for shards in range(17, 27))):
-        order = World(((0.5,) * 300,) * shards, "bernoulli", window, 1).order()
-        size = order.draws.num_samples
-        assert order.largest_batch(range(8 * size)) > 0.9 * least * size
+@pytest.mark.parametrize(
+    ("shards", "window"), [(1, 3), (6, 3), (7, 3), (8, 3), (9, 3), (15, 3), (60, 4), *((n, 8) for n in range(17, 27))]
+)
+def test_a_batch_of_a_third_is_possible(shards: int, window: int) -> None:
+    """Of the samples of a set that is one window, else of its shards."""
+    order = World(((0.5,) * 300,) * shards, "bernoulli", window, 1).order()
+    share = 1 / 3 if shards <= 2 * window else shards // 3 / shards
+    assert order.largest_batch(range(8 * order.draws.num_samples)) > 0.9 * share * order.draws.num_samples
 
 
 def test_rates_are_kept_and_draws_do_not_depend_on_neighbours() -> None:
