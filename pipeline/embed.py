@@ -45,7 +45,6 @@ def main(argv: Sequence[str]) -> int:
     manifest = read_manifest(arguments.data)
     with explain_lost_peers("the arrays of finished shards are kept"):
         ranks = init_ranks(_PATIENCE)
-
         embedder = ranks.together(
             lambda: _load(arguments.checkpoint, ranks, arguments.workers, arguments.tokenizer, arguments.model)
         )
@@ -53,21 +52,16 @@ def main(argv: Sequence[str]) -> int:
             embedder.name, embedder.weights_sha256, manifest.sha256, embedder.width, manifest.num_samples
         )
         ranks.from_main(lambda: claim_folder(arguments.output, header))
-        share = [manifest.shards[number] for number in arguments.slice.share(len(manifest.shards), ranks)]
-        left = [share[number] for number in unfinished(arguments.output, share, embedder.width)]
-        cache = ShardCache(default_directory(), arguments.cache_gib << 30)
-        with _progress(left, ranks) as progress:
-            undecodable = ranks.together(
-                lambda: embed_shards(
-                    embedder,
-                    left,
-                    cache,
-                    arguments.output,
-                    arguments.batch_size,
-                    arguments.workers,
-                    progress.update,
-                )
-            )
+
+        def embed_share() -> int:
+            share = [manifest.shards[number] for number in arguments.slice.share(len(manifest.shards), ranks)]
+            left = [share[number] for number in unfinished(arguments.output, share, embedder.width)]
+            cache = ShardCache(default_directory(), arguments.cache_gib << 30)
+            size, threads = arguments.batch_size, arguments.workers
+            with _progress(left, ranks) as progress:
+                return embed_shards(embedder, left, cache, arguments.output, size, threads, progress.update)
+
+        undecodable = ranks.together(embed_share)
         total_undecodable = sum(ranks.gather_objects(undecodable))
     if ranks.is_main:
         _report(manifest, arguments.output, embedder.width, total_undecodable)

@@ -12,6 +12,7 @@ import pytest
 from cluster_material import GROUPS, groups_of, make_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_browser import CHROMIUM, open_browser
 
 from data_prep.__main__ import main
 from data_prep.balancing.kmeans import draw_sample, merge_near, unit_rows
@@ -98,6 +99,16 @@ def test_the_page_shows_members(made: Path) -> None:
     assert page.count("data:image/jpeg") == sum(min(6, size) for size in read_clusters(made).sizes_C.tolist())
     assert "What was merged" in page
     assert "The largest" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_the_page_in_a_browser(tmp_path: Path, made: Path) -> None:
+    with open_browser(tmp_path / "profile") as page:
+        for width in (1280, 400):
+            page.show(made / "clusters.html", width, "dark")
+            assert page.run("document.documentElement.scrollWidth") <= width
+            assert page.run("[...document.images].every(image => image.naturalWidth > 0)")
+            assert page.methods("Log.entryAdded") == []
 
 
 @pytest.mark.parametrize(
