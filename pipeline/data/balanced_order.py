@@ -32,7 +32,7 @@ class BalancedOrder(SampleOrder):
     def largest_batch(self, positions: range) -> int:
         """So many samples in a row, anywhere in a stretch of positions, are different ones."""
         first, last = self.draws.lap_at(positions.start), self.draws.lap_at(positions.stop - 1)
-        return min((self._distance(lap) for lap in range(first + 1, last + 1)), default=len(positions))
+        return min((self._distance(lap) for lap in range(first + 1, last + 1)), default=self.num_samples)
 
     def _distance(self, lap: int) -> int:
         """How far apart a sample's places in a lap and in the one before are at least."""

@@ -165,6 +165,7 @@ def test_a_mixture_balances_each_set(shards: Path, thinned: str, tmp_path: Path)
     assert order.weights[0] / sum(order.weights) == pytest.approx(expected / (expected + 30), rel=1e-3)
     for (shard, _), count in counts.items():
         assert count == pytest.approx([0.2, 1, 1.5, 1][shard] * epochs, abs=2)
+    data.check_batch(order, range(6), 6)  # a stage of one step, of which a set has fewer than it could
     weighted = [{"path": str(shards), "weight": 1}, {"path": str(other), "weight": 3}]
     section = DataSection.model_validate({"train": weighted, "balance": [thinned, "none"]})
     assert read_training_data(section).order(section, SEED).weights == (1, 3)
