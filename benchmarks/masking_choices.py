@@ -43,6 +43,32 @@ def by_row(kept_BL: Tensor, rows: int) -> list[float]:
     return [round(share, 3) for share in kept_BL.float().mean(dim=0).view(rows, -1).mean(dim=1).tolist()]
 
 
+def of_similarity(pixels_NCHW: Tensor, config: MaskingConfig, batch: int, draws: int) -> dict[str, Any]:
+    """Threshold that meets the budget, and how unevenly images lose."""
+    generator = torch.Generator().manual_seed(0)
+    thresholds, ratios = [], []
+    for _ in range(draws):
+        chosen_B = torch.randperm(len(pixels_NCHW), generator=generator)[:batch]
+        images = PatchedImages(pixels_NCHW[chosen_B], PATCH_SIZE)
+        masks = choose_patches(images, config, generator)
+        thresholds.append(masks.threshold)
+        ratios.append(1 - kept_mask(masks.selection.kept_K, images).float().mean(dim=1))
+    return {
+        "threshold_mean": round(float(torch.stack(thresholds).mean()), 3),
+        "threshold_std_over_batches": round(float(torch.stack(thresholds).std()), 4),
+        "masked_share_of_images_quantiles_5_25_50_75_95": _quantiles(torch.cat(ratios)),
+        "images_at_min_mask_ratio": _at_bound(torch.cat(ratios), images.num_patches),
+    }
+
+
+def _quantiles(ratio_N: Tensor) -> list[float]:
+    return [round(value, 3) for value in ratio_N.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()]
+
+
+def _at_bound(ratio_N: Tensor, num_patches: int) -> float:
+    return round(float((ratio_N <= MIN_RATIO + 1 / num_patches).float().mean()), 3)
+
+
 def measure(pixels_NCHW: Tensor, batch: int, draws: int) -> dict[str, Any]:
     """All figures."""
     generator = torch.Generator().manual_seed(0)
@@ -62,8 +88,6 @@ def measure(pixels_NCHW: Tensor, batch: int, draws: int) -> dict[str, Any]:
         reference = reference_masks(images, TARGET, MIN_RATIO, ANCHOR_RATIO, generator)
         reference_kept.append(kept_mask(reference.selection.kept_K, images))
     rows = images.grid[0]
-    quantiles = torch.cat(image_ratios).quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()
-    at_bound = (torch.cat(image_ratios) <= MIN_RATIO + 1 / images.num_patches).float().mean()
     return {
         "threshold_mean": round(float(torch.stack(thresholds).mean()), 3),
         "threshold_std_over_batches": round(float(torch.stack(thresholds).std()), 4),
@@ -76,8 +100,9 @@ def measure(pixels_NCHW: Tensor, batch: int, draws: int) -> dict[str, Any]:
             round(float(torch.stack(ratios).min()), 3),
             round(float(torch.stack(ratios).max()), 3),
         ],
-        "masked_share_of_images_quantiles_5_25_50_75_95": [round(value, 3) for value in quantiles],
-        "images_at_min_mask_ratio": round(float(at_bound), 3),
+        "masked_share_of_images_quantiles_5_25_50_75_95": _quantiles(torch.cat(image_ratios)),
+        "images_at_min_mask_ratio": _at_bound(torch.cat(image_ratios), images.num_patches),
+        "raw": of_similarity(pixels_NCHW, MaskingConfig(similarity="raw"), batch, draws),
         "kept_share_by_row": by_row(torch.cat(ours_kept), rows),
         "kept_share_by_row_released_code": by_row(torch.cat(reference_kept), rows),
         "kept_patches_released_code": int(reference_kept[-1][0].sum()),

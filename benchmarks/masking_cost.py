@@ -67,9 +67,10 @@ def calls(batch: int) -> dict[str, Call]:
     """What is compared, on the same images."""
     images = smooth_images(batch, 224)
     generator = torch.Generator().manual_seed(0)
-    config = MaskingConfig(strategy="cluster")
+    config, raw = MaskingConfig(strategy="cluster"), MaskingConfig(strategy="cluster", similarity="raw")
     return {
         "ours": lambda: choose_patches(PatchedImages(images, PATCH_SIZE), config, generator),
+        "raw": lambda: choose_patches(PatchedImages(images, PATCH_SIZE), raw, generator),
         "reference": lambda: reference_op(images, PATCH_SIZE),
         "patchify alone": lambda: patchify(images, PATCH_SIZE),
     }
@@ -96,16 +97,18 @@ def main() -> None:
     step()  # warm
     times: dict[str, list[float]] = {name: [] for name in (*compared, "step")}
     for number in range(options.rounds):
-        for name in [*compared][number % 3 :] + [*compared][: number % 3]:
+        for name in [*compared][number % len(compared) :] + [*compared][: number % len(compared)]:
             times[name].append(seconds(compared[name]) / options.batch)
         times["step"].append(seconds(step) / 16)
     medians_us = {name: statistics.median(values) * 1e6 for name, values in times.items()}
     over_reference = statistics.median(a / b for a, b in zip(times["ours"], times["reference"], strict=True))
+    raw_over_normalized = statistics.median(a / b for a, b in zip(times["raw"], times["ours"], strict=True))
     peak = peaks(options.batch)
     figures = {
         "us_per_image": round(medians_us["ours"], 1),
         "share_of_step": round(medians_us["ours"] / medians_us["step"], 5),
         "over_reference": round(over_reference, 4),
+        "raw_over_normalized": round(raw_over_normalized, 4),
         "peak_bytes": peak["ours"],
         "reference_us_per_image": round(medians_us["reference"], 1),
         "reference_peak_bytes": peak["reference"],

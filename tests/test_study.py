@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,16 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 from conftest import RANK_ENVIRONMENT
 from forked_ranks import start_program
 from waiting import wait_for
 
+from model.masking import PatchedImages, draw_anchors
 from pipeline import train
+from pipeline.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,6 +142,96 @@ def test_runs_of_one_process_are_those_of_their_own(tmp_path: Path, shards: Path
         ("none", "samples"),
         ("random 0.5", "samples"),
     }
+
+
+def test_files_of_studies_say_what_runs_can_be(tmp_path: Path) -> None:
+    """Every arm of every study makes a recipe that is one; the protocol goes with what the runs leave."""
+    study_plan = module("study_plan")
+    files = sorted((ROOT / "benchmarks/study").glob("*.yaml"))
+    assert len(files) > 5
+    for number, file in enumerate(files):
+        study = study_plan.read_study(file)
+        for arms in study.views.values():
+            assert set(arms) <= study.arms.keys(), file
+        for run in study.runs() if number % 3 == 0 or file.stem == "map_tiny" else ():
+            recipe = tmp_path / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump(study_plan.recipe_of(study, run, 1.3, tmp_path, tmp_path / "run")))
+            load_recipe(str(recipe), [])
+        assert study_plan.Study.model_validate(yaml.safe_load(study.to_yaml())) == study
+
+
+def test_runs_in_parts_take_the_time_of_their_parts() -> None:
+    study_plan = module("study_plan")
+    parts = {"random 0.5": 0.75, "none": 0.25}
+    study = study_plan.Study.model_validate(SMALL | {"arms": SMALL["arms"] | {"then whole": {"parts": parts}}})
+    assert study.step_s("then whole", {"none": 4.0, "random 0.5": 2.0}) == 2.5
+    assert study.step_s("then whole", {"none": 4.0}) is None
+    fields = study_plan.recipe_of(study, study_plan.Run("then whole", "time", 0), 1.0, Path("data"), Path("out"))
+    assert [stage["train"]["max_steps"] for stage in fields["stages"]] == [6, 2]
+    assert [stage["masking"]["strategy"] for stage in fields["stages"]] == ["random", "none"]
+    assert "masking" not in fields
+
+
+def pictures() -> PatchedImages:
+    """Of soft colours, so that patches resemble their neighbours."""
+    coarse = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    return PatchedImages((255 * F.interpolate(coarse, 64, mode="bilinear")).to(torch.uint8), 8)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
+def test_clusters_keep_what_a_slow_apportionment_gives_them(alpha: float) -> None:
+    experiments, images = module("experiments"), pictures()
+    choice = experiments.balanced(images, 0.5, torch.Generator().manual_seed(1), alpha, is_weighted=True)
+    features = experiments.colour_and_place(images)
+    anchors = draw_anchors(4, 64, 0.25, torch.Generator().manual_seed(1))
+    for image in range(4):
+        centres = features[image, anchors[image]]
+        nearest = [int((centres - patch).norm(dim=1).argmin()) for patch in features[image]]
+        sizes = [nearest.count(cluster) for cluster in range(16)]
+        kept = [int(patch) - 64 * image for patch in choice.masks.selection.kept_K if patch // 64 == image]
+        found = [sum(nearest[patch] == cluster for patch in kept) for cluster in range(16)]
+        # Sainte-Lague: no seat taken had a smaller quotient than one that is left
+        taken = [n**alpha / (seats - 0.5) for n, seats in zip(sizes, found, strict=True) if seats]
+        left = [n**alpha / (seats + 0.5) for n, seats in zip(sizes, found, strict=True) if seats < n]
+        assert len(kept) == 32
+        assert min(taken) >= max(left) - 1e-6
+        expected = [math.log(sizes[nearest[patch]] / found[nearest[patch]]) for patch in kept]
+        assert choice.log_size_BS[image].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_kept_patches_stand_for_those_that_resemble_them() -> None:
+    experiments, images = module("experiments"), pictures()
+    choice = experiments.representative(images, 0.5, torch.Generator().manual_seed(1), is_merged=True)
+    patches, features = images.patches(), experiments.colour_and_place(images)
+    merged = experiments.MergedImages(images.images_BCHW, 8, choice.mean_BSL).gather(choice.masks.selection.kept_K)
+    kept = choice.masks.selection.kept_K.view(4, 32) % 64
+    for image in range(4):
+        groups: dict[int, list[int]] = {}
+        for place in range(64):
+            distances = (features[image, kept[image]] - features[image, place]).norm(dim=1)
+            groups.setdefault(int(distances.argmin()), []).append(place)
+        for slot, group in groups.items():
+            assert torch.allclose(merged[32 * image + slot], patches[image, group].mean(dim=0), atol=1e-5)
+            assert float(choice.log_size_BS[image, slot]) == pytest.approx(math.log(len(group)), abs=1e-5)
+    bias = experiments.bias_of_sizes(torch.tensor([[0.0, 1.0]]), 2)
+    assert bias.tolist() == [[[[0, 1], [0, 1]]] * 2]
+
+
+def test_the_record_is_of_the_studies_that_are_there() -> None:
+    """What was decided before the runs is what is written down beside their figures; older records do not hold it."""
+    study_plan = module("study_plan")
+    for name, part in module("draw_study").recorded().items():
+        file = ROOT / "benchmarks/study" / f"{name}.yaml"
+        if "study" in part:
+            assert study_plan.Study.model_validate(part["study"]) == study_plan.read_study(file)
+            ran = {arm for arms in part["views"].values() for arm in arms}
+            assert ran <= {arm for arms in study_plan.read_study(file).views.values() for arm in arms}
+    for directory in (ROOT / "benchmarks/results/study").glob("*/"):
+        kept = study_plan.read_study(directory / "study.yaml")
+        assert kept == study_plan.read_study(ROOT / "benchmarks/study" / f"{directory.name}.yaml")
+        names = {run.name for run in kept.runs()}
+        lines = (directory / "runs.jsonl").read_text().splitlines() if (directory / "runs.jsonl").exists() else []
+        assert {json.loads(line)["name"] for line in lines} <= names
 
 
 def test_tables_of_pages_are_those_of_the_record() -> None:

@@ -104,6 +104,7 @@ class Outcomes:
             views.setdefault(view, {})[arm] = self.arm(arm, view)
         return {
             "title": self.study.title,
+            "study": self.study.model_dump(mode="json", exclude_defaults=True),
             "batch": self.study.batch,
             "pairs": self.study.steps() * self.study.batch,
             "metrics": self.metrics,
