@@ -101,7 +101,7 @@ def fill_missing_shards(directory: Path, one: Pass, settings: Settings, log: Bin
 
 def _clean_up(directory: Path, one: Pass) -> None:
     """Remove what is only there while shards are made."""
-    for path in (*directory.glob(".[0-9]*.part"), *(directory / PROGRESS_DIRECTORY).glob("*[0-9]*")):
+    for path in (*directory.glob(".[0-9]*.part"), *(directory / PROGRESS_DIRECTORY).glob("[0-9]*.json")):
         if int(re.findall(r"\d+", path.name)[0]) in one.numbers:
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another share still uses it
@@ -210,7 +210,8 @@ def _run_child(options: dict[str, Any]) -> None:
         try:
             _on_this_machine(worker, tasks, settings.processes)
         except BrokenProcessPool:
-            print("error: a worker process was killed (out of memory?): use fewer --processes", flush=True)
+            advice = "use fewer --processes; a picture that ends its worker twice is left out"
+            print(f"error: a worker process was killed (out of memory?): {advice}", flush=True)
         return
     from img2dataset.distributor import pyspark_distributor, ray_distributor
 

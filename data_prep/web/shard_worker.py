@@ -28,7 +28,9 @@ import pyarrow as pa
 from data_prep.boxes import read_boxes
 from data_prep.shards.writer import TarWriter
 from data_prep.web.http_client import HttpClient
+from data_prep.web.in_hand import FATAL, SUFFIX, InHand
 from data_prep.web.ledger import (
+    DECODE,
     FORGOTTEN,
     HASH,
     LISTED_HASH,
@@ -118,6 +120,7 @@ class _Shard:
         self._resources = contextlib.ExitStack()
         part = self._resources.enter_context(replacing(directory / f"{shard_name(shard)}.tar"))
         self._tar = self._resources.enter_context(TarWriter(part))
+        self.in_hand = self._resources.enter_context(InHand(_in_hand_path(directory, shard)))
 
     def __enter__(self) -> _Shard:
         return self
@@ -159,6 +162,7 @@ class _Shard:
             write_ledger(self._directory / f"{shard_name(self._shard)}.parquet", self._listed, rows)
             flush_to_disk(self._directory)  # or after a power loss the statistics could speak of files without a name
             write_json(statistics_path(self._directory, self._shard), self._statistics())
+            _in_hand_path(self._directory, self._shard).unlink(missing_ok=True)
 
     def _statistics(self) -> Row:
         """As img2dataset writes them, and the classes."""
@@ -181,6 +185,10 @@ class _Shard:
 def progress_path(directory: Path, shard: int) -> Path:
     """The outcomes so far of a shard in the making; whoever counts the finished shard deletes it."""
     return directory / PROGRESS_DIRECTORY / f"{shard_name(shard)}.json"
+
+
+def _in_hand_path(directory: Path, shard: int) -> Path:
+    return directory / PROGRESS_DIRECTORY / f"{shard_name(shard)}{SUFFIX}"
 
 
 def shards_under_way(directory: Path) -> list[int]:
@@ -223,7 +231,7 @@ async def _one_url(
     output: _Shard, index: int, row: Row, client: HttpClient, decoder: ThreadPoolExecutor, settings: Settings
 ) -> None:
     for tries in range(1, settings.retries + 2):
-        outcome, image, error = await _try_once(row, client, decoder, settings)
+        outcome, image, error = await _try_once(output.in_hand, index, row, client, decoder, settings)
         wait_s = _back_off_s(error, tries) if error else 0.0
         if error is None or not error.retryable or tries > settings.retries or wait_s > MAX_BACK_OFF_S:
             output.add(index, row, {**outcome, "tries": tries}, image)
@@ -232,17 +240,21 @@ async def _one_url(
 
 
 async def _try_once(
-    row: Row, client: HttpClient, decoder: ThreadPoolExecutor, settings: Settings
+    in_hand: InHand, index: int, row: Row, client: HttpClient, decoder: ThreadPoolExecutor, settings: Settings
 ) -> tuple[Row, WebImage | None, FetchError | None]:
     """The ledger's columns, and the image or why there is none."""
     outcome: Row = {}
     try:
         if not row["url"]:
             raise FetchError(FORGOTTEN, FORGOTTEN)
+        if in_hand.is_fatal(index):
+            raise FetchError(DECODE, f"the process that decoded it was killed, {FATAL} times")
         async with client.image(row["url"]) as body:
             outcome = {"bytes": len(body.data), "http_status": body.http_status, "elapsed_s": body.elapsed_s}
             loop = asyncio.get_running_loop()
-            outcome["sha256"], image = await loop.run_in_executor(decoder, _finish, body.data, row, settings)
+            outcome["sha256"], image = await loop.run_in_executor(
+                decoder, _finish, in_hand, index, body.data, row, settings
+            )
         return {**outcome, "class": OK}, image, None
     except FetchError as error:
         failure = error
@@ -258,11 +270,12 @@ def _back_off_s(error: FetchError, tries: int) -> float:
     return max(own_s, error.retry_after_s or 0.0)
 
 
-def _finish(data: bytes, row: Row, settings: Settings) -> tuple[str, WebImage]:
+def _finish(in_hand: InHand, index: int, data: bytes, row: Row, settings: Settings) -> tuple[str, WebImage]:
     """The file's sha256 and the JPEG for the shard."""
     digest = hashlib.sha256(data).hexdigest()
     listed = row.get("sha256")
     if listed and listed.lower() != digest and not settings.accept_changed:
         raise FetchError(HASH, f"sha256 {digest}")
     boxes = read_boxes(row[settings.blur_column]) if settings.blur_column else ()
-    return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes)
+    with in_hand.holding(index):
+        return digest, to_jpeg(data, settings.image_size, settings.resize_mode, boxes)

@@ -131,6 +131,28 @@ def test_a_killed_download_leaves_no_process_and_goes_on(
     assert not (output / "_tmp").exists()
 
 
+@pytest.mark.slow
+def test_a_picture_that_kills_its_decoder_costs_itself(
+    tmp_path: Path, web: SmallWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the first time, when it may have been somebody who ended the download; nor the others of its shard."""
+    code = "import os, signal; from data_prep.web import shard_worker; undisturbed = shard_worker.to_jpeg\n"
+    code += "def to_jpeg(data, *others):\n"
+    code += "    return os.kill(os.getpid(), signal.SIGKILL) if b'deadly' in data else undisturbed(data, *others)\n"
+    code += "shard_worker.to_jpeg = to_jpeg\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    web.pages = {f"/{index}.jpg": Page(encoded(index) + b"deadly" * (index == 2)) for index in range(4)}
+    urls = write_urls(tmp_path / "urls.parquet", [web.url(path) for path in web.pages])
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        for _ in range(2):
+            with pytest.raises(UserError, match="a picture that ends its worker twice is left out"):
+                download(urls, tmp_path / "shards", SETTINGS)
+        assert download(urls, tmp_path / "shards", SETTINGS) == {"ok": 3, "decode": 1}
+    assert "killed, 2 times" in ledger(tmp_path / "shards")[web.url("/2.jpg")]["error_message"]
+    assert not (tmp_path / "shards" / "_tmp").exists()
+
+
 def child_of(pid: int) -> int:
     """The process that a process started last, or itself."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
