@@ -177,6 +177,9 @@ def find_shards(directory: Path) -> list[Path]:
     paths = sorted(directory.glob("*.tar"))
     if not paths:
         raise UserError(f"{directory} holds no *.tar: make shards with `data-prep download` or `data-prep pack`")
+    for path in paths:
+        if path.exists() and not path.is_file():  # of a named pipe the end would never come
+            raise UserError(f"{path} is no file: move it out of the folder of the shards")
     return paths
 
 

@@ -168,6 +168,7 @@ def config_from_name(name: str) -> CLIPConfig:
     if stem in CONFIGS:
         config = CONFIGS[stem]
         return config if stem == name else dataclasses.replace(config.with_activation("quick_gelu"), name=name)
-    near = difflib.get_close_matches(stem, CONFIGS, n=1, cutoff=0.0)[0] + name[len(stem) :]
+    by_lower = {known.lower(): known for known in CONFIGS}
+    near = by_lower[difflib.get_close_matches(stem.lower(), by_lower, n=1, cutoff=0.0)[0]] + name[len(stem) :]
     known = ", ".join(CONFIGS)
     raise ValueError(f"unknown model {name!r}: did you mean {near!r}? known: {known}, each also with {_QUICK_GELU}")

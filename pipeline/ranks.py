@@ -183,7 +183,7 @@ def explain_lost_peers(kept: str = "the last checkpoint is intact") -> Iterator[
             time.sleep(LOADER_DEATH_NOTICE_S)
             raise
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        if is_of_lost_peer(error):
             raise PeerLostError(
                 "another rank ended or cannot be reached, see its output for why; "
                 f"{kept} ({str(error).splitlines()[0][:200]})"
@@ -194,6 +194,11 @@ def explain_lost_peers(kept: str = "the last checkpoint is intact") -> Iterator[
                 f"{kept}; fewer data.workers need less memory"
             ) from error
         raise
+
+
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _environment_from_launcher() -> None:

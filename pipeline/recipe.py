@@ -178,7 +178,7 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon", "deepspeed_adamw"] = Field(
         "adamw", description="adamw | muon (matrices of blocks; AdamW else) | deepspeed_adamw (compiled at first start)"
     )
-    lr: float = Field(5e-4, description="peak learning rate", gt=0)
+    lr: float = Field(5e-4, description="peak learning rate", gt=0, le=100)
     final_lr_ratio: float = Field(0.0, description="learning rate at the end as a share of the peak", ge=0, le=1)
     warmup_steps: int = Field(2000, description="steps of linear warm-up", ge=0)
     weight_decay: float = Field(0.2, description="decoupled weight decay of matrices", ge=0)

@@ -28,6 +28,7 @@ KIND_BY_EXTENSION = {
     "json": "jsonl",  # or one JSON list: `text_kind` looks
     "tsv": "tsv",
 }
+_ARCHIVES = (".zip", ".7z", ".rar")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -52,6 +53,8 @@ def find_tables(source: str) -> list[str]:
     if not found:
         extensions = ", *.".join(KIND_BY_EXTENSION)
         raise UserError(f"{source}: no such file, folder or pattern with a table (*.{extensions})")
+    if archive := next((entry for entry in found if entry.lower().endswith(_ARCHIVES)), None):
+        raise UserError(f"{archive} is an archive of files: unpack it, and name the tables in it")
     return [filesystem.unstrip_protocol(entry) for entry in found]
 
 
@@ -98,15 +101,19 @@ def text_kind(stream: BinaryIO, kind: str) -> str:
 def columns_of(stream: BinaryIO, kind: str) -> tuple[tuple[str, ...], int]:
     """The names of a table's columns, and the length of its header in bytes. Raises UserError."""
     if kind == "parquet":
-        return tuple(pq.ParquetFile(stream).schema_arrow.names), 0
+        try:
+            return tuple(pq.ParquetFile(stream).schema_arrow.names), 0
+        except pa.ArrowInvalid as error:
+            why = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"is no whole parquet file ({why}): download it again, or name it as what it is") from error
     if kind == "csv":
         header, fields = next(iter(CsvRecords(lines(stream))), (b"", []))
         if fields is None:
             raise UserError("its first line is no header: a quote in it is not closed")
-        return _decoded(fields), len(header)
+        return _columns(fields, kind), len(header)
     if kind == "tsv":
         header = next(lines(stream), b"")
-        return _decoded(header.rstrip(b"\r\n").split(b"\t")), len(header)
+        return _columns(header.rstrip(b"\r\n").split(b"\t"), kind), len(header)
     names: dict[str, None] = {}
     for value in load_json_list(stream) if kind == "json" else _sniffed_json(stream):
         names.update(dict.fromkeys(value) if isinstance(value, dict) else {})
@@ -128,6 +135,16 @@ def find_column(names: Sequence[str], chosen: str | None, usual: Sequence[str], 
         )
         raise UserError(problem)
     return found
+
+
+def _columns(fields: Sequence[bytes], kind: str) -> tuple[str, ...]:
+    """The names in a header. Raises UserError for a single one that holds another separator."""
+    names = _decoded(fields)
+    other = next((mark for mark in ";|,\t" if mark in names[0]), None) if len(names) == 1 else None
+    if other is not None:
+        advice = "name it *.tsv" if other == "\t" else "write it with commas as *.csv, or with tabs as *.tsv"
+        raise UserError(f"its header is one column, {names[0]!r}: fields of {kind} are not cut at {other!r}; {advice}")
+    return names
 
 
 def _decoded(fields: Sequence[bytes]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from data_prep.lists.filters import Filters
 from data_prep.lists.list_files import ColumnChoice, find_columns
 from data_prep.lists.rows import Rejects, canonicalise
 from data_prep.tables import lines as lines_module
+from data_prep.tables.files import columns_of, find_tables
 from data_prep.tables.lines import OVERLONG, CsvRecords, Range, blocks_of_lines, lines
 from data_prep.tables.readers import NO_TEXT, ROW_READERS, read_chunks, read_rows
 from formats.errors import UserError
@@ -241,3 +243,23 @@ def test_columns_are_found_by_their_usual_names_in_any_case() -> None:
     }  # fmt: skip
     both = ["url", "text", "clip_b32_similarity_score", "clip_l14_similarity_score"]
     assert find_columns(both, ColumnChoice())["similarity"] == "clip_l14_similarity_score"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("csv", b"url;caption\nhttp://a.example/1.jpg;a cat\n", "not cut at ';'; write it with commas"),
+        ("csv", b"url\tcaption\n", "name it \\*.tsv"),
+        ("tsv", b"url,caption\n", "not cut at ','"),
+        ("parquet", b"PAR1 and no more", "is no whole parquet file .*: download it again"),
+    ],
+)
+def test_what_a_table_is_instead_is_said(kind: str, content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        columns_of(io.BytesIO(content), kind)
+
+
+def test_an_archive_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "list.zip").touch()
+    with pytest.raises(UserError, match=r"list\.zip is an archive of files: unpack it"):
+        find_tables(str(tmp_path / "list.zip"))

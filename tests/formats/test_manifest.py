@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from formats.errors import UserError
 from formats.files import read_json_lines
-from formats.manifest import Shard, read_manifest
+from formats.manifest import Shard, find_shards, read_manifest
 
 FILES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -96,3 +97,10 @@ def test_other_damaged_files_of_lines_are_one_error(tmp_path: Path, content: byt
     (tmp_path / "provenance.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"provenance.jsonl line 1"):
         read_json_lines(tmp_path / "provenance.jsonl")
+
+
+def test_a_pipe_among_shards_is_named_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").touch()
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"x\.tar is no file"):
+        find_shards(tmp_path)

@@ -63,6 +63,8 @@ def test_unknown_variants_are_refused() -> None:
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'ViT-B-16'"):
+        config_from_name("vit-b-16")
+    with pytest.raises(ValueError, match="did you mean 'ViT-B-16'"):
         CLIP.from_name("VIT-B/16")
     with pytest.raises(ValueError, match="did you mean 'ViT-B-16-quickgelu'"):
         CLIP.from_name("VIT-B/16-quickgelu")

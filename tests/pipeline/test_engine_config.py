@@ -87,6 +87,8 @@ ZERO = "zero_optimization"
     ("template", "message"),
     [
         ({"zero_optimizaton": {"stage": 2}}, "unknown key 'zero_optimizaton': did you mean 'zero_optimization'?"),
+        ({"dump_state": "yes"}, 'dump_state: true or false, not "yes"'),
+        ({"gradient_predivide_factor": "two"}, 'gradient_predivide_factor: a number, not "two"'),
         ({"overlap_comm": True}, "unknown key 'overlap_comm': it belongs into zero_optimization"),
         ({ZERO: {"reduce_buckets_size": 5}}, f"{ZERO}: unknown key 'reduce_buckets_size': did you mean 'reduce_bucket"),
         ({ZERO: {"offload_param": {"devise": "cpu"}}}, "unknown key 'offload_param.devise': did you mean 'device'?"),

@@ -39,6 +39,7 @@ def test_base_then_diff_then_command_line(tmp_path: Path) -> None:
         ("optimiser.lr=1", "unknown option 'optimiser': did you mean 'optimizer'?"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
         ("optimizer.lr=-1", "greater than 0"),
+        ("optimizer.lr=1e300", "less than or equal to 100"),
         ("train.global_batch_size=1.5", "train.global_batch_size: Input should be a valid integer"),
         ("model.name=ViT-B16", "did you mean 'ViT-B-16'?"),
         ("model.name=ViT-B-64-quickgelu", "did you mean 'ViT-B-16-quickgelu'?"),

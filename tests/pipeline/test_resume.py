@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from hypothesis import strategies as st
 from small_checkpoints import save_small_checkpoint
 
 from formats.errors import UserError
+from pipeline import ranks
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import checkpoint_directory
 from pipeline.training.checkpoints.checkpoint_writer import outdated
-from pipeline.training.checkpoints.resume import choose_checkpoint, set_aside_later
+from pipeline.training.checkpoints.resume import choose_checkpoint, restore, set_aside_later
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -134,3 +137,14 @@ def test_retention(gaps: list[int], keep: int, keep_every: int | None) -> None:
         for start in range(keep_every, saved[-1] + 1, keep_every) if keep_every else ():
             wanted |= set([step for step in saved if start <= step < start + keep_every][:1])
         assert set(there) == wanted
+
+
+def test_a_rank_lost_while_restoring_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    """So the launcher or Slurm starts the run again, as after every loss of a rank."""
+
+    def load_weights(path: Path) -> None:
+        raise torch.distributed.DistNetworkError("connection reset by peer")
+
+    state = SimpleNamespace(engine=SimpleNamespace(load_weights=load_weights))
+    with pytest.raises(ranks.PeerLostError), ranks.explain_lost_peers():
+        restore(cast(Any, state), tmp_path, ALONE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from formats.errors import UserError
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, is_of_lost_peer
 from pipeline.training.checkpoints.checkpoint import (
     COMPLETE,
     WEIGHTS,
@@ -146,6 +146,8 @@ def restore(state: TrainingState, checkpoint: Path, ranks: Ranks, with_counters:
         if own.exists():
             load_rng_state(own, ranks.device)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if is_of_lost_peer(error):
+            raise
         raise UserError(f"{checkpoint} cannot be read: {' '.join(str(error).split())}") from error
     for thing in state.carried if with_counters else state.weights:
         if (checkpoint / carried_file(thing)).exists():  # else it has nothing to keep in this run

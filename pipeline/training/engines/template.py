@@ -92,19 +92,20 @@ class _Asked(dict[str, Any]):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__({key: _Asked(value) if isinstance(value, dict) else value for key, value in config.items()})
-        self.asked: dict[Any, None] = {}
+        self.asked: dict[Any, Any] = {}  # and the default that DeepSpeed has, if it says one
 
     def __contains__(self, key: object) -> bool:
-        self.asked[key] = None
+        self.asked.setdefault(key)
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked[key] = None
+        self.asked.setdefault(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """As ever."""
-        self.asked[key] = None
+        self.asked.pop(key, None)  # the last one asked for comes last
+        self.asked[key] = default
         return super().get(key, default)
 
     def keys(self) -> Any:
@@ -156,8 +157,18 @@ def _check_keys(config: dict[str, Any], source: str) -> None:
                 if key in DeepSpeedZeroConfig.model_fields:
                     near = ": it belongs into zero_optimization"
                 raise UserError(f"{source}: unknown key {name + key!r}{near}")
+            kind = _kind_of(block.asked[key])
+            if kind and block[key] is not None and _kind_of(block[key]) != kind:
+                raise UserError(f"{source}: {name + key}: {kind}, not {json.dumps(block[key])}")
     if "bfloat16" in config:
         raise UserError(f"{source}: bfloat16 is an old name: write bf16")
+
+
+def _kind_of(value: Any) -> str:
+    """What a user may write in place of a default; empty if that does not say."""
+    if isinstance(value, bool):
+        return "true or false"
+    return "a number" if isinstance(value, int | float) else ""
 
 
 def _check_block(model: type[BaseModel], block: dict[str, Any], source: str) -> None:
