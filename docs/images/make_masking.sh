@@ -16,7 +16,7 @@ data-prep tokenizer "$work/shards" --output "$work/tokenizer.model" --model-type
 python "$pipeline/train.py" --recipe tiny_cpu model.name=ViT-tiny-16 masking.strategy=random \
     masking.target_mask_ratio=0.75 data.train="$work/shards" data.tokenizer="$work/tokenizer.model" \
     optimizer.warmup_steps=20 train.max_steps=200 train.global_batch_size=32 train.micro_batch_size=32 \
-    train.deepspeed_config=zero1_fp32 train.output="$work/run"
+    train.output="$work/run"
 
 mkdir "$work/chosen"
 for number in 025 041 151; do
@@ -26,4 +26,5 @@ preview() { python "$pipeline/mask_preview.py" "$work/chosen" "$@"; }
 preview --strategies random,block,grid,cluster,pgs,attentive,cluster-reference --checkpoint "$work/run" --show masks \
     --output "$images/masking_strategies.jpg"
 preview --strategies cluster --show steps --output "$images/masking_cluster.jpg"
+preview --strategies cluster masking.similarity=raw --show steps --output "$images/masking_raw.jpg"
 preview --strategies pgs --show steps --output "$images/masking_pgs.jpg"
