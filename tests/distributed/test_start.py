@@ -42,7 +42,7 @@ def test_all_ranks_have_the_weights_that_one_of_them_read(
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], weights[name]) for name in weights)
 
-    refused = launch(WORKER, str(tmp_path / "absent"), str(tokenizer_file), str(tmp_path), ranks=2, timeout_s=100)
+    refused = launch(WORKER, str(tmp_path / "absent"), str(tokenizer_file), str(tmp_path), ranks=2)
     assert refused.returncode == 2
     assert f"error: no weights at {tmp_path / 'absent'}" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ from random import Random
 import pytest
 import torch
 from conftest import ROOT, write_shards
+from forked_ranks import start_program
 from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.errors import UserError
 from formats.word_counts import read_word_frequencies
+from pipeline import train
 from pipeline.data.captions import (
     TextMasker,
     Tokenizer,
@@ -365,20 +366,18 @@ def test_wrong_recipes_are_one_clear_line(overrides: list[str], expected: str) -
 
 
 @pytest.mark.slow
-def test_a_run_remembers_its_word_counts(
-    tmp_path: Path, tiny_options: list[str], launch: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_run_remembers_its_word_counts(tmp_path: Path, tiny_options: list[str]) -> None:
     counts = write_counts(tmp_path / "words.json")
     options = [*tiny_options, "train.max_steps=2", f"train.output={tmp_path / 'run'}"]
     options += ["text_masking.strategy=frequency", "text_masking.max_tokens=5", f"text_masking.word_counts={counts}"]
-    done = launch("pipeline/train.py", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = start_program(train.main, options, 1, tmp_path / "program")
+    assert program.wait() == [0], program.output()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["word_counts_sha256"] == hashlib.sha256(counts.read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["text_tokens"] <= 8 * 5 for line in lines)
 
     write_counts(counts, words=2000)
-    again = launch("pipeline/train.py", *options)
-    assert again.returncode == 2
-    assert "was started with other word counts (word_counts_sha256 " in again.stderr
+    again = start_program(train.main, options, 1, tmp_path / "program")
+    assert again.wait() == [2]
+    assert "was started with other word counts (word_counts_sha256 " in again.output()
