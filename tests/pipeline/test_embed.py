@@ -118,10 +118,13 @@ def test_a_killed_run_goes_on(tmp_path: Path, whole: Path, model: Path, damaged:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert {path.name for path in output.glob("*.npy")} == {"00000.npy"}
+    finished = (output / "00000.npy").read_bytes()
     assert embed.main(arguments(model, damaged, output)) == 0
-    assert {name: content for name, content in contents(output).items() if not name.endswith(".part")} == contents(
-        whole
-    )
+    found = {name: content for name, content in contents(output).items() if not name.endswith(".part")}
+    assert found.pop("00000.npy") == finished
+    # that was another process's, and torch may round otherwise beside the libraries of other tests
+    np.testing.assert_allclose(np.load(output / "00000.npy"), np.load(whole / "00000.npy"), atol=1e-3)
+    assert found == {name: content for name, content in contents(whole).items() if name != "00000.npy"}
 
 
 def test_a_folder_of_arrays_alone_is_taken(tmp_path: Path, damaged: Path) -> None:
