@@ -5,37 +5,20 @@ C classes, from the most frequent
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tiny_imagenet import TEMPLATES, ClassWords, read_classes
 
 from formats.files import read_json, write_json
 
 THIRDS = ("head", "middle", "tail")
-TEMPLATES = ("a photo of a {c}.", "a small picture of a {c}.")
 _SEED = 0
 SHARDS, TOKENIZER, LABELS, SUMMARY = "shards", "tokenizer.model", "ranks.npy", "long_tail.json"
-
-
-@dataclass(frozen=True)
-class ClassWords:
-    """What captions say of a class. lemmas: its names, the first the usual one."""
-
-    lemmas: tuple[str, ...]
-    gloss: str
-
-    def caption(self, generator: np.random.Generator) -> str:
-        """One of three forms, with the usual name or another."""
-        lemma = self.lemmas[generator.integers(len(self.lemmas)) if generator.random() < 0.5 else 0]
-        return (f"a photo of a {lemma}.", f"a small picture of a {lemma}.", f"{lemma}: {self.gloss}")[
-            generator.integers(3)
-        ]
 
 
 def zipf_counts(classes: int, pictures: int, most: int, exponent: float) -> np.ndarray:
@@ -55,13 +38,6 @@ def zipf_counts(classes: int, pictures: int, most: int, exponent: float) -> np.n
 def third_of_ranks(classes: int) -> np.ndarray:
     """0, 1 or 2 for each class [C]: the most frequent third is 0."""
     return np.repeat(np.arange(3), [len(part) for part in np.array_split(np.arange(classes), 3)])
-
-
-def read_classes(path: Path) -> list[ClassWords]:
-    """A table with columns `lemmas` (a comma between) and `gloss`, a line for each label."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file, delimiter="\t"), key=lambda row: int(row["label"]))
-    return [ClassWords(tuple(row["lemmas"].split(", ")), row["gloss"]) for row in rows]
 
 
 def prepare(train: Path, test: Path, classes: Path, output: Path, pictures: int, exponent: float) -> None:
