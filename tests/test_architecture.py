@@ -56,6 +56,12 @@ def test_the_import_check_notices() -> None:
     assert violations("pipeline", "from data_prep.shards.verify import verify") == {"data_prep"}
 
 
+def test_no_two_test_modules_share_a_name() -> None:
+    """pytest imports them by name alone, and would take one for the other."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
     "formats": (

@@ -291,7 +291,11 @@ def batches_of(section: DataSection, tokenizer_file: Path, steps: int) -> Iterat
     reader = ShardReader(data.shards, make_cache(section))
     dataset = TrainingSet(reader, data.order(section, 0), 0, captions, 16, 0.9)
     plan = BatchPlan(data.num_samples, 4, 4, 1)
-    yield from make_loader(dataset, MicroBatches(plan, 0, 0, steps), section.workers, pin_memory=False)
+    batches = iter(make_loader(dataset, MicroBatches(plan, 0, 0, steps), section.workers, pin_memory=False))
+    try:
+        yield from batches
+    finally:  # after a worker's error its traceback keeps them, and Python would wait for the workers at its end
+        getattr(batches, "_shutdown_workers", list)()
 
 
 def test_workers_stream_epochs_through_a_cache_of_two_windows(
