@@ -26,7 +26,9 @@ class Machine:
         """The machine that this process computes on."""
         if device.type == "cuda":
             return Machine("this GPU", on_gpu=True, has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
-        return Machine("this CPU", on_gpu=False, has_bf16=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # a torch built without oneDNN does not even have the question
+        has_bf16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return Machine("this CPU", on_gpu=False, has_bf16=has_bf16)
 
 
 def check_stage(stage: Stage, config: dict[str, Any], machine: Machine) -> None:
