@@ -42,7 +42,7 @@ from pipeline.ranks import Ranks, init_ranks
 from pipeline.recipe_files import load_recipe
 from pipeline.training import training_run
 
-_TIMED_STEPS, _UNTIMED_LINES = 20, 1
+_TIMED_STEPS, _UNTIMED_STEPS = 20, 4
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -85,31 +85,29 @@ def train_by_core_seconds(job: Job) -> None:
 
 
 def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int, end_s: float) -> None:
-    """Every arm alone for some steps, `rounds` times in turn; appends a line each to times.jsonl."""
+    """Every arm of a view alone for some steps, `rounds` times in turn; appends a line each to times.jsonl."""
     known = len(read_lines(output / "times.jsonl"))
     settings = {
         "data": {"workers": workers},
         "log": {"watch_steps": False},
         "evaluation": {"data": []},
-        "train": {"max_steps": _TIMED_STEPS, "log_every_steps": 5, "save_every_steps": 10**6},
+        "train": {"max_steps": _TIMED_STEPS, "log_every_steps": 1, "save_every_steps": 10**6},
     }
     jobs = []
     for turn in range(rounds):
-        for arm, settled in study.arms.items():
-            if settled.parts:
-                continue
+        for arm in study.timed_arms():
             directory = output / "timed" / f"{arm.replace(' ', '_')}-{known}-{turn}"
             fields = merged(recipe_of(study, Run(arm, "samples", 0), 1.0, data, directory), settings)
-            jobs.append(write_job(arm, directory, fields, settled.experiment))
+            jobs.append(write_job(arm, directory, fields, study.arms[arm].experiment))
 
     def keep(job: Job, is_well: bool) -> None:
         if not is_well:
             print(f"{job.name} failed, see {job.log}", file=sys.stderr, flush=True)
             return
-        lines = read_lines(job.log.with_suffix("") / "metrics.jsonl")[_UNTIMED_LINES:]
+        lines = read_lines(job.log.with_suffix("") / "metrics.jsonl")[_UNTIMED_STEPS:]
         figures = {
             "arm": job.name,
-            "s_per_step": statistics.median(_seconds(line, is_alone=workers > 0) for line in lines),
+            "s_per_step": [round(_seconds(line, is_alone=workers > 0), 4) for line in lines],
             "data_wait_share": statistics.median(line["data_wait_share"] for line in lines),
             "tokens_per_pair": (lines[-1]["image_tokens"] + lines[-1]["text_tokens"]) / study.batch,
             "memory_peak_bytes": max(line["memory_peak_bytes"] or 0 for line in lines),
@@ -128,10 +126,12 @@ def _seconds(line: dict[str, Any], is_alone: bool) -> float:
 
 
 def step_times(study: Study, output: Path) -> dict[str, float]:
-    """Seconds of a step of each arm, alone on a core: the least of its rounds, since others only ever add to it."""
+    """Seconds of a step of each arm, alone on a core: of each step the least of the rounds, since others only ever add
+    to it, and of those the mean, since a ratio that falls is timed as it falls.
+    """
     lines = read_lines((output.with_name(study.timed_as) if study.timed_as else output) / "times.jsonl")
     timed = {
-        arm: min(line["s_per_step"] for line in lines if line["arm"] == arm)
+        arm: statistics.mean(map(min, zip(*(line["s_per_step"] for line in lines if line["arm"] == arm), strict=True)))
         for arm in dict.fromkeys(line["arm"] for line in lines)
     }
     return {arm: step_s for arm in study.arms if (step_s := study.step_s(arm, timed)) is not None}

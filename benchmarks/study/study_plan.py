@@ -78,6 +78,12 @@ class Study(BaseModel):
         runs = [Run(arm, view, seed) for seed in seeds for view, arms in views.items() for arm in arms]
         return [*runs, *(Run(arm, "further", self.first_seed) for arm in self.views.get("further", []))]
 
+    def timed_arms(self) -> list[str]:
+        """Arms of the views, without those in parts: the times of a part are those of the arm it names."""
+        wanted = {arm for arms in self.views.values() for arm in arms}
+        parts = {part for arm in wanted for part in self.arms[arm].parts}
+        return [arm for arm, settled in self.arms.items() if arm in wanted | parts and not settled.parts]
+
     def step_s(self, arm: str, timed: dict[str, float]) -> float | None:
         """Seconds of an arm's step, from those of the arms that were timed; None where it cannot be told."""
         parts = self.arms[arm].parts
