@@ -67,5 +67,5 @@ def test_what_is_no_such_file_is_named(file: Path, line: int, content: str, reas
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read concepts at .*data-prep concepts"):
+    with pytest.raises(UserError, match=r"cannot read concepts at .*data-prep concepts"):
         read_concepts(str(tmp_path / "none"))
