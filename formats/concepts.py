@@ -121,7 +121,7 @@ def read_concepts(location: str) -> Concepts:
         raise UserError(f"cannot read concepts at {location} ({error}): {_MAKE_IT}") from error
     lines = content.splitlines()
     header = _parse(location, 1, lines[0] if lines else b"", _Header)
-    concepts, known = [], set[str]()
+    concepts, known = list[Concept](), set[str]()
     for number, line in enumerate(lines[1:], start=2):
         concept = Concept(**_parse(location, number, line, _Line).model_dump())
         words = WORD.findall(concept.concept.lower())
