@@ -65,8 +65,8 @@ def test_no_two_test_modules_share_a_name() -> None:
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
     "formats": (
-        "errors files locks owners tar manifest arrays embeddings clusters balance pictures texts word_counts charts "
-        "pages programs"
+        "errors files locks owners tar manifest arrays embeddings clusters balance pictures texts word_counts concepts "
+        "charts pages programs"
     ),
     "model": (
         "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
