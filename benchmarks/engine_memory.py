@@ -72,7 +72,7 @@ def measure(model: str, template: str, options: Sequence[str], ranks: Any) -> di
             output = engine(
                 patches, keep_all(PAIRS, vision.num_patches, patches.device), PackedTokens.from_padded(tokens, end)
             )
-            loss = step_loss.pairs(*output)
+            loss = step_loss.pairs(*output.for_pairs)
             engine.backward(loss)
             engine.update(None, torch.zeros(()))
             del patches, tokens, output, loss

@@ -38,12 +38,13 @@ from record import record
 from data_prep.shards.verify import verify
 from data_prep.web.web_image import to_jpeg
 from model.packing import normalize_pixels
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.image_transform import decode_image, random_crop_box, random_resized_crop
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, TextMaskingSection
 

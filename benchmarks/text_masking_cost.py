@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import record
 
 from formats.word_counts import read_word_frequencies
-from pipeline.data.captions import TextMasker, WordMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
+from pipeline.data.text_masking import TextMasker, WordMasker
 from pipeline.recipe import TextMaskingSection
 
 STRATEGIES = ("none", "truncate", "random", "block", "frequency")

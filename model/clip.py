@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.attention import Backend, SelfAttention
 from model.config import CLIPConfig, config_from_name
+from model.heads import LabelLoss, NamedConcepts
 from model.packing import PackedTokens, PatchedImages, PatchSelection, keep_all
 from model.towers import TextTransformer, VisionTransformer
 
@@ -22,12 +23,30 @@ _MAX_LOGIT_SCALE = math.log(100)
 
 
 class CLIPOutput(NamedTuple):
-    """Unit-length features [B, D] of both sides, the temperature's inverse and a bias of logits, shape [1]; fp32."""
+    """Unit-length features [B, D] of both sides, the temperature's inverse and a bias of logits, shape [1]; fp32.
+
+    concepts: of the head that predicts them, if there is one
+    """
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
     logit_bias: Tensor | None
+    concepts: LabelLoss | None = None
+
+    @property
+    def for_pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the loss of pairs takes."""
+        return self[:4]
+
+
+# Where the weights of heads are in a state dict, which evaluation and exports leave out.
+HEADS = "heads."
+
+
+def without_heads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the two towers and what is between them alone."""
+    return {name: value for name, value in weights.items() if not name.startswith(HEADS)}
 
 
 class _BoundedExp(torch.autograd.Function):
@@ -66,6 +85,7 @@ class CLIP(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         # what these two lack of their fp32 values where parameters are in 16 bits: else 98.9 is followed by 100
         self.register_buffer("scalar_remainders", torch.zeros(2), persistent=False)
+        self.heads = nn.ModuleDict()  # what a stage of training adds
 
     @classmethod
     def from_name(cls, name: str) -> CLIP:
@@ -73,18 +93,26 @@ class CLIP(nn.Module):
         return cls(config_from_name(name))
 
     def forward(
-        self, patches_KP: Tensor, selection: PatchSelection, text: PackedTokens, visible_BT: Tensor | None = None
+        self,
+        patches_KP: Tensor,
+        selection: PatchSelection,
+        text: PackedTokens,
+        visible_BT: Tensor | None = None,
+        named: NamedConcepts | None = None,
     ) -> CLIPOutput:
         """The training pass: the kept patches of images (`PatchedImages.gather`) and their captions.
 
         visible_BT: tokens whose pairs get a bonus in attention (`cluster-reference` alone).
+        named: what the captions name, for the head "concepts" to predict from the pictures
         """
-        image_features_BD = F.normalize(self.visual(patches_KP, selection, visible_BT).float(), dim=-1)
+        image_BD = self.visual(patches_KP, selection, visible_BT)
+        concepts = None if named is None else cast(LabelLoss, self.heads["concepts"](image_BD, named))
+        image_features_BD = F.normalize(image_BD.float(), dim=-1)
         text_features_BD = F.normalize(self.text(text).float(), dim=-1)
         remainders = self.scalar_remainders.unsqueeze(1)
         scale = _BoundedExp.apply(self.logit_scale.float() + remainders[0], _MAX_LOGIT_SCALE)
         bias = None if self.logit_bias is None else self.logit_bias.float() + remainders[1]
-        return CLIPOutput(image_features_BD, text_features_BD, scale, bias)
+        return CLIPOutput(image_features_BD, text_features_BD, scale, bias, concepts)
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
         """Features [B, D] of whole images, nothing masked: uint8 RGB, or floats that are normalised.
@@ -110,13 +138,22 @@ class CLIP(nn.Module):
         return F.normalize(features_BD, dim=-1) if normalize else features_BD
 
     def first_mismatch(self, weights: Mapping[str, Tensor]) -> str | None:
-        """The first parameter whose shape is not this model's, or that one side lacks, in words; None if all fit."""
-        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in weights.items()}
+        """The first parameter whose shape is not this model's, or that one side lacks, in words; None if all fit.
+
+        Heads do not count.
+        """
+        expected = {name: tuple(value.shape) for name, value in without_heads(self.state_dict()).items()}
+        found = {name: tuple(value.shape) for name, value in without_heads(weights).items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 return f"{name} is {found.get(name, 'absent')}, the model's is {expected.get(name, 'absent')}"
         return None
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over weights of both towers, and of the heads that this model has too, in the same shape."""
+        own = self.state_dict()
+        fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+        self.load_state_dict(own | fits | without_heads(weights))
 
     def use_backend(self, backend: Backend) -> None:
         """Force a way to compute attention; "auto" chooses by device and precision (model/attention.py)."""

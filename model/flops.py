@@ -35,6 +35,11 @@ def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths:
     return towers + loss_flops(B, config.embed_dim)
 
 
+def label_flops(rows: int, width: int, classes: int) -> int:
+    """Operations of a head over labels (model/heads.py): logits, then the gradients of both sides."""
+    return 3 * 2 * rows * width * classes
+
+
 def loss_flops(pairs: int, width: int) -> int:
     """Operations of the loss of a batch in tiles (model/loss.py): logits twice, then the gradients of both sides."""
     return 4 * 2 * pairs * pairs * width

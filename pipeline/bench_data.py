@@ -26,12 +26,13 @@ from typing import Any, NoReturn
 import torch
 
 from formats.programs import positive, run
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, TrainingSet, collate, make_loader
 from pipeline.data.image_transform import decode_image, random_resized_crop
 from pipeline.data.sample_order import BatchPlan, MixedOrder
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import OpenShard, ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe

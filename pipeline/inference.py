@@ -86,7 +86,7 @@ def load_any_model(
     if mismatch:
         source = "its configuration describes" if model.config else "--model names"
         raise UserError(f"{files.path} is not the {config.name} that {source}: {mismatch}")
-    clip.load_state_dict(weights)
+    clip.load_weights(weights)
     preprocessing = model.preprocessing(config.vision.image_size)
     return InferenceModel(
         clip=clip.to(device).eval(),
@@ -199,4 +199,4 @@ def _load_weights(clip: CLIP, file: Path) -> None:
         raise UserError(
             f"{file} is not a {clip.config.name}: {mismatch}; {MODEL_CARD} and weights belong to different models"
         )
-    clip.load_state_dict(weights)
+    clip.load_weights(weights)

@@ -153,6 +153,28 @@ class TextMaskingSection(Section):
         return self
 
 
+class ConceptsSection(Section):
+    """Words of the captions, taught in stages (docs/concepts.md)."""
+
+    file: OnResume[Location] = Field("", description="concepts.jsonl of `data-prep concepts`, any fsspec URL")
+    objective: PerStage[Literal["none", "predict", "keep"]] = Field(
+        "none",
+        description="none | predict: a caption's concepts, from the picture | keep: which words of long captions stay",
+    )
+    weight: PerStage[float] = Field(1.0, description="of the loss of predict, beside that of pairs", gt=0)
+    boundaries: tuple[int, ...] = Field(
+        (), description="samples seen after which stages 2, 3, … begin; none: all stages at once"
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> ConceptsSection:
+        if self.objective != "none" and not self.file:
+            raise ValueError(f"objective {self.objective} needs file=FILE, made by `data-prep concepts`")
+        if list(self.boundaries) != sorted({*self.boundaries}) or min(self.boundaries, default=1) < 1:
+            raise ValueError(f"boundaries are samples seen, ascending and above 0 (got {list(self.boundaries)})")
+        return self
+
+
 class LossSection(Section):
     """What image and text features are trained for, and how ranks share it (docs/loss.md)."""
 
@@ -285,6 +307,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     masking: PerStage[MaskingConfig] = MaskingConfig()
     text_masking: TextMaskingSection = TextMaskingSection()
+    concepts: ConceptsSection = ConceptsSection()
     loss: LossSection = LossSection()
     optimizer: PerStage[OptimizerSection] = OptimizerSection()
     train: TrainSection = TrainSection()
@@ -297,6 +320,17 @@ class Recipe(Section):
         """(name, recipe) of each stage in order (docs/training.md); without stages the recipe itself, nameless."""
         merged = merge_stages(self.model_dump(), self.stages, options_of(Recipe))
         return [(name, Recipe.model_validate(fields)) for name, fields in merged] or [(None, self)]
+
+    @model_validator(mode="after")
+    def _one_way_to_cut_captions(self) -> Recipe:
+        if self.concepts.objective == "keep" and (
+            self.text_masking.strategy != "none" or self.text_masking.max_tokens is None
+        ):
+            raise ValueError(
+                "concepts.objective keep says itself what is left of long captions: give text_masking.max_tokens, and "
+                "text_masking.strategy none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _captions_fit_the_context(self) -> Recipe:
@@ -334,5 +368,11 @@ class Recipe(Section):
 
     @property
     def context_length(self) -> int:
-        """Longest caption in tokens."""
+        """Longest caption in tokens that the model could take."""
         return self.model.context_length or config_from_name(self.model.name).text.context_length
+
+    @property
+    def longest_caption(self) -> int:
+        """In tokens, of those that are trained on: longer ones are cut."""
+        is_cut = self.text_masking.strategy != "none" or self.concepts.objective == "keep"
+        return (self.text_masking.max_tokens if is_cut else None) or self.context_length

@@ -69,8 +69,8 @@ ROOMS = {
         "charts pages programs"
     ),
     "model": (
-        "config packing attention transformer kernels loss masking towers class_attention clip flops open_clip_weights "
-        "transformers_weights"
+        "config packing attention transformer kernels loss heads masking towers class_attention clip flops "
+        "open_clip_weights transformers_weights"
     ),
     "data_prep": (
         "boxes console folders parallel shards synthetic tables lists packing tokens near balancing web forget build "

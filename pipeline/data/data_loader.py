@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from formats.concepts import Concepts
 from formats.errors import UserError
 from formats.pictures import ImageError
 from formats.texts import TextError, decode_text
+from model.heads import Labels
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
-from pipeline.data.captions import TextMasker
 from pipeline.data.image_transform import decode_image, random_resized_crop
 from pipeline.data.sample_order import BatchPlan, MixedOrder
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
 _MAX_SUBSTITUTES = 64
@@ -35,12 +37,14 @@ class Sample(NamedTuple):
     """One pair ready to be batched; `problems` names the unusable samples that it stands in for.
 
     key: the shard and the sample's key in it
+    concepts: numbers of those that the whole caption names; None where nobody asks
     """
 
     key: str
     image_CHW: Tensor
     token_ids: list[int]
     problems: list[str]
+    concepts: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Batch:
     """uint8 images [B, 3, H, W], the captions packed, the longest of them in tokens, and what could not be read.
 
     keys: of the B samples, in order: shard and key, as in `problems`
+    concepts: that their captions name, where the samples have them
     """
 
     images_BCHW: Tensor
@@ -56,6 +61,7 @@ class Batch:
     longest_caption: int
     problems: list[str]
     keys: list[str]
+    concepts: Labels | None = None
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader for asynchronous copies to the device."""
@@ -71,6 +77,7 @@ class Batch:
             images_BCHW=function(self.images_BCHW),
             tokens_N=function(self.tokens_N),
             cu_seqlens_B1=function(self.cu_seqlens_B1),
+            concepts=None if self.concepts is None else Labels(*map(function, self.concepts)),
         )
 
     @property
@@ -90,13 +97,18 @@ class TrainingSet(Dataset[Sample]):
         text_masker: TextMasker,
         image_size: int,
         crop_min_area: float,
+        concepts: Concepts | None = None,
+        samples_before: int = 0,
     ) -> None:
+        """concepts: to be found in captions; samples_before: seen by the run where the stream's positions begin"""
         self._shards = shards
         self._order = order
         self._seed = seed
         self._text_masker = text_masker
         self._image_size = image_size
         self._crop_min_area = crop_min_area
+        self._concepts = concepts
+        self._samples_before = samples_before
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position; an unusable one is replaced by the next in its shard, so that batches stay full.
@@ -112,10 +124,12 @@ class TrainingSet(Dataset[Sample]):
             sample = (first + distance) % len(shard.index.keys)
             key = f"{shard.url}: {shard.index.keys[sample]}"
             try:
-                image, caption = shard.read(sample)
+                image, content = shard.read(sample)
                 crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
-                token_ids = self._text_masker.encode(_decode_caption(caption), text_rng)
-                return Sample(key, crop_CHW, token_ids, problems)
+                caption = _decode_caption(content)
+                token_ids = self._text_masker.encode(caption, text_rng, self._samples_before + position)
+                concepts = None if self._concepts is None else self._concepts.named_in(caption)
+                return Sample(key, crop_CHW, token_ids, problems, concepts)
             except (ImageError, TextError) as error:
                 problems.append(f"{key}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
@@ -155,7 +169,15 @@ def collate(samples: list[Sample]) -> Batch:
         int(lengths_B.max()),
         [problem for sample in samples for problem in sample.problems],
         [sample.key for sample in samples],
+        _labels([sample.concepts for sample in samples if sample.concepts is not None]),
     )
+
+
+def _labels(rows: list[list[int]]) -> Labels | None:
+    if not rows:
+        return None
+    numbers_M = torch.tensor([number for row in rows for number in row], dtype=torch.long)
+    return Labels(numbers_M, lengths_to_cu_seqlens(torch.tensor([len(row) for row in rows])))
 
 
 def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader[Sample]:

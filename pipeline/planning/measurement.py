@@ -168,7 +168,7 @@ def try_steps(stage: Stage, config: dict[str, Any], ranks: Ranks, steps: Sequenc
             memory.mark("rest")
             start_s = time.perf_counter()
             with CollectiveVolume() as volume:
-                train_step(learner, micro_batches, step, stage.progress(step))
+                train_step(learner, micro_batches, step, stage.progress(step), stage.num_taught(step))
             step_s = time.perf_counter() - start_s
             memory.mark("step")
     weight_bytes = sum(parameter.nbytes for parameter in clip.parameters())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from formats.errors import UserError
+from pipeline.data.curriculum import planned_curriculum
 from pipeline.data.sample_order import Epochs
 from pipeline.hardware import Accelerator, Interconnect, accelerator_of, find_accelerator
 from pipeline.planning.memory import Memory, estimate_memory
@@ -127,7 +128,7 @@ def plan_run(
     eot_token_id: int,
 ) -> RunPlan:
     """Plan a recipe; `samples` is what `plan_stages` takes. Raises UserError for what a run would refuse."""
-    stages = plan_stages(recipe, samples, hardware.gpus, vocab_size, eot_token_id)
+    stages = plan_stages(recipe, samples, hardware.gpus, vocab_size, eot_token_id, read=planned_curriculum)
     for stage in stages:
         check_stage(stage, _config(stage), hardware.machine)
     return RunPlan(hardware, caption_tokens, [plan_stage(stage, hardware, caption_tokens) for stage in stages])

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from pipeline.data.captions import TextMasker, Tokenizer, load_tokenizer
-from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
+from model.heads import Labels
+from pipeline.data.captions import Tokenizer, load_tokenizer
+from pipeline.data.data_loader import Batch, MicroBatches, make_loader
 from pipeline.data.sample_order import BatchPlan
-from pipeline.data.shard_cache import make_cache
-from pipeline.data.shard_reader import ShardReader
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.planning.measurement import Trial, try_steps
 from pipeline.planning.memory import Memory, estimate_memory
@@ -28,6 +27,7 @@ from pipeline.planning.workload import workload_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.training.engines.engine_config import deepspeed_config, zero_stage
+from pipeline.training.stage_data import make_training_set
 from pipeline.training.stage_plan import Stage, describe_stages, plan_stages
 from pipeline.training.start_checks import Machine, check_stage, warnings_about
 
@@ -97,11 +97,8 @@ def _simulate_stage(
 
 def _loader(stage: Stage, ranks: Ranks, data: TrainingData, tokenizer: Tokenizer) -> Iterable[Batch]:
     """The batches of this rank from the stage's beginning, decoded here."""
-    section = stage.recipe.data
-    shards = ShardReader(data.shards, make_cache(section))
-    captions = TextMasker(tokenizer, stage.recipe.text_masking)
-    order = data.order(section, stage.seed)
-    dataset = TrainingSet(shards, order, stage.seed, captions, stage.model.vision.image_size, section.crop_min_area)
+    order = data.order(stage.recipe.data, stage.seed)
+    dataset = make_training_set(stage, data.shards, order, tokenizer)
     places = MicroBatches(stage.batches, ranks.rank, stage.first_step, stage.first_step + _STEPS)
     batches: Iterable[Batch] = make_loader(dataset, places, workers=0, pin_memory=False)
     return batches
@@ -109,7 +106,10 @@ def _loader(stage: Stage, ranks: Ranks, data: TrainingData, tokenizer: Tokenizer
 
 def _first(batch: Batch, pairs: int) -> Batch:
     """The first pairs of a batch."""
-    ends_B1 = batch.cu_seqlens_B1[: pairs + 1]
+    ends_B1, concepts = batch.cu_seqlens_B1[: pairs + 1], batch.concepts
+    if concepts is not None:
+        concept_ends_B1 = concepts.cu_labels_B1[: pairs + 1]
+        concepts = Labels(concepts.class_M[: int(concept_ends_B1[-1])], concept_ends_B1)
     return Batch(
         batch.images_BCHW[:pairs].clone(),
         batch.tokens_N[: int(ends_B1[-1])],
@@ -117,6 +117,7 @@ def _first(batch: Batch, pairs: int) -> Batch:
         batch.longest_caption,
         batch.problems,
         batch.keys[:pairs],
+        concepts,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from model.clip import CLIP
 from model.config import CLIPConfig, TextConfig, VisionConfig
+from model.heads import ConceptHead
 from model.loss import LossKind
 from pipeline.recipe import OptimizerSection, Precision, Recipe
 from pipeline.training.engines.engine_config import (
@@ -85,11 +86,16 @@ class Parameters:
     @staticmethod
     @cache
     def of(
-        config: CLIPConfig, section: OptimizerSection, persistence_threshold: int = _PERSISTENCE_THRESHOLD
+        config: CLIPConfig,
+        section: OptimizerSection,
+        persistence_threshold: int = _PERSISTENCE_THRESHOLD,
+        concepts: int = 0,
     ) -> Parameters:
-        """Counted on a model without memory."""
+        """Counted on a model without memory; `concepts` that a head of it predicts."""
         with torch.device("meta"):
             clip = CLIP(config)
+            if concepts:
+                clip.heads["concepts"] = ConceptHead(config.embed_dim, [1] * concepts, concepts)
         freeze_towers(clip, section)
         sizes = [parameter.numel() for parameter in clip.parameters()]
         groups = parameter_groups(clip, section)
@@ -199,7 +205,7 @@ def workload_of(
     threshold = int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
     return Workload(
         model=model,
-        parameters=Parameters.of(model, recipe.optimizer, threshold),
+        parameters=Parameters.of(model, recipe.optimizer, threshold, stage.num_predicted),
         vision=Tower.of(model.vision, pairs, kept + 1),
         text=Tower.of(model.text, pairs, caption_tokens),
         patches=round(pairs * kept),

@@ -33,6 +33,7 @@ def check_unchanged(
     tokenizer_sha256: str,
     word_counts_sha256: str | None,
     balance_sha256: str | None = None,
+    concepts_sha256: str | None = None,
 ) -> None:
     """Raise UserError if a run that is to be continued would become another one half way."""
     before = _flat(read_recipe_file(str(run_directory / RECIPE)))
@@ -50,6 +51,8 @@ def check_unchanged(
     hashes = {"manifest_sha256": ("data", manifest_sha256), "tokenizer_sha256": ("tokenizer", tokenizer_sha256)}
     if word_counts_sha256:
         hashes["word_counts_sha256"] = ("word counts", word_counts_sha256)
+    if concepts_sha256:
+        hashes["concepts_sha256"] = ("concepts", concepts_sha256)
     if record.get("balance_sha256") != balance_sha256:  # runs of before there were balances had none
         was, now_is = (
             f"balance_sha256 {sha[:12]}…" if sha else "none" for sha in (record.get("balance_sha256"), balance_sha256)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from pipeline.data.captions import TextMasker, Tokenizer
+from formats.manifest import Shard
+from pipeline.data.captions import Tokenizer
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, batches_of, make_loader
+from pipeline.data.sample_order import MixedOrder
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import TrainingData
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
+
+
+def make_training_set(stage: Stage, shards: Sequence[Shard], order: MixedOrder, tokenizer: Tokenizer) -> TrainingSet:
+    """The samples of a stage, with what its recipe wants of them."""
+    recipe, curriculum = stage.recipe, stage.curriculum
+    objective = recipe.concepts.objective
+    return TrainingSet(
+        ShardReader(shards, make_cache(recipe.data)),
+        order,
+        stage.seed,
+        TextMasker(tokenizer, recipe.text_masking, curriculum if objective == "keep" else None),
+        stage.model.vision.image_size,
+        recipe.data.crop_min_area,
+        concepts=curriculum.concepts if curriculum and objective == "predict" else None,
+        samples_before=stage.starts[-1].samples_seen - stage.first_position,
+    )
 
 
 class StageData:
@@ -27,13 +46,10 @@ class StageData:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step of the run to the stage's end."""
-        recipe, plan = self._stage.recipe, self._stage.batches
-        captions = TextMasker(self._tokenizer, recipe.text_masking)
-        image_size = self._stage.model.vision.image_size
-        shards = ShardReader(self._data.shards, make_cache(recipe.data))
-        dataset = TrainingSet(shards, self._order, self._stage.seed, captions, image_size, recipe.data.crop_min_area)
-        places = MicroBatches(plan, self._ranks.rank, first_step, self._stage.end_step)
-        loader = make_loader(dataset, places, recipe.data.workers, self._ranks.device.type == "cuda")
+        stage, section = self._stage, self._stage.recipe.data
+        dataset = make_training_set(stage, self._data.shards, self._order, self._tokenizer)
+        places = MicroBatches(stage.batches, self._ranks.rank, first_step, stage.end_step)
+        loader = make_loader(dataset, places, section.workers, self._ranks.device.type == "cuda")
         return batches_of(loader)
 
     def samples_seen_by_set(self, step: int) -> dict[str, int]:

@@ -10,9 +10,10 @@ from formats.errors import UserError
 from model.config import CLIPConfig
 from model.flops import step_flops
 from model.masking import MaskingConfig
+from pipeline.data.curriculum import Curriculum, read_curriculum
 from pipeline.data.data_loader import BATCHES_AHEAD
 from pipeline.data.sample_order import BatchPlan, Epochs, EqualEpochs
-from pipeline.recipe import OptimizerSection, Recipe
+from pipeline.recipe import ConceptsSection, OptimizerSection, Recipe
 from pipeline.training.progress import Progress, StageStart
 
 # The length of captions is known once they are read; until then all have this many tokens, about as in CC12M or LAION.
@@ -31,6 +32,7 @@ class Stage:
     epochs: where its epochs begin in that stream
     batches: what is left of the stage, from where the run stands
     planned_samples: at least so many are trained on, repetitions counted; the last batch is whole
+    curriculum: the concepts that are taught, None where they have no use
     """
 
     name: str | None
@@ -42,6 +44,7 @@ class Stage:
     epochs: Epochs
     batches: BatchPlan
     planned_samples: int
+    curriculum: Curriculum | None = None
 
     @property
     def first_step(self) -> int:
@@ -104,9 +107,7 @@ class Stage:
         return self._flops(self.batches.global_batch_size)
 
     def _flops(self, num_samples: int) -> int:
-        text = self.recipe.text_masking
-        longest = None if text.strategy == "none" else text.max_tokens
-        caption_tokens = min(CAPTION_TOKENS, longest or self.recipe.context_length)
+        caption_tokens = min(CAPTION_TOKENS, self.recipe.longest_caption)
         return num_samples * step_flops(self.model, [round(self.patches_kept)], [caption_tokens])
 
     @property
@@ -140,6 +141,16 @@ class Stage:
     def positions(self, step: int) -> tuple[range, ...]:
         """What the first `step` steps of the run read of the stream of samples."""
         return (*self.read_before, range(self.first_position, self.batches.position(step)))
+
+    @property
+    def num_predicted(self) -> int:
+        """Concepts that a head predicts in the end."""
+        is_asked = self.recipe.concepts.objective == "predict"
+        return len(self.curriculum.concepts.concepts) if self.curriculum and is_asked else 0
+
+    def num_taught(self, step: int) -> int:
+        """Concepts of the curriculum's stages at a step."""
+        return 0 if self.curriculum is None else self.curriculum.num_taught(self.samples(step))
 
     @property
     def own_positions(self) -> range:
@@ -180,10 +191,12 @@ def plan_stages(
     vocab_size: int,
     eot_token_id: int,
     progress: Progress = _AT_THE_START,
+    read: Callable[[ConceptsSection], Curriculum | None] = read_curriculum,
 ) -> tuple[Stage, ...]:
     """All stages of a run, one after the other, as they are once it got to `progress`.
 
     samples: of an epoch; or the epochs of a stage's recipe, as TrainingData knows them
+    read: the concepts of a stage's recipe
 
     Every stage begins an epoch with a number of its own, so that no order of samples comes twice. Raises UserError that
     names the first stage that cannot work.
@@ -196,6 +209,7 @@ def plan_stages(
             batches = plan_batches(stage_recipe, epochs.num_samples, world_size)
             model = stage_recipe.clip_config(vocab_size, eot_token_id)
             _check_masking(stage_recipe.masking, model.vision.num_patches)
+            curriculum = read(stage_recipe.concepts)
         except UserError as error:
             raise UserError(f"stage {name}: {error}" if name else str(error)) from None
         begun = progress.stage_starts[number:]
@@ -211,6 +225,7 @@ def plan_stages(
             epochs=epochs,
             batches=replace(batches, first_step=start.step, first_position=epochs.start(epoch)),
             planned_samples=planned_samples,
+            curriculum=curriculum,
         )
         if begun:  # a stage that is over is resumed at its end, where the next one began
             stage = stage.resumed(begun[1] if len(begun) > 1 else progress)

@@ -36,7 +36,7 @@ class StepLoss:
         encode: called here too, without gradient, for every micro-batch of `cache_gradients`: it must repeat itself
         """
         if not self.cache_gradients or num_micro_batches == 1:
-            return lambda _, output: self.pairs(*output)
+            return lambda _, output: self.pairs(*output.for_pairs)
         with torch.no_grad():
             outputs = [encode(number) for number in range(num_micro_batches)]
         return _CachedLoss(self.pairs, outputs)
@@ -63,7 +63,7 @@ class _CachedLoss:
         )
         # scale and bias have their whole gradient in each micro-batch, and so in the mean
         part = PairLoss(self._loss, (images, texts, *(gradient.clone() for gradient in self._scalars)))
-        return attach_gradients(part, *output)
+        return attach_gradients(part, *output.for_pairs)
 
 
 def make_step_loss(section: LossSection, ranks: Ranks) -> StepLoss:

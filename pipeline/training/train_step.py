@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.clip import CLIP, CLIPOutput
+from model.heads import NamedConcepts
 from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
@@ -34,8 +35,10 @@ REPORT_NAMES = (
     "image_tokens",
     "text_tokens",
 )
+# Where concepts are predicted.
+CONCEPT_NAMES = ("concept_loss", "concept_hits")
 # NaN where a masking strategy does not have them.
-OPTIONAL_NAMES = ("mask_threshold", "flat_patches")
+OPTIONAL_NAMES = ("mask_threshold", "flat_patches", *CONCEPT_NAMES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Learner:
     engine: Engine
     masks: MaskDrawer
     loss: StepLoss
+    concept_weight: float
     max_grad_norm: float
     average: WeightAverage | None
     ranks: Ranks
@@ -58,7 +62,15 @@ def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks)
     patch_size, decay = stage.model.vision.patch_size, section.ema_decay
     masks = MaskDrawer(stage.masking, clip.visual, patch_size, stage.seed, ranks, engine.precision)
     average = None if decay is None else WeightAverage(engine, decay, stage.first_step, ranks)
-    return Learner(engine, masks, make_step_loss(stage.recipe.loss, ranks), section.max_grad_norm, average, ranks)
+    return Learner(
+        engine=engine,
+        masks=masks,
+        loss=make_step_loss(stage.recipe.loss, ranks),
+        concept_weight=stage.recipe.concepts.weight,
+        max_grad_norm=section.max_grad_norm,
+        average=average,
+        ranks=ranks,
+    )
 
 
 class Encoded(NamedTuple):
@@ -74,7 +86,7 @@ class Encoded(NamedTuple):
 class StepReport:
     """What became of a step, all on the device: nothing here makes the host wait.
 
-    means_R: of the micro-batches, of REPORT_NAMES, on this rank
+    means_R: of the micro-batches, of REPORT_NAMES and perhaps CONCEPT_NAMES, on this rank
     grad_norm: of all gradients on all ranks, before clipping
     skipped: 1 if the step changed nothing, else 0; the same on all ranks
     finite_B: of every pair of this rank, whether its features are finite
@@ -91,34 +103,38 @@ def train_step(
     micro_batches: Sequence[Batch],
     step: int,
     progress: float,
+    num_taught: int = 0,
     observer: StepObserver | None = None,
 ) -> StepReport:
     """Accumulate the micro-batches' gradients and update the weights, or nothing where a gradient is not finite.
 
     step: counted from 0 over the run
     progress: through the stage, from 0 at the first step to 1 at the last
+    num_taught: concepts that are to be predicted, where the batches have them
     observer: measures the step, if somebody asks; made before its batches are fetched
     """
     engine, masks = learner.engine, learner.masks
     ended = observer.end if observer else _nobody_asks
     ended("data")
 
-    def encode(number: int) -> Encoded:
+    def encode(number: int, with_heads: bool) -> Encoded:
         batch = micro_batches[number].to(learner.ranks.device)
         images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
         patches_KP = images.gather(chosen.selection.kept_K)
         ended("masks")
-        output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT)
+        named = NamedConcepts(batch.concepts, num_taught) if batch.concepts and with_heads else None
+        output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT, named)
         ended("forward")
         return Encoded(batch, images, chosen, output)
 
     means, finite = [], []
-    loss_of = learner.loss.begin(lambda number: encode(number).output, len(micro_batches))
+    loss_of = learner.loss.begin(lambda number: encode(number, with_heads=False).output, len(micro_batches))
     for number in range(len(micro_batches)):
-        encoded = encode(number)
-        loss = loss_of(number, encoded.output)
+        encoded = encode(number, with_heads=True)
+        loss, concepts = loss_of(number, encoded.output), encoded.output.concepts
         ended("loss")
-        engine.backward(spread_non_finite(loss))
+        whole_loss = loss if concepts is None else loss + learner.concept_weight * concepts.loss
+        engine.backward(spread_non_finite(whole_loss))
         ended("backward")
         means.append(_means(loss, encoded))
         finite.append(_finite(encoded.output))
@@ -165,6 +181,7 @@ def _means(loss: Tensor, encoded: Encoded) -> Tensor:
             chosen.flat_share,
             torch.full_like(loss, image_tokens),
             torch.full_like(loss, batch.tokens_N.numel()),
+            *(value.detach() for value in output.concepts or ()),
         ]
     )
 

@@ -98,7 +98,7 @@ class StageTrainer:
             wait_start_s = time.perf_counter()
             micro_batches = self._next_batches(batches)
             data_wait_s = time.perf_counter() - wait_start_s
-            report = train_step(self._learner, micro_batches, step, progress, observer)
+            report = train_step(self._learner, micro_batches, step, progress, self._stage.num_taught(step), observer)
             self._window.add(report, data_wait_s)
             self._guard.note(step + 1, report, micro_batches)
             problems = [problem for batch in micro_batches for problem in batch.problems]
@@ -154,7 +154,7 @@ class StageTrainer:
 
     def _metrics(self, lr: float, observer: StepObserver | None) -> dict[str, Any]:
         """Figures of the steps since the last line, over all ranks. Waits for the device."""
-        step, window = self._progress.step, self._window
+        step, window, curriculum = self._progress.step, self._window, self._stage.curriculum
         figures = window.close()
         self._window = MetricsWindow(self._stage, self._ranks)
         by_set = self._data.samples_seen_by_set(step)
@@ -165,6 +165,7 @@ class StageTrainer:
             "samples_seen": self._progress.samples_seen,
             **({"samples_seen_by_set": by_set} if by_set else {}),
             **figures,
+            **({} if curriculum is None else {"concept_stage": curriculum.stage(self._stage.samples(step - 1))}),
             "bad_samples": self._run.bad_samples.total(),
             "lr": lr,
             **(observer.read(figures["grad_norm"]) if observer else {}),

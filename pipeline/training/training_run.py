@@ -12,9 +12,10 @@ import torch
 
 from formats.errors import UserError
 from formats.files import write_json
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.coverage import describe_reads
 from pipeline.data.shard_cache import check_room
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import read_training_data
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -92,10 +93,12 @@ class TrainingRun:
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
         ]
         self._word_counts_sha256 = self._check_stages()
+        taught = {stage.curriculum.concepts.sha256 for stage in self._stages if stage.curriculum}
+        self._concepts_sha256 = next(iter(taught), None)  # all stages have the same file
         resumed = None if self._checkpoint is None else self._checkpoint.parent.parent  # a run, this or another
         if resumed is not None:
-            hashes = (data.sha256, tokenizer.sha256, self._word_counts_sha256, self._balance_sha256)
-            check_unchanged(resumed, recipe, *hashes)
+            of_files = (self._word_counts_sha256, self._balance_sha256, self._concepts_sha256)
+            check_unchanged(resumed, recipe, data.sha256, tokenizer.sha256, *of_files)
         self._start_sha256 = check_start_weights(resumed, recipe.model.start_from, ranks)
         self._print_plan()
 
@@ -196,6 +199,7 @@ class TrainingRun:
             "balance_sha256": self._balance_sha256,
             "tokenizer_sha256": context.tokenizer.sha256,
             "word_counts_sha256": self._word_counts_sha256,
+            "concepts_sha256": self._concepts_sha256,
             RECORD_KEY: self._start_sha256,
             "stages": [self._record_stage(*planned) for planned in zip(self._stages, self._configs, strict=True)],
             "versions": versions(),

@@ -56,7 +56,7 @@ def main() -> None:
     text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
     patches = batch["patches"][mine].flatten(0, 1)[kept]
     output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
-    loss = make_step_loss(recipe.loss, ranks).pairs(*output)
+    loss = make_step_loss(recipe.loss, ranks).pairs(*output.for_pairs)
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())

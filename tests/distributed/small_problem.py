@@ -76,7 +76,7 @@ def train_engine(engine: Engine, ranks: Ranks, steps: int, max_grad_norm: float 
         patches_GLP, tokens_GT = make_batch(step)
         patches_BLP, tokens_BT = patches_GLP[mine].to(ranks.device), tokens_GT[mine].to(ranks.device)
         output: CLIPOutput = engine(*inputs(patches_BLP, tokens_BT))
-        loss = step_loss.pairs(*output)
+        loss = step_loss.pairs(*output.for_pairs)
         engine.backward(loss)
         norm = engine.gradient_norm()
         divide_by = (norm / max_grad_norm).clamp(min=1.0) if max_grad_norm else None

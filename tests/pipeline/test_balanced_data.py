@@ -15,12 +15,13 @@ from formats.balance import read_balance, write_balance
 from formats.errors import UserError
 from formats.manifest import read_manifest
 from pipeline.data.balanced_order import BalancedOrder
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.coverage import cover, describe_coverage, describe_reads
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, Recipe, TextMaskingSection
 from pipeline.recipe_files import load_recipe, parse_recipe

@@ -14,11 +14,12 @@ from conftest import jpeg_bytes, write_shards, write_tar
 from formats.errors import UserError
 from formats.manifest import read_manifest
 from formats.tar import index_samples, read_members
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.data_loader import MicroBatches, TrainingSet, collate, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, TextMaskingSection
 

@@ -12,12 +12,13 @@ import torch
 from conftest import jpeg_bytes, write_shards
 
 from formats.errors import UserError
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.coverage import describe_coverage
 from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import TrainingData, read_training_data
 from pipeline.recipe import DataSection, SourceSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe, read_recipe_file

@@ -25,11 +25,12 @@ from waiting import PATIENCE_S, wait_for
 from formats.errors import UserError
 from formats.manifest import Shard, read_manifest
 from pipeline.data import shard_cache
-from pipeline.data.captions import TextMasker, load_tokenizer
+from pipeline.data.captions import load_tokenizer
 from pipeline.data.data_loader import BATCHES_AHEAD, Batch, MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import ShardCache, check_room, make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import TextMasker
 from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, TextMaskingSection
 

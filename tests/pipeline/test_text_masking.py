@@ -23,20 +23,19 @@ from hypothesis import strategies as st
 from formats.errors import UserError
 from formats.word_counts import read_word_frequencies
 from pipeline import train
-from pipeline.data.captions import (
-    TextMasker,
-    Tokenizer,
-    WordMasker,
-    choose_words,
-    drop_probability,
-    load_tokenizer,
-    random_block,
-    random_tokens,
-)
+from pipeline.data.captions import Tokenizer, load_tokenizer
 from pipeline.data.data_loader import MicroBatches, TrainingSet, make_loader
 from pipeline.data.sample_order import BatchPlan
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
+from pipeline.data.text_masking import (
+    TextMasker,
+    WordMasker,
+    choose_words,
+    drop_probability,
+    random_block,
+    random_tokens,
+)
 from pipeline.data.training_data import read_training_data
 from pipeline.recipe import DataSection, TextMaskingSection
 from pipeline.recipe_files import load_recipe

@@ -14,7 +14,7 @@ from model.flops import step_flops
 from pipeline.hardware import accelerator_of
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
-from pipeline.training.train_step import OPTIONAL_NAMES, REPORT_NAMES, StepReport
+from pipeline.training.train_step import CONCEPT_NAMES, OPTIONAL_NAMES, REPORT_NAMES, StepReport
 
 
 class MetricsWindow:
@@ -28,8 +28,9 @@ class MetricsWindow:
         self._stage = stage
         self._ranks = ranks
         self._steps = 0
-        self._sums = torch.zeros(len(REPORT_NAMES), device=ranks.device)
-        self._is_loss = torch.arange(len(REPORT_NAMES), device=ranks.device) == REPORT_NAMES.index("loss")
+        self._names = REPORT_NAMES + (CONCEPT_NAMES if stage.num_predicted else ())
+        self._sums = torch.zeros(len(self._names), device=ranks.device)
+        self._is_loss = torch.arange(len(self._names), device=ranks.device) == self._names.index("loss")
         self._skipped = torch.zeros((), device=ranks.device)
         self._grad_norm = torch.zeros((), device=ranks.device)
         self._start_s = time.perf_counter()
@@ -65,8 +66,8 @@ class MetricsWindow:
         grad_norm = self._grad_norm.item()  # waits for the device, so that the time is that of finished work
         seconds = time.perf_counter() - self._start_s - self._paused_s
         *means, skipped = self._ranks.mean(torch.cat((self._sums / counts, self._skipped.view(1)))).tolist()
-        report: dict[str, float | None] = dict(zip(REPORT_NAMES, means, strict=True))
-        for name in ("loss", *OPTIONAL_NAMES):
+        report: dict[str, float | None] = dict(zip(self._names, means, strict=True))
+        for name in report.keys() & {"loss", *OPTIONAL_NAMES}:
             report[name] = None if math.isnan(report[name] or 0.0) else report[name]
         return {
             **report,

@@ -10,6 +10,7 @@ import torch
 
 from model.clip import CLIP
 from model.config import CLIPConfig
+from model.heads import ConceptHead
 from model.towers import resize_grid
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.stage_plan import Stage
@@ -30,9 +31,18 @@ def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> C
     """
     _seed_generators(stage.seed)
     clip = CLIP(stage.model)
+    add_heads(clip, stage)
     if checkpoint is not None:
         _load_weights(clip, checkpoint / WEIGHTS)
     return clip.to(device)
+
+
+def add_heads(clip: CLIP, stage: Stage) -> None:
+    """The layers that the stage's objectives need beside the towers, with new weights; none by default."""
+    curriculum = stage.curriculum
+    if curriculum is not None and stage.num_predicted:
+        counts = [concept.count for concept in curriculum.concepts.concepts]
+        clip.heads["concepts"] = ConceptHead(stage.model.embed_dim, counts, curriculum.concepts.captions)
 
 
 def _seed_generators(seed: int) -> None:
@@ -45,7 +55,7 @@ def _seed_generators(seed: int) -> None:
 def _load_weights(clip: CLIP, file: Path) -> None:
     weights = read_tensors(file)
     weights[_POSITIONS] = resize_grid(weights[_POSITIONS], clip.config.vision.num_patches)
-    clip.load_state_dict(weights)
+    clip.load_weights(weights)
 
 
 def speed_up(clip: CLIP, stage: Stage) -> None:

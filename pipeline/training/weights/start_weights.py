@@ -110,7 +110,7 @@ def _load(clip: CLIP, source: Path, tokenizer: Tokenizer) -> str:
     start = _read_foreign(read_foreign(foreign), clip, tokenizer) if foreign else _read_ours(path, tokenizer)
     _check_traits(clip.config, start)
     weights = _fitted(clip, start)
-    clip.load_state_dict(weights)
+    clip.load_weights(weights)
     print(f"starting from {start.path} (sha256 {start.sha256[:12]}…)", flush=True)
     return start.sha256
 
