@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from model.clip import CLIP
 from model.config import config_from_name
+from model.heads import ConceptHead, Labels, NamedConcepts
 from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.data.sample_order import BatchPlan
@@ -47,6 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = config_from_name("ViT-test-8")
     clip = CLIP(replace(config, vision=replace(config.vision, pool=batch["pool"])))
+    clip.heads["concepts"] = ConceptHead(config.embed_dim, batch["concept_counts"].tolist(), 100)
     recipe = load_recipe("demo", ["optimizer.max_grad_norm=0"])
     engine_config = deepspeed_config(recipe, BatchPlan(G, G, B, ranks.world_size), options.template)
     engine = make_engine(clip, recipe, engine_config, ranks)
@@ -55,8 +57,10 @@ def main() -> None:
     kept = batch["kept"].view(G, L)[mine].flatten().nonzero().squeeze(1)
     text = PackedTokens.from_padded(batch["tokens"][mine], clip.config.text.eot_token_id)
     patches = batch["patches"][mine].flatten(0, 1)[kept]
-    output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text)
-    loss = make_step_loss(recipe.loss, ranks).pairs(*output.for_pairs)
+    is_named = batch["is_named"][mine]
+    named = NamedConcepts(Labels(is_named.nonzero()[:, 1], lengths_to_cu_seqlens(is_named.sum(1))), batch["num_taught"])
+    output = engine(patches, PatchSelection(kept, lengths_to_cu_seqlens(counts)), text, None, named)
+    loss = make_step_loss(recipe.loss, ranks).pairs(*output.for_pairs) + 0.7 * output.concepts.loss
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in clip.named_parameters()}
     mean_loss = ranks.mean(loss.detach().clone())

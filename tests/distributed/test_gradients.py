@@ -1,4 +1,4 @@
-"""Two ranks under the deepspeed launcher have the gradients of one process on the concatenated batch."""
+"""Ranks under the deepspeed launcher have the gradients of one process on the concatenated batch, concepts included."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from model.clip import CLIP
 from model.config import config_from_name
+from model.heads import ConceptHead
 from model.masking import MaskingConfig, PatchSelection
 from model.packing import PackedTokens, lengths_to_cu_seqlens
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer
 
-G, L, P, T = 12, 16, 192, 9
+G, L, P, T, C = 12, 16, 192, 9, 7
+TAUGHT = 5  # of C concepts
 
 # Strategies that look at pixels, at the model's patch embeddings, and through a copy of the model.
 MASKING = {"cluster": {}, "mix": {"embedding_mix": 1.0}, "attentive": {"strategy": "attentive"}}
@@ -36,18 +38,31 @@ def make_batch() -> dict[str, Any]:
     kept[:, 0] = True
     images = torch.randint(0, 256, (G, 3, 32, 32), generator=generator, dtype=torch.uint8)
     patches = torch.randn(G, L, P, generator=generator)
-    return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten()}
+    is_named = torch.rand(G, C, generator=generator) < 0.3
+    is_named[0] = False
+    counts = torch.randint(1, 100, (C,), generator=generator)
+    concepts = {"is_named": is_named, "concept_counts": counts, "num_taught": TAUGHT}
+    return {"patches": patches, "images": images, "tokens": tokens, "kept": kept.flatten(), **concepts}
 
 
 def make_clip(pool: str) -> CLIP:
-    """The worker's model."""
+    """The worker's model, without its head."""
     torch.manual_seed(0)
     config = config_from_name("ViT-test-8")
     return CLIP(replace(config, vision=replace(config.vision, pool=pool)))
 
 
+def concept_loss(image_BD: torch.Tensor, head: ConceptHead, batch: dict[str, Any]) -> torch.Tensor:
+    """A matrix of logits, a matrix of targets."""
+    target = (batch["is_named"] * ((1 + 100) / (1 + batch["concept_counts"])).log())[:, :TAUGHT]
+    target = target / target.sum(1, keepdim=True).clamp(min=1e-9)
+    logits = (image_BD @ head.weight.T + head.bias)[:, :TAUGHT]
+    return -(target * logits.log_softmax(1)).sum() / G
+
+
 def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     clip = make_clip(batch["pool"])
+    head = ConceptHead(clip.config.embed_dim, batch["concept_counts"].tolist(), 100)
     counts = batch["kept"].view(G, L).sum(1)
     selection = PatchSelection(batch["kept"].nonzero().squeeze(1), lengths_to_cu_seqlens(counts))
     output = clip(
@@ -55,7 +70,10 @@ def single_process_gradients(batch: dict[str, Any]) -> tuple[float, dict[str, to
     )
     logits = output.logit_scale * output.image_features @ output.text_features.T
     loss = (F.cross_entropy(logits, torch.arange(G)) + F.cross_entropy(logits.T, torch.arange(G))) / 2
+    image_BD = clip.visual(batch["patches"].flatten(0, 1)[selection.kept_K], selection)
+    loss = loss + 0.7 * concept_loss(image_BD, head, batch)
     loss.backward()
+    clip.heads["concepts"] = head
     return loss.item(), {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
 
 

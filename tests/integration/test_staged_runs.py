@@ -17,6 +17,7 @@ from faulty_train import start
 from safetensors.torch import load_file
 
 from formats.balance import write_balance
+from formats.concepts import Concept, write_concepts
 from formats.manifest import read_manifest
 from pipeline.inference import load_for_inference
 from pipeline.training.checkpoints.checkpoint import newest_checkpoint
@@ -103,8 +104,14 @@ def finish(options: Sequence[str], run: Path, world_size: int = 1) -> str:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_stages_on_two_ranks(stage: int, tmp_path: Path, staged_options: list[str]) -> None:
-    """One command, one run: each stage with its images, masks, batch and schedule; and resumed in the second."""
-    options = [*staged_options, f"train.deepspeed_config=zero{stage}_bf16"]
+    """One command, one run: each stage with its images, masks, batch and schedule; and resumed in the second.
+
+    Concepts are predicted in both, more of them from the ninth step on.
+    """
+    concepts = [Concept("dog", 1, 32, 2), Concept("cat", 1, 32, 1), Concept("a bird", 2, 32, 1)]
+    write_concepts(tmp_path / "concepts.jsonl", concepts, 96, {})
+    options = [*staged_options, f"train.deepspeed_config=zero{stage}_bf16", "concepts.objective=predict"]
+    options += [f"concepts.file={tmp_path / 'concepts.jsonl'}", "concepts.boundaries=[128]", "concepts.weight=0.5"]
     printed = finish(options, tmp_path / "run", world_size=2)
     plan = printed[: printed.index("step ")]
     assert "stage 1 of 2, small: steps 1 to 12" in plan
@@ -126,6 +133,16 @@ def test_stages_on_two_ranks(stage: int, tmp_path: Path, staged_options: list[st
     assert whole[0]["lr"] == 1e-4  # a warm-up of its own, of one step
     assert whole[16]["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 15 / 16)) / 2)
     assert whole[17]["lr"] == 0
+    assert [line["concept_stage"] for line in lines] == [1] * 8 + [2] * 22
+    # a third of the captions names none of the two concepts of the first stage, of which one is guessed
+    assert all(0 < line["concept_loss"] < math.log(2) + 0.1 for line in small[:8])
+    assert all(math.log(2) < line["concept_loss"] < 2 for line in small[8:])
+    head = {name: value for name, value in weights(tmp_path / "run").items() if name.startswith("heads.")}
+    assert {name: tuple(value.shape) for name, value in head.items()} == {
+        "heads.concepts.weight": (3, 32),
+        "heads.concepts.bias": (3,),
+    }
+    assert len(load_for_inference(str(tmp_path / "run"), torch.device("cpu")).clip.heads) == 0
 
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000030")
@@ -168,7 +185,11 @@ def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, sta
 
 
 def test_balanced_stages_go_on_where_they_were(tmp_path: Path, shards: Path, staged_options: list[str]) -> None:
-    """Each draws by a balance of its own; stopped in the second, the same bits; another balance is refused."""
+    """Each draws by a balance of its own; stopped in the second, the same bits; another balance is refused.
+
+    Of captions words are kept by their concepts.
+    """
+    write_concepts(tmp_path / "concepts.jsonl", [Concept("dog", 1, 32, 2), Concept("picture", 2, 96, 2)], 96, {})
     manifest = read_manifest(shards)
     for name, of_shards in (("thinned", (0.4, 0.6, 1.0)), ("repeated", (0.3, 1.0, 1.8))):
         rates = [np.full(s.samples, rate) for s, rate in zip(manifest.shards, of_shards, strict=True)]
@@ -176,6 +197,10 @@ def test_balanced_stages_go_on_where_they_were(tmp_path: Path, shards: Path, sta
     options = [
         *staged_options,
         "data.draw=bernoulli",
+        "text_masking.max_tokens=7",
+        "concepts.objective=keep",
+        f"concepts.file={tmp_path / 'concepts.jsonl'}",
+        "concepts.boundaries=[100]",
         f"stages.small.data.balance={tmp_path / 'thinned'}",
         f"stages.whole.data.balance={tmp_path / 'repeated'}",
         "stages.whole.data.draw=rotation",
