@@ -78,6 +78,14 @@ CASES = (
             ("pgs", "CLIP-PGS 0.5"),
         )
     ),
+    Case(
+        "cc12m_vit_b16_cluster_concepts",
+        CC12M,
+        8,
+        "h100",
+        "data/cc12m/shards",
+        started_with="concepts.file=data/cc12m/concepts.jsonl",
+    ),
     Case("laion400m_vit_b16_cluster", LAION_400M, 64, "h100", "data/laion400m/shards"),
     Case("datacomp_medium_vit_b16_cluster", DATACOMP, 8, "h100", "data/datacomp_medium/shards"),
     Case("efficient_vit_b16", LAION_400M, 8, "h100", "data/laion400m/shards"),

@@ -110,6 +110,6 @@ def packed_step(
         images = PatchedImages(batch.images_BCHW, clip.config.vision.patch_size)
         selection = choose_patches(images, masking, generator).selection
         text = pack_tokens(tokens_N, cu_seqlens_B1, batch.tokens_BT.shape[1])
-        return contrastive_loss(*clip(images.gather(selection.kept_K), selection, text))
+        return contrastive_loss(*clip(images.gather(selection.kept_K), selection, text).for_pairs)
 
     return train_with(clip, loss_of)

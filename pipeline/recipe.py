@@ -167,9 +167,7 @@ class ConceptsSection(Section):
     )
 
     @model_validator(mode="after")
-    def _usable(self) -> ConceptsSection:
-        if self.objective != "none" and not self.file:
-            raise ValueError(f"objective {self.objective} needs file=FILE, made by `data-prep concepts`")
+    def _ascending(self) -> ConceptsSection:
         if list(self.boundaries) != sorted({*self.boundaries}) or min(self.boundaries, default=1) < 1:
             raise ValueError(f"boundaries are samples seen, ascending and above 0 (got {list(self.boundaries)})")
         return self

@@ -32,6 +32,8 @@ def read_curriculum(section: ConceptsSection) -> Curriculum | None:
     """What a recipe teaches, None where concepts have no use; UserError for a file or boundaries that do not fit."""
     if section.objective == "none":
         return None
+    if not section.file:
+        raise UserError(f"concepts.objective {section.objective} needs concepts.file, made by `data-prep concepts`")
     concepts = read_concepts(section.file)
     if section.boundaries and len(section.boundaries) != concepts.num_stages - 1:
         raise UserError(

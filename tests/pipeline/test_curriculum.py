@@ -50,7 +50,6 @@ def test_the_stage_follows_from_the_samples_seen(file: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"objective": "predict"}, "needs file=FILE, made by `data-prep concepts`"),
         ({"objective": "predict", "file": "x", "boundaries": [5, 5]}, "ascending and above 0"),
         ({"objective": "predict", "file": "x", "boundaries": [0]}, "ascending and above 0"),
         ({"objective": "keep", "file": "x"}, "give text_masking.max_tokens, and text_masking.strategy none"),
@@ -64,6 +63,8 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, object], reason: str) 
 def test_boundaries_are_those_of_the_stages(file: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"boundaries has 1 numbers, and .* has 3 stages: give 2"):
         curriculum(file, 100)
+    with pytest.raises(UserError, match="predict needs concepts.file, made by `data-prep concepts`"):
+        read_curriculum(ConceptsSection(objective="predict"))
     with pytest.raises(UserError, match="cannot read concepts"):
         curriculum(str(tmp_path / "none"))
 
