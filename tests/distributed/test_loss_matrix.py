@@ -1,7 +1,8 @@
 """Losses x exchanges x ZeRO stages x precisions x accumulation x caching: ranks have the gradients of one process.
 
-The step is the real one. What it is held against knows neither ranks nor tiles nor DeepSpeed: features of all pairs by
-plain torch, the papers' formulas on the whole matrix of logits in double precision, autograd.
+The step is the real one; a head predicts concepts beside it. What it is held against knows neither ranks nor tiles nor
+DeepSpeed: features of all pairs by plain torch, the papers' formulas on the whole matrix of logits in double precision,
+autograd.
 
 B pairs of a micro-batch of a rank, T longest caption
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from model.clip import CLIP
 from model.config import Pool, config_from_name
+from model.heads import ConceptHead, Labels
 from model.masking import MaskingConfig
 from model.packing import lengths_to_cu_seqlens
 from pipeline.data.data_loader import Batch
@@ -37,6 +40,7 @@ from pipeline.training.step_loss import make_step_loss
 from pipeline.training.train_step import Learner, train_step
 
 B, T, STEP, PROGRESS = 3, 7, 5, 0.5
+COUNTS, CAPTIONS, TAUGHT, WEIGHT = [90, 20, 3, 1], 100, 3, 0.5  # of concepts
 # Masks of the second pass are drawn again: from pixels, through the model's embedding, through a copy of the model.
 MASKS = {
     "cluster": MaskingConfig(),
@@ -81,7 +85,9 @@ def make_clip(case: Case) -> CLIP:
     config = replace(config, text=replace(config.text, vocab_size=50, eot_token_id=49))
     if case.kind == "sigmoid":
         config = replace(config, init_logit_scale=2.3, init_logit_bias=-4.0)
-    return CLIP(config)
+    clip = CLIP(config)
+    clip.heads["concepts"] = ConceptHead(config.embed_dim, COUNTS, CAPTIONS)
+    return clip
 
 
 def make_batch(rank: int, number: int) -> Batch:
@@ -91,7 +97,9 @@ def make_batch(rank: int, number: int) -> Batch:
     tokens_N = torch.randint(1, 49, (int(lengths_B.sum()),), generator=generator)
     tokens_N[cu_seqlens_B1[1:].long() - 1] = 49
     pixels = torch.randint(0, 256, (B, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return Batch(pixels, tokens_N, cu_seqlens_B1, T, [], [])
+    is_named_BC = torch.rand(B, len(COUNTS), generator=generator) < 0.4
+    concepts = Labels(is_named_BC.nonzero()[:, 1], lengths_to_cu_seqlens(is_named_BC.sum(1)))
+    return Batch(pixels, tokens_N, cu_seqlens_B1, T, [], [], concepts)
 
 
 def losses_and_gradients(ranks: Ranks, case: Case) -> Iterator[tuple[bool, float, dict[str, Tensor]]]:
@@ -115,8 +123,8 @@ def losses_and_gradients(ranks: Ranks, case: Case) -> Iterator[tuple[bool, float
     for exchange, cache in WAYS:
         options = {"kind": case.kind, "exchange": exchange, "cache_gradients": cache, "tile_size": 16}
         step_loss = make_step_loss(recipe.loss.model_copy(update=options), ranks)
-        learner = Learner(engine, masks, step_loss, max_grad_norm=0.0, average=None, ranks=ranks)
-        report = train_step(learner, batches, STEP, PROGRESS)
+        learner = Learner(engine, masks, step_loss, WEIGHT, max_grad_norm=0.0, average=None, ranks=ranks)
+        report = train_step(learner, batches, STEP, PROGRESS, TAUGHT)
         yield cache, ranks.mean(report.means_R[0]).item(), dict(gradients)
     engine.release()
 
@@ -136,6 +144,16 @@ def formula(kind: str, image_GD: Tensor, text_GD: Tensor, scale: Tensor, bias: T
     return -F.logsigmoid(sign_GG * (logits_GG + bias)).sum() / len(logits_GG)
 
 
+def concept_formula(image_BE: Tensor, head: ConceptHead, concepts: Labels) -> Tensor:
+    target_BC = torch.zeros(B, TAUGHT, dtype=torch.double)
+    for row, number in zip(concepts.row_M.tolist(), concepts.class_M.tolist(), strict=True):
+        if number < TAUGHT:
+            target_BC[row, number] = math.log((1 + CAPTIONS) / (1 + COUNTS[number]))
+    target_BC /= target_BC.sum(1, keepdim=True).clamp(min=1e-9)
+    logits_BC = (image_BE.double() @ head.weight.double().T + head.bias.double())[:, :TAUGHT]
+    return -(target_BC * logits_BC.log_softmax(1)).sum() / B
+
+
 @functools.cache
 def single_process(case: Case, world_size: int, cached: bool) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of all ranks' micro-batches; negatives are all pairs if cached, else those at once."""
@@ -147,13 +165,16 @@ def single_process(case: Case, world_size: int, cached: bool) -> tuple[float, di
         for rank in range(world_size)
     ]
     autocast = torch.autocast("cpu", torch.bfloat16) if case.precision == "autocast" else nullcontext()
-    outputs = []
+    outputs, concept_losses = [], []
     for number in range(case.accumulation):
         for rank, drawer in enumerate(drawers):
             batch = make_batch(rank, number)
             images, chosen = drawer.draw(batch.images_BCHW, STEP, number, PROGRESS)
+            patches_KP = images.gather(chosen.selection.kept_K)
             with autocast:
-                outputs.append(clip(images.gather(chosen.selection.kept_K), chosen.selection, batch.text))
+                outputs.append(clip(patches_KP, chosen.selection, batch.text))
+                image_BE = clip.visual(patches_KP, chosen.selection)
+            concept_losses.append(concept_formula(image_BE, clip.heads["concepts"], batch.concepts))
     at_once = len(outputs) if cached else world_size
     groups = [outputs[first : first + at_once] for first in range(0, len(outputs), at_once)]
     losses = []
@@ -161,7 +182,7 @@ def single_process(case: Case, world_size: int, cached: bool) -> tuple[float, di
         images_GD, texts_GD = (torch.cat([output[side] for output in group]) for side in (0, 1))
         losses.append(formula(case.kind, images_GD, texts_GD, group[0].logit_scale, group[0].logit_bias))
     loss = torch.stack(losses).mean()
-    loss.backward()
+    (loss + WEIGHT * torch.stack(concept_losses).mean()).backward()
     return loss.item(), {name: p.grad.float() for name, p in clip.named_parameters() if p.grad is not None}
 
 
@@ -181,7 +202,9 @@ def check(case: Case, world_size: int, found: list[Any]) -> None:
         assert gradients.keys() == expected_gradients.keys()
         numbers = [name for name in gradients if name.startswith("logit_")]
         assert len(numbers) == (2 if case.kind == "sigmoid" else 1)
-        for names in ([*gradients], *([name] for name in numbers)):
+        heads = [name for name in gradients if name.startswith("heads.")]
+        assert len(heads) == 2
+        for names in ([*gradients], heads, *([name] for name in numbers)):
             assert relative_error(gradients, expected_gradients, names) < tolerance, names
 
 

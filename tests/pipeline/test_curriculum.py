@@ -63,7 +63,7 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, object], reason: str) 
 def test_boundaries_are_those_of_the_stages(file: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"boundaries has 1 numbers, and .* has 3 stages: give 2"):
         curriculum(file, 100)
-    with pytest.raises(UserError, match="predict needs concepts.file, made by `data-prep concepts`"):
+    with pytest.raises(UserError, match=r"predict needs concepts\.file, made by `data-prep concepts`"):
         read_curriculum(ConceptsSection(objective="predict"))
     with pytest.raises(UserError, match="cannot read concepts"):
         curriculum(str(tmp_path / "none"))
