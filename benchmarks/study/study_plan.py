@@ -29,13 +29,14 @@ class Arm(BaseModel):
 
     masking: dict[str, Any] = {}
     model: dict[str, Any] = {}
+    concepts: dict[str, Any] = {}  # its file is within the folder of prepared data
     experiment: str | None = None
     parts: dict[str, float] = {}  # name of an arm: share of the run
 
-    @property
-    def sections(self) -> dict[str, Any]:
+    def sections(self, data: Path) -> dict[str, Any]:
         """Of the recipe."""
-        return {"masking": self.masking, "model": self.model}
+        file = {"file": str(data / self.concepts["file"])} if "file" in self.concepts else {}
+        return {"masking": self.masking, "model": self.model, "concepts": self.concepts | file}
 
 
 class Study(BaseModel):
@@ -153,17 +154,17 @@ def recipe_of(study: Study, run: Run, share: float, data: Path, output: Path) ->
     if run.view == "tail":
         parts = {run.arm: 1 - TAIL_SHARE, BASELINE: TAIL_SHARE}
     if not parts:
-        return merged(fields, study.arms[run.arm].sections)
-    return fields | {"stages": _stages(study, parts, steps, fields["optimizer"]["lr"])}
+        return merged(fields, study.arms[run.arm].sections(data))
+    return fields | {"stages": _stages(study, parts, steps, fields["optimizer"]["lr"], data)}
 
 
-def _stages(study: Study, parts: dict[str, float], steps: int, lr: float) -> list[dict[str, Any]]:
+def _stages(study: Study, parts: dict[str, float], steps: int, lr: float, data: Path) -> list[dict[str, Any]]:
     """Of a run in parts: the last takes the steps that rounding leaves."""
     lengths = [max(1, round(share * steps)) for share in parts.values()]
     lengths[0] += steps - sum(lengths)
     stages = []
     for number, (arm, length) in enumerate(zip(parts, lengths, strict=True)):
-        stage = {"name": f"part{number + 1}", **study.arms[arm].sections, "train": {"max_steps": length}}
+        stage = {"name": f"part{number + 1}", **study.arms[arm].sections(data), "train": {"max_steps": length}}
         if number:
             stage["optimizer"] = {"lr": lr * TAIL_LR_RATIO, "warmup_steps": 0}
         stages.append(stage)
