@@ -21,6 +21,9 @@ import torch.nn.functional as F
 import yaml
 from conftest import RANK_ENVIRONMENT
 from forked_ranks import start_program
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 from waiting import wait_for
 
 from model.masking import PatchedImages, draw_anchors
@@ -269,3 +272,42 @@ def test_what_is_asked_to_stop_begins_no_other_run(whole_study: bool, tmp_path: 
     study.join(600)
     assert study.exitcode == (143 if whole_study else 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "log"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
+def test_holm_rejects_what_stepping_down_rejects(p_values: list[float], level: float) -> None:
+    """One after the other from the least, until one is not below the level over those that are left."""
+    rejected, left = set[int](), len(p_values)
+    for index in sorted(range(len(p_values)), key=p_values.__getitem__):
+        if p_values[index] * left > level:
+            break
+        rejected.add(index)
+        left -= 1
+    found = module("paired").holm(p_values)
+    assert {index for index, p in enumerate(found) if p <= level} == rejected
+
+
+def test_confirmed_are_differences_over_none_and_random(tmp_path: Path) -> None:
+    confirm, study_plan = module("confirm"), module("study_plan")
+    fields = SMALL | {"seeds": 3, "first_seed": 10, "views": {"time": ["none", "random 0.5", "cluster"]}}
+    fields["arms"] = {**SMALL["arms"], "cluster": {"masking": {"strategy": "cluster"}}}
+    study = study_plan.Study.model_validate(fields)
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    metric = [*study.metrics][-1]
+    reached = {"none": (0.1, 0.2, 0.3), "random 0.5": (0.2, 0.3, 0.5), "cluster": (0.4, 0.5, 0.6)}
+    lines = []
+    for run in study.runs():
+        curve = [dict.fromkeys(study.metrics, reached[run.arm][run.seed - 10])]
+        lines.append({"name": run.name, "arm": run.arm, "view": run.view, "seed": run.seed, "curve": curve})
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = confirm.corrected(confirm.comparisons(confirm.Outcomes(tmp_path), "time"))
+    pairs = [("random 0.5", "none"), ("cluster", "none"), ("cluster", "random 0.5")]
+    assert [(line["arm"], line["over"]) for line in found] == pairs
+    assert {(line["set"], line["metric"], line["view"], line["seeds"]) for line in found} == {
+        (study.evaluation[0], metric, "time", 3)
+    }
+    assert [line["difference"] for line in found] == pytest.approx([0.4 / 3, 0.3, 0.5 / 3], abs=1e-5)
+    # cluster over none is the same in each seed; the two others have standard errors of a thirtieth
+    alone = [2 * stats.t.sf(difference * 30, 2) for difference in (0.4 / 3, 0.5 / 3)]
+    assert [line["p"] for line in found] == pytest.approx([alone[0], 0, alone[1]], abs=1e-4)
+    assert [line["p_corrected"] for line in found] == pytest.approx([2 * alone[1], 0, 2 * alone[1]], abs=1e-4)

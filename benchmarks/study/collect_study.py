@@ -51,6 +51,10 @@ class Outcomes:
             return {seed: self._probes[run["name"]] for seed, run in runs.items() if run["name"] in self._probes}
         return {seed: run["curve"][-1][metric] for seed, run in runs.items()}
 
+    def at(self, arm: str, view: str, metric: str) -> dict[int, float]:
+        """`final`; the baseline at equal samples is the baseline at equal time."""
+        return self.final(arm, "samples" if arm == BASELINE and view == "time" else view, metric)
+
     def arm(self, arm: str, view: str) -> dict[str, Any]:
         """What is recorded of an arm."""
         runs = [*self._runs[arm, view].values()]

@@ -19,6 +19,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from doc_tables import markdown, replace
+from draw_map import draw_map, map_table, regimes
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from record import RESULTS_DIRECTORY
@@ -46,7 +47,7 @@ def recorded() -> dict[str, Any]:
 
 def studies(figures: dict[str, Any]) -> dict[str, Any]:
     """Parts that are of trained models."""
-    return {name: part for name, part in figures.items() if "views" in part}
+    return {name: part for name, part in figures.items() if isinstance(part, dict) and "views" in part}
 
 
 def headline_metric(study: dict[str, Any]) -> str:
@@ -158,6 +159,17 @@ def long_tail_table(study: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def confirmed_table(lines: list[dict[str, Any]]) -> str:
+    """Differences in points, with p over all of them together."""
+    header = ["set", "masks", "over", "metric", "seeds", "difference", "p, corrected"]
+    rows = []
+    for line in lines:
+        interval = f"{100 * line['difference']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
+        names = [line[name] for name in ("regime", "arm", "over", "metric")]
+        rows.append([*names, str(line["seeds"]), interval, f"{line['p_corrected']:.3f}"])
+    return markdown(header, rows)
+
+
 def colour(arm: str) -> str:
     """One for each kind of masks."""
     return COLOURS.get(arm, COLOURS.get(arm.split(" ")[0], "#8c564b"))
@@ -230,9 +242,18 @@ def headline_table(figures: dict[str, Any]) -> str:
 
 def tables(figures: dict[str, Any]) -> dict[tuple[Path, str], str]:
     """By page and the name of their place there."""
-    found = {(PAGE, f"study.json, {name}"): study_table(study) for name, study in studies(figures).items()}
+    cells = regimes(figures)
+    found = {
+        (PAGE, f"study.json, {name}"): study_table(study)
+        for name, study in studies(figures).items()
+        if name not in cells
+    }
     found[PAGE, "study.json, cifar10_cpu, differences"] = further_table(figures["cifar10_cpu"])
     found[PAGE, "study.json, budget"] = budget_table(figures["budget"])
+    if regimes(figures):
+        found[PAGE, "study.json, map"] = map_table(figures)
+    if "confirmed" in figures:
+        found[PAGE, "study.json, confirmed"] = confirmed_table(figures["confirmed"])
     if "long_tail" in figures:
         found[PAGE, "study.json, long_tail"] = long_tail_table(figures["long_tail"])
     found[README, "study.json"] = headline_table(figures)
@@ -247,7 +268,10 @@ def main() -> None:
         replace(page, name, text)
         print(f"{name}\n{text}\n")
     for name, study in studies(figures).items():
-        draw(study, IMAGES / f"study_{name}.png")
+        if name not in regimes(figures):
+            draw(study, IMAGES / f"study_{name}.png")
+    if regimes(figures):
+        draw_map(figures, IMAGES / "masks_map.png")
 
 
 if __name__ == "__main__":

@@ -43,3 +43,12 @@ def paired_p(differences: Sequence[float]) -> float | None:
         return None
     t = statistics.fmean(differences) / (statistics.stdev(differences) / math.sqrt(len(differences)))
     return float(2 * stats.t.sf(abs(t), len(differences) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction over all comparisons: each is significant at a level that it is not above."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected

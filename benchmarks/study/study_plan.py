@@ -29,6 +29,7 @@ class Arm(BaseModel):
 
     masking: dict[str, Any] = {}
     model: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     concepts: dict[str, Any] = {}  # its file is within the folder of prepared data
     experiment: str | None = None
     parts: dict[str, float] = {}  # name of an arm: share of the run
@@ -36,7 +37,8 @@ class Arm(BaseModel):
     def sections(self, data: Path) -> dict[str, Any]:
         """Of the recipe."""
         file = {"file": str(data / self.concepts["file"])} if "file" in self.concepts else {}
-        return {"masking": self.masking, "model": self.model, "concepts": self.concepts | file}
+        sections = {"masking": self.masking, "model": self.model, "optimizer": self.optimizer}
+        return sections | {"concepts": self.concepts | file}
 
 
 class Study(BaseModel):
