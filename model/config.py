@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 Pool = Literal["class", "average", "attention"]
 Activation = Literal["gelu", "quick_gelu"]
+TextAttention = Literal["causal", "bidirectional"]
+TextPool = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Causal text transformer; the feature is read at `eot_token_id`, the last token of every caption."""
+    """Text transformer; every caption ends in `eot_token_id`.
+
+    attention: whether a token sees those before it and itself, or the whole caption
+    pool: what the caption's feature is read from: its last token, or the mean over all, which sees a whole caption only
+        where every token does
+    """
 
     width: int
     layers: int
@@ -60,9 +67,15 @@ class TextConfig:
     eot_token_id: int = 49407
     mlp_ratio: float = 4.0
     activation: Activation = "gelu"
+    attention: TextAttention = "causal"
+    pool: TextPool = "last"
 
     def __post_init__(self) -> None:
         _check_known("activation", self.activation, get_args(Activation))
+        _check_known("text attention", self.attention, get_args(TextAttention))
+        _check_known("text pool", self.pool, get_args(TextPool))
+        if self.pool == "mean" and self.attention == "causal":
+            raise ValueError("text pool mean needs bidirectional text attention: causal tokens see what precedes them")
         _check_sizes(self, "width", "layers", "heads", "context_length", "vocab_size")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")

@@ -26,8 +26,9 @@ def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths:
     image = whole_blocks * _block(vision.width, vision.mlp_ratio, lengths)
     if vision.pool != "average":  # SigLIP's attention head has the products of such a block
         image += _pooled_block(vision.width, vision.mlp_ratio, lengths)
-    words = (text.layers - 1) * _block(text.width, text.mlp_ratio, caption_lengths)
-    words += _pooled_block(text.width, text.mlp_ratio, caption_lengths)
+    words = (text.layers - (text.pool == "last")) * _block(text.width, text.mlp_ratio, caption_lengths)
+    if text.pool == "last":
+        words += _pooled_block(text.width, text.mlp_ratio, caption_lengths)
     projections = 2 * B * config.embed_dim * (vision.width + text.width)
     patch_embedding = 2 * K * 3 * vision.patch_size**2 * vision.width
     # pixels need no gradient

@@ -28,10 +28,18 @@ def mean_of_patches(x_ND: Tensor, layout: PackedLayout) -> Tensor:
 
     The same bits in every call: a segment sum, where scattered additions would come in any order on CUDA.
     """
-    # unsafe: the lengths are not checked, which would make the host wait
-    sum_BD = torch.segment_reduce(x_ND.float(), "sum", lengths=layout.lengths_B, unsafe=True)
-    sum_BD = sum_BD - x_ND[layout.first_token_B].float()
+    sum_BD = _sum_of_tokens(x_ND, layout) - x_ND[layout.first_token_B].float()
     return (sum_BD / (layout.lengths_B - 1)[:, None]).to(x_ND.dtype)
+
+
+def mean_of_tokens(x_ND: Tensor, layout: PackedLayout) -> Tensor:
+    """Mean over all tokens of each sequence, summed in fp32: [N, D] -> [B, D], the same bits in every call."""
+    return (_sum_of_tokens(x_ND, layout) / layout.lengths_B[:, None]).to(x_ND.dtype)
+
+
+def _sum_of_tokens(x_ND: Tensor, layout: PackedLayout) -> Tensor:
+    # unsafe: the lengths are not checked, which would make the host wait
+    return torch.segment_reduce(x_ND.float(), "sum", lengths=layout.lengths_B, unsafe=True)
 
 
 class AttentionPool(nn.Module):
@@ -137,14 +145,20 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Text tower whose feature is the last token, end-of-text. Packed and padded text give the same feature."""
+    """Text tower on true tokens alone, which see no padding; `TextConfig.pool` says where its feature is read."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
+        self.pool = config.pool
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.transformer = Transformer(
-            config.width, config.layers, config.heads, config.mlp_ratio, causal=True, activation=config.activation
+            config.width,
+            config.layers,
+            config.heads,
+            config.mlp_ratio,
+            causal=config.attention == "causal",
+            activation=config.activation,
         )
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
@@ -159,13 +173,20 @@ class TextTransformer(nn.Module):
     def forward(self, text: PackedTokens) -> Tensor:
         """Features of the captions, [N] tokens -> [B, embed_dim]. No caption may exceed the context length."""
         layout = text.layout
-        num_tokens = text.tokens_N.numel()
+        x_ND = self._with_positions(cast(Tensor, self.token_embedding(text.tokens_N)), layout)
+        return self._pooled(x_ND, layout) @ self.text_projection
+
+    def _with_positions(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
+        num_tokens = len(x_ND)
         first_N = layout.first_token_B[layout.sequence_N(num_tokens)]
         position_N = torch.arange(num_tokens, device=first_N.device) - first_N
-        x_ND = cast(Tensor, self.token_embedding(text.tokens_N))
-        x_ND = x_ND + self.positional_embedding.index_select(0, position_N)
-        pooled_BD = self.transformer.forward_pooled(x_ND, layout.last_token_B, layout)
-        return cast(Tensor, self.ln_final(pooled_BD)) @ self.text_projection
+        return x_ND + self.positional_embedding.index_select(0, position_N)
+
+    def _pooled(self, x_ND: Tensor, layout: PackedLayout) -> Tensor:
+        """Through the blocks and the last norm to one vector per caption, [N, D] -> [B, D]."""
+        if self.pool == "last":
+            return cast(Tensor, self.ln_final(self.transformer.forward_pooled(x_ND, layout.last_token_B, layout)))
+        return mean_of_tokens(self.ln_final(self.transformer(x_ND, layout)), layout)
 
 
 _IMAGE, _TEXT = "visual.positional_embedding", "text.positional_embedding"

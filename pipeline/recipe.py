@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from formats.errors import UserError
 from model.attention import BACKENDS, Backend
-from model.config import Activation, CLIPConfig, Pool, config_from_name
+from model.config import Activation, CLIPConfig, Pool, TextAttention, TextPool, config_from_name
 from model.loss import Kernel, LossKind
 from model.masking.strategies import MaskingConfig
 from pipeline.recipe_options import Location, OnResume, PerStage, Section, merge_stages, options_of
@@ -34,6 +34,8 @@ class ModelSection(Section):
     image_size: PerStage[int | None] = Field(None, description="pixels a side; none: the model's own", gt=0)
     context_length: int | None = Field(None, description="longest caption in tokens; none: the model's own", gt=2)
     pool: Pool | None = Field(None, description="image feature: class | average | attention; none: the model's own")
+    text_attention: TextAttention = Field("causal", description="what a caption's tokens see: causal | bidirectional")
+    text_pool: TextPool = Field("last", description="caption's feature: last token | mean over all (bidirectional)")
     activation: Activation | None = Field(None, description="gelu | quick_gelu; none: the model's own")
     start_from: OnResume[Location] = Field(
         "", description="initial weights: a run, or open_clip's or transformers' (docs/export.md)"
@@ -357,6 +359,7 @@ class Recipe(Section):
             fields[tower]["activation"] = self.model.activation or fields[tower]["activation"]
         if self.loss.kind == "sigmoid":
             fields |= {"init_logit_scale": _SIGMOID_LOGIT_SCALE, "init_logit_bias": _SIGMOID_LOGIT_BIAS}
+        fields["text"] |= {"attention": self.model.text_attention, "pool": self.model.text_pool}
         fields["text"]["context_length"] = self.context_length
         fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
         try:

@@ -156,6 +156,11 @@ def text_files(config: CLIPConfig, encoder: TextEncoder) -> dict[str, str]:
     """What a folder has beside the weights; ValueError for a model that open_clip cannot hold."""
     if config.vision.pool not in _POOLS:
         raise ValueError(f"model.pool={config.vision.pool}, and open_clip's CLIP has class or average pooling only")
+    if config.text.attention != "causal":
+        raise ValueError(
+            f"model.text_attention={config.text.attention}, and open_clip's CLIP, unless causal, lets captions see "
+            "their padding: use it with pipeline/embed.py and evaluate.py"
+        )
     content = {"model_cfg": model_cfg(config), "preprocess_cfg": _preprocess_cfg(config.vision.image_size)}
     if is_clips_own(byte_pairs_of(encoder)):
         return {CONFIG: json.dumps(content, indent=2) + "\n"}

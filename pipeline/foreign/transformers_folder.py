@@ -164,6 +164,11 @@ def text_files(config: CLIPConfig, encoder: TextEncoder) -> dict[str, str]:
     """What a folder has beside the weights; ValueError for a model that transformers cannot hold."""
     if config.vision.pool != "class":
         raise ValueError(f"model.pool={config.vision.pool}, and transformers' CLIP has class pooling only")
+    if config.text.attention != "causal":
+        raise ValueError(
+            f"model.text_attention={config.text.attention}, and transformers' CLIP is causal: use it with "
+            "pipeline/embed.py and evaluate.py"
+        )
     if config.init_logit_bias is not None:
         raise ValueError(
             "loss.kind=sigmoid, and transformers' CLIP has no logit bias: its probabilities would be wrong; export it "

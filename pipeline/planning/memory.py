@@ -229,8 +229,11 @@ def text_memory(load: Workload) -> TowerMemory:
     """The text tower; its ids are part of the batch."""
     if not load.parameters.text:
         return TowerMemory(0, 0)
-    tower = load.text
-    return _tower_memory(tower, load, _INDEX * tower.tokens, tower.layers - 1, _pooled_block(tower, load))
+    tower, ids = load.text, _INDEX * load.text.tokens
+    if load.model.text.pool == "last":
+        return _tower_memory(tower, load, ids, tower.layers - 1, _pooled_block(tower, load))
+    norm = load.weight_bytes * tower.tokens * tower.width  # over all tokens
+    return _tower_memory(tower, load, ids, tower.layers, norm)
 
 
 def _tower_memory(tower: Tower, load: Workload, embedding: int, whole_blocks: int, pooling: int) -> TowerMemory:

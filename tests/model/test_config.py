@@ -48,6 +48,7 @@ def test_quickgelu_is_the_same_model_with_another_activation() -> None:
 def test_a_model_of_before_there_were_variants_still_loads() -> None:
     fields = config_from_name("ViT-B-32").to_dict()
     del fields["vision"]["activation"], fields["text"]["activation"], fields["vision"]["pool"]
+    del fields["text"]["attention"], fields["text"]["pool"]
     assert CLIPConfig.from_dict(fields) == config_from_name("ViT-B-32")
 
 
@@ -55,6 +56,10 @@ def test_unknown_variants_are_refused() -> None:
     config = config_from_name("ViT-test-8")
     with pytest.raises(ValueError, match="unknown pool 'max'; known: class, average, attention"):
         replace(config.vision, pool="max")
+    with pytest.raises(ValueError, match="unknown text attention 'full'; known: causal, bidirectional"):
+        replace(config.text, attention="full")
+    with pytest.raises(ValueError, match="text pool mean needs bidirectional text attention"):
+        replace(config.text, pool="mean")
     with pytest.raises(ValueError, match="unknown activation 'relu'; known: gelu, quick_gelu"):
         config.with_activation("relu")
     with pytest.raises(ValueError, match="towers differ: quick_gelu for images, gelu for text"):

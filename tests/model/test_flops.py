@@ -10,19 +10,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.clip import CLIP
-from model.config import Pool, config_from_name
+from model.config import Pool, TextPool, config_from_name
 from model.flops import loss_flops, step_flops
 from model.masking import PatchSelection
 from model.packing import lengths_to_cu_seqlens, pack_tokens
 
 
 @pytest.mark.parametrize(
-    ("name", "pool"),
-    [("ViT-test-8", "class"), ("ViT-nano-8", "class"), ("ViT-nano-8", "average"), ("ViT-nano-8", "attention")],
+    ("name", "pool", "text_pool"),
+    [
+        ("ViT-test-8", "class", "last"),
+        ("ViT-nano-8", "class", "last"),
+        ("ViT-nano-8", "average", "mean"),
+        ("ViT-nano-8", "attention", "last"),
+    ],
 )
-def test_formula_equals_the_counter(name: str, pool: Pool) -> None:
+def test_formula_equals_the_counter(name: str, pool: Pool, text_pool: TextPool) -> None:
     config = config_from_name(name)
-    clip = CLIP(replace(config, vision=replace(config.vision, pool=pool)))
+    text = replace(config.text, attention="bidirectional" if text_pool == "mean" else "causal", pool=text_pool)
+    clip = CLIP(replace(config, vision=replace(config.vision, pool=pool), text=text))
     # lengths that fill their buckets, so that nothing is padded
     kept, lengths = [15, 15, 15, 15], [4, 8, 8, 12]
     L, P = clip.config.vision.num_patches, 3 * clip.config.vision.patch_size**2

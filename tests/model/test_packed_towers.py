@@ -31,6 +31,10 @@ from model.packing import PackedLayout, PackedTokens, lengths_to_cu_seqlens, nor
 Weights = dict[str, Tensor]
 
 
+# Attention and pooling of text towers.
+TEXT = {"causal": ("causal", "last"), "bidirectional": ("bidirectional", "last"), "mean": ("bidirectional", "mean")}
+
+
 def small_config(pool: Pool = "class", activation: Activation = "gelu", layers: int = 3) -> CLIPConfig:
     config = config_from_name("ViT-test-8")
     text = dataclasses.replace(config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers)
@@ -38,9 +42,11 @@ def small_config(pool: Pool = "class", activation: Activation = "gelu", layers: 
     return dataclasses.replace(config, vision=vision, text=text).with_activation(activation)
 
 
-def make_clip(pool: Pool = "class", activation: Activation = "gelu") -> CLIP:
+def make_clip(pool: Pool = "class", activation: Activation = "gelu", text: str = "causal") -> CLIP:
     torch.manual_seed(0)
-    clip = CLIP(small_config(pool, activation))
+    config = small_config(pool, activation)
+    attention, text_pool = TEXT[text]
+    clip = CLIP(dataclasses.replace(config, text=dataclasses.replace(config.text, attention=attention, pool=text_pool)))
     with torch.no_grad():  # biases and norms away from their neutral values, so that a forgotten one shows
         for parameter in clip.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -120,10 +126,18 @@ def padded_image_features(w: Weights, images: Tensor, kept_BL: Tensor, config: C
 def padded_text_features(w: Weights, tokens_BT: Tensor, config: CLIPConfig) -> Tensor:
     B, T = tokens_BT.shape
     x = w["text.token_embedding.weight"][tokens_BT] + w["text.positional_embedding"][:T]
-    blocked = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, T, T)
-    x = padded_transformer(x, w, "text.transformer", config.text.layers, config.text.heads, config.activation, blocked)
     end_B = (tokens_BT == config.text.eot_token_id).int().argmax(1)
-    return norm(x[torch.arange(B), end_B], w, "text.ln_final") @ w["text.text_projection"]
+    is_padding_BT = torch.arange(T) > end_B[:, None]
+    blocked = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, T, T)
+    if config.text.attention == "bidirectional":
+        blocked = is_padding_BT[:, None, :].expand(B, T, T)
+    x = padded_transformer(x, w, "text.transformer", config.text.layers, config.text.heads, config.activation, blocked)
+    x = norm(x, w, "text.ln_final")
+    pooled_BD = x[torch.arange(B), end_B]
+    if config.text.pool == "mean":
+        seen_BT = ~is_padding_BT
+        pooled_BD = torch.stack([x_TD[seen_T].mean(0) for x_TD, seen_T in zip(x, seen_BT, strict=True)])
+    return pooled_BD @ w["text.text_projection"]
 
 
 def captions_BT(lengths: list[int], seed: int = 0) -> Tensor:
@@ -179,9 +193,21 @@ def assert_image_tower_equals_padded(clip: CLIP, strategy: str) -> None:
     assert_same_gradients(clip, features, padded, weights, "visual.")
 
 
+@pytest.mark.parametrize("text", TEXT)
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 20, 9, 13, 3, 4, 8], [7]])
-def test_text_tower_equals_padded(lengths: list[int]) -> None:
-    assert_text_tower_equals_padded(make_clip(), lengths)
+def test_text_tower_equals_padded(lengths: list[int], text: str) -> None:
+    assert_text_tower_equals_padded(make_clip(text=text), lengths)
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_text_features_are_the_same_through_flex_attention(text: str) -> None:
+    clip, tokens = make_clip(text=text), captions_BT([2, 20, 9, 13])
+    with torch.no_grad():  # without gradients on a CPU
+        expected = clip.encode_text(tokens)
+        clip.use_backend("flex")
+        assert torch.allclose(clip.encode_text(tokens), expected, atol=1e-6)
+        alone = [clip.encode_text(row[None, :length]) for row, length in zip(tokens, (2, 20, 9, 13), strict=True)]
+    assert torch.allclose(torch.cat(alone), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("pool", ["class", "attention"])

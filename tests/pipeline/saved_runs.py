@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from model.clip import CLIP
-from model.config import Pool, config_from_name
+from model.config import Pool, TextAttention, config_from_name
 from model.masking import MaskingConfig
 from pipeline.data.captions import Tokenizer, _byte_symbols
 from pipeline.training.checkpoints.checkpoint import Contents
@@ -27,14 +27,21 @@ def synthetic_merges(path: Path, count: int = 48_894) -> Path:
 
 
 def save_run(
-    run: Path, tokenizer: Tokenizer, diverged: bool = False, pool: Pool = "class", logit_bias: float | None = None
+    run: Path,
+    tokenizer: Tokenizer,
+    diverged: bool = False,
+    pool: Pool = "class",
+    logit_bias: float | None = None,
+    text_attention: TextAttention = "causal",
 ) -> Path:
     """A run with one checkpoint of a tiny model."""
     directory = run / "checkpoints" / "step_00000007"
     directory.mkdir(parents=True)
     config = replace(config_from_name("ViT-test-8"), init_logit_bias=logit_bias)
     encoder = tokenizer.encoder
-    text = replace(config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id)
+    text = replace(
+        config.text, vocab_size=encoder.vocab_size, eot_token_id=encoder.end_token_id, attention=text_attention
+    )
     clip = CLIP(replace(config, text=text, vision=replace(config.vision, pool=pool)))
     weights = dict(clip.state_dict())
     if diverged:

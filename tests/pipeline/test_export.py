@@ -58,6 +58,10 @@ def test_pooling_that_a_library_does_not_have_is_refused(tmp_path: Path) -> None
             main([str(run), "--format", library, "--output", str(tmp_path / "output")])
         assert "\n" not in str(caught.value)
     assert main([str(average), "--format", "open_clip", "--output", str(tmp_path / "output")]) == 0
+    bidirectional = save_run(tmp_path / "bidirectional", tokenizer, text_attention="bidirectional")
+    for library in FORMATS:
+        with pytest.raises(UserError, match=f"trained with model.text_attention=bidirectional, and {library}'s? CLIP"):
+            main([str(bidirectional), "--format", library, "--output", str(tmp_path / "other")])
 
 
 def test_a_model_of_the_sigmoid_loss_goes_to_open_clip_with_its_bias(tmp_path: Path) -> None:

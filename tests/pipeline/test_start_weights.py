@@ -137,6 +137,17 @@ def test_another_model_is_one_line(
     assert str(sources[kind]) in message
 
 
+def test_another_attention_of_text_is_a_note(
+    sources: dict[str, Path], trained: InferenceModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained.clip.config
+    clip = fresh(replace(config, text=replace(config.text, attention="bidirectional", pool="mean")))
+    load_start_weights(clip, str(sources["run"]), trained.tokenizer, ALONE)
+    printed = capsys.readouterr().out
+    assert "trained with model.text_attention=causal, here it is bidirectional" in printed
+    assert "trained with model.text_pool=last, here it is mean" in printed
+
+
 def test_another_depth_is_one_line(sources: dict[str, Path], trained: InferenceModel) -> None:
     clip = fresh(variant(trained.clip.config, layers=3))
     for kind, layer in {"run": "resblocks.2", "plain pt": "resblocks.2", "transformers": "layers.2"}.items():

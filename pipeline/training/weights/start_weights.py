@@ -164,6 +164,18 @@ def _check_traits(ours: CLIPConfig, start: _Start) -> None:
                 f"{start.config_file}: {name} {value}, and the recipe's model has {expected}: set model.name, "
                 "model.activation and model.pool to what the weights were trained with"
             )
+    if start.config:
+        _note_other_text(ours, start.config, start.config_file)
+
+
+def _note_other_text(ours: CLIPConfig, theirs: CLIPConfig, file: Path) -> None:
+    """A text tower can learn to see less or more, as after a stage that predicts masked words."""
+    for name, here, there in (
+        ("text_attention", ours.text.attention, theirs.text.attention),
+        ("text_pool", ours.text.pool, theirs.text.pool),
+    ):
+        if here != there:
+            print(f"note: {file}: trained with model.{name}={there}, here it is {here}")
 
 
 def _traits(config: CLIPConfig) -> dict[str, str | int]:
