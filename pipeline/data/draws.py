@@ -116,11 +116,11 @@ class Draws:
         if self._kind == "rotation":
             yield from _crossings(phases, rates, laps, laps_per_epoch)
             return
+        whole, rest = rates >> np.uint64(32), rates & np.uint64(_ONE - 1)
         for lap in laps:
             epoch, own_lap = divmod(lap, laps_per_epoch)
             chances = self._hash(rows, _CHANCE_STREAM, epoch)
-            whole, rest = rates // np.uint64(_ONE), rates % np.uint64(_ONE)
-            copies = (whole + (chances < rest)) * np.uint64(_ONE)
+            copies = (whole + (chances < rest)) << np.uint64(32)
             yield from _crossings(phases, copies, range(own_lap, own_lap + 1), laps_per_epoch)
 
     def _hash(self, rows: np.ndarray, *stream: int) -> np.ndarray:
