@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from data_prep.commands.balancing import add_balance, add_clusters, add_embeddings
+from data_prep.commands.concepts import add_concepts
 from data_prep.commands.content import add_dedup, add_forget, add_stats, add_words
 from data_prep.commands.corpora import add_pack, add_synthetic
 from data_prep.commands.metadata import add_build, add_ingest, add_sources
@@ -23,7 +24,7 @@ GROUPS = {
     "get pairs from the web": (add_sources, add_ingest, add_download, add_retry, add_report),
     "get pairs from here": (add_synthetic, add_pack),
     "look after shards": (add_verify, add_stats, add_dedup, add_forget, add_reshard, add_merge),
-    "make ready for training": (add_tokenizer, add_words, add_embeddings, add_clusters, add_balance),
+    "make ready for training": (add_tokenizer, add_words, add_concepts, add_embeddings, add_clusters, add_balance),
     "all of it": (lambda commands: add_build(commands, main, make_parser),),
 }
 
