@@ -73,8 +73,8 @@ ROOMS = {
         "open_clip_weights transformers_weights"
     ),
     "data_prep": (
-        "boxes console folders parallel shards synthetic tables lists packing tokens near balancing concepts web forget "
-        "build commands __main__"
+        "boxes console folders parallel shards synthetic tables lists packing tokens near balancing concepts web "
+        "forget build commands __main__"
     ),
     "pipeline": (
         "versions hardware recipe_options recipe recipe_files ranks data foreign evaluation image_sources training "

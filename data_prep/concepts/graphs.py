@@ -50,35 +50,26 @@ def _as_edges(pairs: Iterable[tuple[int, int]]) -> Edges:
     return np.array(edges, np.int64).reshape(-1, 2)
 
 
-_POS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
-# What WordNet's `morphy` takes off the end of a word, and puts there, to find a form it knows.
-_DETACHMENTS = {
-    "n": [("s", ""), *((f"{end}es", end) for end in ("s", "x", "z", "ch", "sh")), ("men", "man"), ("ies", "y")],
-    "v": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")],
-    "a": [("er", ""), ("est", ""), ("er", "e"), ("est", "e")],
-    "r": [],
-}  # fmt: skip
-
-_Synset = tuple[str, str]  # part of speech, offset in its file
+# What WordNet's `morphy` takes off the end of a noun, and puts there, to find a form it knows.
+_DETACHMENTS = [("s", ""), *((f"{end}es", end) for end in ("s", "x", "z", "ch", "sh")), ("men", "man"), ("ies", "y")]
 
 
 def edges_of_wordnet(folder: Path, names: Sequence[str]) -> Edges:
-    """Concepts that share a synset, or whose synsets point at each other. Raises UserError for a folder that lacks one
-    of WordNet's files (index.noun, data.noun, …).
+    """Concepts whose commonest senses as nouns are one synset of WordNet, or two of which one points at the other.
+
+    Of nouns, because verbs have so many senses that `is` and `go` would be connected with nearly everything.
+    Raises UserError for a folder that lacks index.noun or data.noun.
     """
-    members: dict[_Synset, list[int]] = {}
-    for part, pos in _POS.items():
-        index = _read_index(_wordnet_file(folder, f"index.{part}"))
-        exceptions = _read_exceptions(folder / f"{part}.exc")
-        for number, name in enumerate(names):
-            forms = (form for form in _base_forms(name.replace(" ", "_"), pos, exceptions) if form in index)
-            for offset in dict.fromkeys(offset for form in forms for offset in index[form]):
-                members.setdefault((pos, offset), []).append(number)
+    index, exceptions = _read_index(_wordnet_file(folder, "index.noun")), _read_exceptions(folder / "noun.exc")
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        forms = (form for form in _base_forms(name.replace(" ", "_"), exceptions) if form in index)
+        for offset in {index[form] for form in forms}:
+            members.setdefault(offset, []).append(number)
     pairs = [pair for numbers in members.values() for pair in product(numbers, numbers)]
-    for part, pos in _POS.items():
-        for offset, pointers in _read_pointers(_wordnet_file(folder, f"data.{part}")):
-            here = members.get((pos, offset), ())
-            pairs += (pair for there in pointers for pair in product(here, members.get(there, ())))
+    for offset, pointers in _read_pointers(_wordnet_file(folder, "data.noun")):
+        if offset in members:
+            pairs += (pair for there in pointers for pair in product(members[offset], members.get(there, ())))
     return _as_edges(pairs)
 
 
@@ -92,36 +83,33 @@ def _wordnet_file(folder: Path, name: str) -> Path:
 def _lines_of_wordnet(path: Path) -> Iterator[list[str]]:
     """Fields of each line; the licence is at the top, behind spaces."""
     with path.open(encoding="utf-8", errors="replace") as lines:
-        yield from (line.split(" ") for line in lines if not line.startswith("  "))
+        yield from (line.split() for line in lines if not line.startswith("  "))
 
 
-def _read_index(path: Path) -> dict[str, list[str]]:
-    """Offsets of synsets by lemma: lemma pos synsets pointers [pointer…] senses tagged offset…."""
-    return {fields[0]: fields[6 + int(fields[3]) :][: int(fields[2])] for fields in _lines_of_wordnet(path)}
+def _read_index(path: Path) -> dict[str, str]:
+    """Offset of the commonest sense by lemma: lemma pos synsets pointers [pointer…] senses tagged offset…."""
+    return {fields[0]: fields[6 + int(fields[3])] for fields in _lines_of_wordnet(path)}
 
 
 def _read_exceptions(path: Path) -> dict[str, list[str]]:
-    if not path.is_file():
-        return {}
-    return {fields[0]: [form.strip() for form in fields[1:]] for fields in _lines_of_wordnet(path)}
+    return {fields[0]: fields[1:] for fields in _lines_of_wordnet(path)} if path.is_file() else {}
 
 
-def _base_forms(word: str, pos: str, exceptions: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _base_forms(word: str, exceptions: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """The word, its exceptions, and what is left when its ending goes: WordNet's `morphy`."""
     yield word
     yield from exceptions.get(word, ())
-    for ending, instead in _DETACHMENTS[pos]:
+    for ending, instead in _DETACHMENTS:
         if word.endswith(ending) and len(word) > len(ending):
             yield word.removesuffix(ending) + instead
 
 
-def _read_pointers(path: Path) -> Iterator[tuple[str, list[_Synset]]]:
-    """(offset, what it points at): offset file pos words(hex) [word id]… pointers [symbol offset pos ends]… …."""
+def _read_pointers(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(offset, nouns it points at): offset file pos words(hex) [word id]… pointers [symbol offset pos ends]… …."""
     for fields in _lines_of_wordnet(path):
         begin = 4 + 2 * int(fields[3], 16)
-        count = int(fields[begin])
-        pointers = [fields[begin + 1 + 4 * number :][:4] for number in range(count)]
-        yield fields[0], [("a" if pos == "s" else pos, offset) for _, offset, pos, _ in pointers]
+        pointers = [fields[begin + 1 + 4 * number :][:4] for number in range(int(fields[begin]))]
+        yield fields[0], [offset for _, offset, pos, _ in pointers if pos == "n"]
 
 
 def edges_of_conceptnet(file: Path, names: Sequence[str], language: str) -> tuple[Edges, int]:

@@ -15,9 +15,12 @@ _FREQUENT = 2
 def choose_concepts(counts: Mapping[str, int], captions: int, min_together: float, most: int) -> list[str]:
     """Words, and runs of words that belong together, the most frequent first, `most` at most.
 
-    A run belongs together if, cut anywhere, its two parts have an NPMI of at least `min_together`.
+    A run belongs together if, cut anywhere, its two parts have an NPMI of at least `min_together`; one that is always
+    part of the same longer run is left out.
     """
-    chosen = [ngram for ngram in counts if _is_whole(ngram, counts, captions, min_together)]
+    whole = [ngram for ngram in counts if _is_whole(ngram, counts, captions, min_together)]
+    parts = {part for ngram in whole for part in _shorter_by_one(ngram) if counts[part] == counts[ngram]}
+    chosen = [ngram for ngram in whole if " " not in ngram or ngram not in parts]
     return sorted(chosen, key=lambda ngram: (-counts[ngram], ngram))[:most]
 
 
@@ -26,6 +29,11 @@ def _is_whole(ngram: str, counts: Mapping[str, int], captions: int, min_together
     cuts = ((" ".join(words[:place]), " ".join(words[place:])) for place in range(1, len(words)))
     # what holds the whole holds the parts: they are counted where it is
     return all(npmi(counts[ngram], counts[head], counts[tail], captions) >= min_together for head, tail in cuts)
+
+
+def _shorter_by_one(ngram: str) -> Sequence[str]:
+    """What is left of a run without its first or its last word."""
+    return (ngram.partition(" ")[2], ngram.rpartition(" ")[0]) if " " in ngram else ()
 
 
 def assign_stages(
