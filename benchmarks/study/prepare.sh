@@ -3,6 +3,7 @@
 #   prepare.sh DATA FOLDER [SYNTHETIC_PAIRS] [PROCESSES]
 # DATA holds flickr8k_{train,val}.parquet, cifar10_{train,test}.parquet, tiny_imagenet_{train,val}.parquet and
 # tiny_imagenet_classes.tsv (docs/results.md). Made parts stay. PARTS names some of: flickr cifar tiny synthetic.
+# Concepts of Tiny-ImageNet's glosses are connected by WordNet: WORDNET is its folder (Debian's wordnet-base).
 set -euo pipefail
 data=$1
 out=$2
@@ -28,6 +29,8 @@ flickr() {
         data-prep verify "$out/flickr_train"
         data-prep tokenizer "$out/flickr_train" --vocab-size 4096 --output "$out/flickr.model"
     }
+    made "$out/flickr.concepts.jsonl" ||
+        data-prep concepts "$out/flickr_train" --output "$out/flickr.concepts.jsonl"
 }
 cifar() {
     local labels=(--label-column label --classnames "$out/cifar10_classes.txt" --templates "$out/cifar10_templates.txt")
@@ -56,6 +59,9 @@ tiny() {
         done
         data-prep tokenizer "$out/tiny_50000" --model-type bpe --vocab-size 2048 --output "$out/tiny.model"
     }
+    made "$out/tiny.concepts.jsonl" ||
+        data-prep concepts "$out/tiny_50000" --output "$out/tiny.concepts.jsonl" \
+            --graph "wordnet:${WORDNET:-/usr/share/wordnet}"
 }
 synthetic() {
     made "$out/synthetic.model" || {
