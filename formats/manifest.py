@@ -17,6 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from formats.editions import Edition, source_of
 from formats.errors import UserError
 from formats.files import read_json_lines, write_json, write_json_lines
 from formats.tar import SAMPLE_TYPES, Sample, TarSamples
@@ -38,6 +39,7 @@ class Shard:
     skipped: the keys of the others by reason, a key as often as it occurs
     truncated, damage: whether, and why, only what precedes some damage is used
     unusual: how many pictures a reader without formats.pictures' rule may see otherwise, by reason
+    edition: of which set it is an edition, if it is one
     rules: the version of the checks that the shard passed through; 0 is none of ours
     directory: where it is, local or remote
     """
@@ -52,6 +54,7 @@ class Shard:
     rules: int = RULES
     damage: str = ""
     unusual: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    edition: Edition | None = None
     directory: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -103,6 +106,8 @@ class Shard:
             line["unknown_members"] = self.unknown_members
         if self.unusual:
             line["unusual"] = dict(sorted(self.unusual.items()))
+        if self.edition is not None:
+            line["edition_of"] = self.edition.to_json()
         return line
 
     @staticmethod
@@ -129,6 +134,7 @@ class Shard:
             rules=_field(fields, "rules", int, 0),
             damage=_field(fields, "damage", str, ""),
             unusual={str(kind): int(count) for kind, count in _field(fields, "unusual", dict, {}).items()},
+            edition=Edition.from_json(fields["edition_of"]) if "edition_of" in fields else None,
             directory=directory,
         )
         if min(shard.samples, shard.size_bytes, shard.unknown_members) < 0:
@@ -138,7 +144,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All shards of a directory; `sha256` names the data set in a run's records."""
+    """All shards of a directory; `sha256` names the data set in a run's records, that of an edition its source."""
 
     directory: str
     shards: tuple[Shard, ...]
@@ -205,7 +211,8 @@ def read_manifest(directory: str | Path) -> Manifest:
             advice = f"delete the file and run `data-prep verify {directory}`"
             raise UserError(f"{where} is not a manifest line ({error}): {advice}") from error
         shards[shard.name] = shard
-    return Manifest(directory, tuple(shards.values()), _identity(content))
+    source_sha256 = source_of(shard.edition for shard in shards.values())
+    return Manifest(directory, tuple(shards.values()), source_sha256 or _identity(content))
 
 
 def _identity(content: bytes) -> str:

@@ -74,9 +74,11 @@ _Sources = Annotated[
 class DataSection(Section):
     """What to train on."""
 
-    # the manifest's hash is compared instead, as those of the tokenizer, the word counts and the weights started from
-    train: OnResume[_Sources] = Field(
-        "", description="directory of tar shards, any fsspec URL; or [{path, weight}, …] to mix"
+    # the manifest's hash is compared instead, as those of the tokenizer, the word counts and the weights started from;
+    # a stage may read the same samples from another edition
+    train: PerStage[OnResume[_Sources]] = Field(
+        "",
+        description="directory of tar shards, any fsspec URL; or [{path, weight}, …] to mix; a stage: editions of it",
     )
     sampling: Literal["without_replacement", "with_replacement"] = Field(
         "without_replacement", description="without_replacement: each sample once per epoch | with_replacement"

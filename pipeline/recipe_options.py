@@ -158,7 +158,7 @@ def merge_stages(
     """(name, whole recipe without stages) of each stage; raises ValueError for names and options that cannot be.
 
     A stage is trained from the final weights of the one before, with an optimiser and a schedule of its own. What
-    identifies the run (model, data, tokenizer, seed, output) cannot differ between stages.
+    identifies the run (model, samples, tokenizer, seed, output) cannot differ between stages.
     """
     shared = {section: fields for section, fields in recipe.items() if section != "stages"}
     merged: dict[str, dict[str, Any]] = {}

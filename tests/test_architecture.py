@@ -65,8 +65,8 @@ def test_no_two_test_modules_share_a_name() -> None:
 # A room is a module or folder of a package. Each may import those before it, and nothing behind it.
 ROOMS = {
     "formats": (
-        "errors files locks owners tar manifest arrays embeddings clusters balance pictures texts word_counts concepts "
-        "charts pages programs"
+        "errors files locks owners tar editions manifest arrays embeddings clusters balance pictures texts word_counts "
+        "concepts charts pages programs"
     ),
     "model": (
         "config packing attention transformer kernels loss heads masking towers class_attention clip flops "
@@ -74,7 +74,7 @@ ROOMS = {
     ),
     "data_prep": (
         "boxes console folders parallel shards synthetic tables lists packing tokens near balancing concepts web "
-        "forget build commands __main__"
+        "editions forget build commands __main__"
     ),
     "pipeline": (
         "versions hardware recipe_options recipe recipe_files ranks data foreign evaluation image_sources training "

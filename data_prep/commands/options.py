@@ -47,7 +47,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder to write to")
 
 
-def add_processes(parser: argparse.ArgumentParser) -> None:
+def add_processes(parser: argparse._ActionsContainer) -> None:
     """`--processes N`."""
     parser.add_argument("--processes", type=positive, default=PROCESSES, metavar="N", help="parallel processes")
 
@@ -86,6 +86,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def jpeg_quality(text: str) -> int:
+    """From 1 to 100, likewise."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 100, got {text}")
     return value
 
 

@@ -11,6 +11,7 @@ from data_prep.commands.options import (
     add_processes,
     array_slice,
     byte_count,
+    jpeg_quality,
     positive,
 )
 from formats.errors import UserError
@@ -55,7 +56,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
     """`data-prep reshard`."""
-    parser = add_command(commands, "reshard", _reshard, "shards of another size, shuffled, or a subset")
+    parser = add_command(commands, "reshard", _reshard, "shards of another size, shuffled, a subset; smaller pictures")
     parser.add_argument("directories", type=path_argument, nargs="+", metavar="DIR", help="verified shard directories")
     add_output(parser)
     size = parser.add_mutually_exclusive_group()
@@ -72,9 +73,17 @@ def add_reshard(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--uids", type=path_argument, metavar="FILE", help="keep only these uids: one per line, or DataComp's npy"
     )
+    edition = parser.add_argument_group("an edition: the same shards, samples and keys, with smaller pictures")
+    edition.add_argument(
+        "--image-size", type=positive, metavar="PX", help="scale larger pictures down, shorter side to PX pixels"
+    )
+    edition.add_argument("--quality", type=jpeg_quality, default=90, metavar="Q", help="of JPEGs, 1 to 100")
+    add_processes(edition)
 
 
 def _reshard(options: argparse.Namespace) -> int:
+    if options.image_size is not None:
+        return _write_edition(options)
     from data_prep.shards.reshard import Layout, reshard
 
     layout = Layout(
@@ -85,6 +94,18 @@ def _reshard(options: argparse.Namespace) -> int:
         normalise=options.normalise,
     )
     reshard(options.directories, options.output, layout, options.uids)
+    return 0
+
+
+def _write_edition(options: argparse.Namespace) -> int:
+    from data_prep.editions import write_edition
+
+    others = ("samples_per_shard", "bytes_per_shard", "shuffle", "uids", "normalise")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name)]:
+        raise UserError(f"--image-size keeps shards and samples as they are: leave out {', '.join(given)}")
+    if len(options.directories) > 1:
+        raise UserError("an edition is of one directory: run the command for each of them")
+    write_edition(options.directories[0], options.output, options.image_size, options.quality, options.processes)
     return 0
 
 

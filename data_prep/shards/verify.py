@@ -134,6 +134,8 @@ def _check_shard(task: _Task) -> Verdict:
         return Verdict(before, stat.st_mtime_ns, decoded=False, differs=False)
     line = inspect_shard(task.path)
     differs = before is not None and (before.size_bytes, before.sha256) != (line.size_bytes, line.sha256)
+    if before is not None and not differs and line.samples == before.samples:
+        line = dataclasses.replace(line, edition=before.edition)
     return Verdict(line, stat.st_mtime_ns, decoded=True, differs=differs)
 
 

@@ -20,6 +20,7 @@ from typing import IO
 
 import numpy as np
 
+from formats.editions import hash_keys
 from formats.errors import UserError
 from formats.files import sha256_of
 from formats.locks import open_shared
@@ -88,7 +89,9 @@ class ShardReader:
             self._prefetcher.want([self._shards[other] for other in (*now, *following)])
             shard = self._shards[number]
             tar = self._cache.open_tar(shard)
-            self._open[number] = OpenShard(shard, tar, read_index(shard, tar, self._cache))
+            index = read_index(shard, tar, self._cache)
+            _check_keys(shard, index)
+            self._open[number] = OpenShard(shard, tar, index)
         return self._open[number]
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Sequence[Shard], ShardCache]]:
@@ -159,6 +162,14 @@ def read_index(shard: Shard, tar: IO[bytes], cache: ShardCache) -> SampleIndex:
     if index is None and (stored := _load(path, shard)) is not None and stored[0] == stamp:
         index = stored[1]  # another process was faster
     return index or index_tar(shard, cache.tar_path(shard))
+
+
+def _check_keys(shard: Shard, index: SampleIndex) -> None:
+    if shard.edition is not None and hash_keys(index.keys) != shard.edition.keys_sha256:
+        raise UserError(
+            f"{shard.url} does not hold the keys of the shard of which it is an edition: make the edition again with "
+            "`data-prep reshard --image-size`"
+        )
 
 
 def index_path(shard: Shard, cache: ShardCache) -> Path:

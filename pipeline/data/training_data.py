@@ -29,11 +29,42 @@ class TrainingData:
     weights: tuple[int, ...]
     has_own_weights: bool = False
     _draws: dict[tuple[object, ...], Draws] = field(default_factory=dict, compare=False, repr=False)
+    _editions: dict[tuple[str, str], Manifest] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Those of all sets, in the order in which MixedOrder numbers them."""
         return tuple(shard for manifest in self.sets for shard in manifest.shards)
+
+    def shards_of(self, section: DataSection) -> tuple[Shard, ...]:
+        """Those that a stage reads instead of `shards`, sample for sample: of its `data.train`, editions of these sets.
+
+        Raises UserError for a set that is no edition of the one in its place, and for other sets or weights.
+        """
+        sources = _sources(section)
+        weights = [Fraction(repr(weight)) for _, weight in sources if weight is not None]
+        if len(sources) != len(self.sets) or (weights and _in_lowest_integers(weights) != self.weights):
+            raise UserError(
+                f"a stage's data.train must name editions of the {len(self.sets)} sets of data.train, in their order "
+                "and without weights or with the same"
+            )
+        paired = zip(self.sets, sources, strict=True)
+        return tuple(shard for manifest, (path, _) in paired for shard in self._edition(manifest, path).shards)
+
+    def _edition(self, of: Manifest, path: str) -> Manifest:
+        """The set at a path, or a UserError that says why it is no edition of another; read once."""
+        if (path.rstrip("/") or "/") == of.directory:
+            return of
+        key = (of.directory, path)
+        if key not in self._editions:
+            edition = _read_set(path)
+            if why := _why_no_edition(edition, of):
+                raise UserError(
+                    f"{path} is no edition of {of.directory}: {why}; make one with `data-prep reshard {of.directory} "
+                    "--image-size PX`"
+                )
+            self._editions[key] = edition
+        return self._editions[key]
 
     @property
     def num_samples(self) -> int:
@@ -61,9 +92,11 @@ class TrainingData:
         ]
 
     def describe_mixture(self, section: DataSection, seed: int) -> str:
-        """A line for each set of a mixture: its share of the samples that are read; and one for each balance."""
+        """A line for each set of a mixture: its share of what is read; one for each balance, and for other editions."""
         order = self.order(section, seed)
         lines = []
+        if editions := [path for path, _ in _sources(section) if (path.rstrip("/") or "/") not in self.names]:
+            lines.append(f"data: the same samples from {', '.join(editions)}\n")
         for manifest, own, weight in zip(self.sets, order.orders, order.weights, strict=True):
             share = weight / sum(order.weights)
             passes = share * order.num_samples / own.epochs.num_samples
@@ -169,6 +202,30 @@ def _read_set(directory: str) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{directory} holds no usable sample; `data-prep verify {directory}` says why")
     return replace(manifest, shards=tuple(shard for shard in manifest.shards if shard.samples))
+
+
+def _sources(section: DataSection) -> list[tuple[str, float | None]]:
+    """(path, weight) of each set."""
+    if isinstance(section.train, str):
+        return [(section.train, None)]
+    return [(source.path, source.weight) for source in section.train]
+
+
+def _why_no_edition(edition: Manifest, of: Manifest) -> str:
+    """What keeps two sets from holding the same samples in the same order; "" for nothing."""
+    for shard, other in zip(edition.shards, of.shards, strict=False):
+        if (shard.name, shard.samples) != (other.name, other.samples):
+            return f"it has {shard.samples:,} samples in {shard.name} where that has {other.samples:,} in {other.name}"
+    if len(edition.shards) != len(of.shards):
+        return f"it has {len(edition.shards):,} shards, that has {len(of.shards):,}"
+    if edition.sha256 == of.sha256:
+        return ""
+    claims = {shard.edition.manifest_sha256 for shard in (*edition.shards, *of.shards) if shard.edition}
+    if not claims:
+        return "its manifest names no source"
+    return (
+        f"manifest_sha256 {edition.sha256[:12]}, not {of.sha256[:12]}: one of them changed since, or is another set's"
+    )
 
 
 def _in_lowest_integers(weights: Sequence[Fraction]) -> tuple[int, ...]:

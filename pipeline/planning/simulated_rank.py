@@ -98,7 +98,7 @@ def _simulate_stage(
 def _loader(stage: Stage, ranks: Ranks, data: TrainingData, tokenizer: Tokenizer) -> Iterable[Batch]:
     """The batches of this rank from the stage's beginning, decoded here."""
     order = data.order(stage.recipe.data, stage.seed)
-    dataset = make_training_set(stage, data.shards, order, tokenizer)
+    dataset = make_training_set(stage, data.shards_of(stage.recipe.data), order, tokenizer)
     places = MicroBatches(stage.batches, ranks.rank, stage.first_step, stage.first_step + _STEPS)
     batches: Iterable[Batch] = make_loader(dataset, places, workers=0, pin_memory=False)
     return batches

@@ -47,7 +47,7 @@ class StageData:
     def batches(self, first_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step of the run to the stage's end."""
         stage, section = self._stage, self._stage.recipe.data
-        dataset = make_training_set(stage, self._data.shards, self._order, self._tokenizer)
+        dataset = make_training_set(stage, self._data.shards_of(section), self._order, self._tokenizer)
         places = MicroBatches(stage.batches, self._ranks.rank, first_step, stage.end_step)
         loader = make_loader(dataset, places, section.workers, self._ranks.device.type == "cuda")
         return batches_of(loader)

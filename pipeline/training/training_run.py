@@ -108,7 +108,8 @@ class TrainingRun:
         for stage, config in zip(self._stages, self._configs, strict=True):
             order = self._context.data.order(stage.recipe.data, stage.seed)
             self._context.data.check_batch(order, stage.own_positions, stage.batches.global_batch_size)
-            check_room(self._context.data.shards, stage.recipe.data, len(self._context.data.sets), stage.samples_ahead)
+            shards = self._context.data.shards_of(stage.recipe.data)
+            check_room(shards, stage.recipe.data, len(self._context.data.sets), stage.samples_ahead)
             check_stage(stage, config, Machine.of(self._ranks.device))
             sha256 = TextMasker(self._context.tokenizer, stage.recipe.text_masking).word_counts_sha256 or sha256
         return sha256

@@ -16,6 +16,7 @@ from make_images import write_tar
 from make_shards import assert_consistent, contents, killed_at, make_shards, manifest, sample, snapshot
 from shard_reading import loader_index
 
+from data_prep.editions import write_edition
 from data_prep.forget import forget
 from data_prep.near.dedup import dedup
 from data_prep.shards.merge import merge
@@ -128,13 +129,15 @@ def _the_loader_refuses_or_reads_all(directory: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("command", ["reshard", "merge"])
+@pytest.mark.parametrize("command", ["reshard", "edition", "merge"])
 def test_a_killed_assembly_goes_on(tmp_path: Path, command: str) -> None:
     source = make_shards(tmp_path / "source", [3, 4, 2])
 
     def work(output: Path) -> None:
         if command == "merge":
             merge([source, source], output, 1)
+        elif command == "edition":
+            write_edition(source, output, 32, 90, 1)
         else:
             reshard([source], output, Layout(samples_per_shard=2, seed=1, memory_bytes=10_000))
 

@@ -88,7 +88,6 @@ def test_without_stages_the_recipe_is_the_only_stage() -> None:
         ("{name: small}", "stage 2 needs a name of its own"),
         ("{name: a b}", "stage 2 needs a name of its own"),
         ("{name: b, model: {name: ViT-nano-8}}", "stage b cannot change model.name"),
-        ("{name: b, data: {train: elsewhere}}", "stage b cannot change data.train"),
         ("{name: b, data: {tokenizer: t}}", "stage b cannot change data.tokenizer"),
         ("{name: b, train: {seed: 1}}", "stage b cannot change train.seed"),
         ("{name: b, train: {output: x}}", "stage b cannot change train.output"),
