@@ -49,7 +49,7 @@ class Occurrence(NamedTuple):
 
 
 class Concepts:
-    """All concepts of a file, numbered in its order.
+    """All concepts of a file, numbered in its order; there may be none, where words are taught otherwise.
 
     captions: that were counted; sha256: of the file, names it in a run's records
     """
@@ -60,12 +60,12 @@ class Concepts:
         self.sha256 = sha256
         self._stages = [concept.stage for concept in self.concepts]
         self._numbers = {concept.concept: number for number, concept in enumerate(self.concepts)}
-        self._longest = max(concept.concept.count(" ") for concept in self.concepts) + 1
+        self._longest = max((concept.concept.count(" ") for concept in self.concepts), default=0) + 1
 
     @property
     def num_stages(self) -> int:
         """The last stage."""
-        return self._stages[-1]
+        return self._stages[-1] if self._stages else 1
 
     def up_to(self, stage: int) -> int:
         """How many concepts the stages up to this one have: they are the first."""

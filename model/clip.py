@@ -6,7 +6,7 @@ B pairs, D embed_dim, L patches of an image, P values of a patch, K patches kept
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -154,6 +154,10 @@ class CLIP(nn.Module):
         own = self.state_dict()
         fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
         self.load_state_dict(own | fits | without_heads(weights))
+
+    def idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that the training pass does not use, and that need no gradients."""
+        yield from ()
 
     def use_backend(self, backend: Backend) -> None:
         """Force a way to compute attention; "auto" chooses by device and precision (model/attention.py)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from model.config import CLIPConfig
+from model.config import CLIPConfig, TextConfig
 
 # The gradient of a product with respect to each of its two factors costs as much as the product.
 _FORWARD_AND_BACKWARD = 3
@@ -34,6 +34,13 @@ def step_flops(config: CLIPConfig, patches_kept: Sequence[int], caption_lengths:
     # pixels need no gradient
     towers = _FORWARD_AND_BACKWARD * (image + words + projections) + 2 * patch_embedding
     return towers + loss_flops(B, config.embed_dim)
+
+
+def masked_word_flops(text: TextConfig, caption_lengths: Sequence[int], predicted: int) -> int:
+    """Operations of a step that predicts so many masked tokens of a batch of captions (model/masked_words.py)."""
+    words = text.layers * _block(text.width, text.mlp_ratio, caption_lengths)
+    transform = 2 * predicted * text.width**2
+    return _FORWARD_AND_BACKWARD * (words + transform) + label_flops(predicted, text.width, text.vocab_size)
 
 
 def label_flops(rows: int, width: int, classes: int) -> int:

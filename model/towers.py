@@ -170,9 +170,15 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection, std=self.transformer.width**-0.5)
         self.transformer.init_parameters()
 
-    def forward(self, text: PackedTokens) -> Tensor:
-        """Features of the captions, [N] tokens -> [B, embed_dim]. No caption may exceed the context length."""
+    def forward(self, text: PackedTokens, mask: nn.Module | None = None) -> Tensor:
+        """Features of the captions, [N] tokens -> [B, embed_dim]. No caption may exceed the context length.
+
+        mask: embeds captions with masked tokens, of which every token in its context is wanted: [N, D], normed
+        """
         layout = text.layout
+        if mask is not None:
+            x_ND = self._with_positions(mask(text.tokens_N, self.token_embedding), layout)
+            return cast(Tensor, self.ln_final(self.transformer(x_ND, layout)))
         x_ND = self._with_positions(cast(Tensor, self.token_embedding(text.tokens_N)), layout)
         return self._pooled(x_ND, layout) @ self.text_projection
 

@@ -22,6 +22,7 @@ from pipeline.recipe_options import Location, OnResume, PerStage, Section, merge
 
 Precision = Literal["bf16", "fp16", "autocast", "fp32"]
 DrawKind = Literal["rotation", "bernoulli"]
+CurriculumKind = Literal["concepts", "none", "length", "rarity", "masking_ratio"]
 
 # Zhai et al. 2023 (SigLIP), section 3.2: at first nearly every pair is taken for a negative, as nearly every pair is.
 _SIGMOID_LOGIT_SCALE, _SIGMOID_LOGIT_BIAS = math.log(10), -10.0
@@ -161,14 +162,23 @@ class ConceptsSection(Section):
     """Words of the captions, taught in stages (docs/concepts.md)."""
 
     file: OnResume[Location] = Field("", description="concepts.jsonl of `data-prep concepts`, any fsspec URL")
-    objective: PerStage[Literal["none", "predict", "keep"]] = Field(
+    objective: PerStage[Literal["none", "predict", "keep", "mlm"]] = Field(
         "none",
-        description="none | predict: a caption's concepts, from the picture | keep: which words of long captions stay",
+        description="none | predict: a caption's concepts, from the picture | keep: which words of long captions stay "
+        "| mlm: masked words, by the text tower alone",
+    )
+    curriculum: CurriculumKind = Field(
+        "concepts", description="what rises by stages of mlm: concepts | none | length | rarity | masking_ratio"
     )
     weight: PerStage[float] = Field(1.0, description="of the loss of predict, beside that of pairs", gt=0)
     boundaries: tuple[int, ...] = Field(
         (), description="samples seen after which stages 2, 3, … begin; none: all stages at once"
     )
+
+    @property
+    def teaches_words(self) -> bool:
+        """Whether the curriculum is one of any words, which needs no file of concepts."""
+        return self.objective == "mlm" and self.curriculum in ("none", "length", "masking_ratio")
 
     @model_validator(mode="after")
     def _ascending(self) -> ConceptsSection:
@@ -335,6 +345,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_words_to_mask(self) -> Recipe:
+        if self.masks_words and self.text_masking.strategy not in ("none", "truncate"):
+            raise ValueError(
+                f"concepts.objective mlm masks whole words, and text_masking.strategy {self.text_masking.strategy} "
+                "leaves parts of captions: take none or truncate"
+            )
+        return self
+
+    @property
+    def masks_words(self) -> bool:
+        """Whether the text tower alone is trained, on captions with masked words."""
+        return self.concepts.objective == "mlm"
+
+    @model_validator(mode="after")
     def _captions_fit_the_context(self) -> Recipe:
         max_tokens = self.text_masking.max_tokens
         if max_tokens and max_tokens > self.context_length:
@@ -362,6 +386,8 @@ class Recipe(Section):
         if self.loss.kind == "sigmoid":
             fields |= {"init_logit_scale": _SIGMOID_LOGIT_SCALE, "init_logit_bias": _SIGMOID_LOGIT_BIAS}
         fields["text"] |= {"attention": self.model.text_attention, "pool": self.model.text_pool}
+        if self.masks_words:  # a masked word follows from what is before it and behind it
+            fields["text"]["attention"] = "bidirectional"
         fields["text"]["context_length"] = self.context_length
         fields["text"] |= {"vocab_size": vocab_size, "eot_token_id": eot_token_id}
         try:

@@ -69,8 +69,8 @@ ROOMS = {
         "concepts charts pages programs"
     ),
     "model": (
-        "config packing attention transformer kernels loss heads masking towers class_attention clip flops "
-        "open_clip_weights transformers_weights"
+        "config packing attention transformer kernels loss heads masking towers class_attention clip masked_words "
+        "flops open_clip_weights transformers_weights"
     ),
     "data_prep": (
         "boxes console folders parallel shards synthetic tables lists packing tokens near balancing concepts web "

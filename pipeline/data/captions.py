@@ -9,10 +9,11 @@ import gzip
 import hashlib
 import html
 import importlib.util
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import fsspec
 import torch
@@ -21,6 +22,14 @@ from torch import Tensor
 from formats.errors import UserError
 
 CLIP_BPE = "clip-bpe"
+
+
+class TokenSpans(NamedTuple):
+    """A text as the tokenizer reads it, its token ids, and which characters [begin, end) each token stands for."""
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class TextEncoder(Protocol):
@@ -32,6 +41,9 @@ class TextEncoder(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without start and end."""
+
+    def encode_with_spans(self, text: str) -> TokenSpans:
+        """The same with their places in the text."""
 
 
 class _SentencePiece:
@@ -48,6 +60,20 @@ class _SentencePiece:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
+
+    def encode_with_spans(self, text: str) -> TokenSpans:
+        """Of the normalised text, which the pieces spell: how to ask for offsets differs between versions."""
+        ids, pieces = self.encode(text), self._processor.encode(text, out_type=str)
+        contents = [
+            bytes([int(piece[3:5], 16)]) if self._processor.is_byte(number) else piece.replace("\u2581", " ").encode()
+            for number, piece in zip(ids, pieces, strict=True)
+        ]
+        whole = b"".join(contents)
+        # before each byte, how many characters began up to there and with it
+        begun = [0, *itertools.accumulate((byte & 0xC0) != 0x80 for byte in whole)]
+        ends = list(itertools.accumulate(map(len, contents)))
+        spans = [(begun[end - len(part) + 1] - 1, begun[end]) for end, part in zip(ends, contents, strict=True)]
+        return TokenSpans(whole.decode(errors="replace"), ids, spans)
 
 
 class ClipBytePairs:
@@ -79,8 +105,12 @@ class ClipBytePairs:
         )
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(_clean(text)).ids
-        return ids
+        return self.encode_with_spans(text).ids
+
+    def encode_with_spans(self, text: str) -> TokenSpans:
+        cleaned = _clean(text)
+        encoded = self._tokenizer.encode(cleaned)
+        return TokenSpans(cleaned, encoded.ids, encoded.offsets)
 
 
 _STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))

@@ -17,10 +17,15 @@ class Curriculum:
     concepts: Concepts
     boundaries: tuple[int, ...]
 
+    @property
+    def num_stages(self) -> int:
+        """The last stage: of the concepts, or where there are none, of the boundaries."""
+        return len(self.boundaries) + 1 if self.boundaries else self.concepts.num_stages
+
     def stage(self, samples_seen: int) -> int:
         """The stage, counted from 1, of the sample that comes after so many."""
         if not self.boundaries:
-            return self.concepts.num_stages
+            return self.num_stages
         return 1 + bisect.bisect_right(self.boundaries, samples_seen)
 
     def num_taught(self, samples_seen: int) -> int:
@@ -32,6 +37,8 @@ def read_curriculum(section: ConceptsSection) -> Curriculum | None:
     """What a recipe teaches, None where concepts have no use; UserError for a file or boundaries that do not fit."""
     if section.objective == "none":
         return None
+    if not section.file and section.teaches_words:
+        return Curriculum(Concepts((), captions=1, sha256=""), section.boundaries)
     if not section.file:
         raise UserError(f"concepts.objective {section.objective} needs concepts.file, made by `data-prep concepts`")
     concepts = read_concepts(section.file)

@@ -5,6 +5,7 @@ B pairs, C, H, W an image, N tokens of all captions
 
 from __future__ import annotations
 
+import abc
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from formats.errors import UserError
 from formats.pictures import ImageError
 from formats.texts import TextError, decode_text
 from model.heads import Labels
+from model.masked_words import MaskedWords
 from model.packing import PackedTokens, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.image_transform import decode_image, random_resized_crop
+from pipeline.data.masked_words import CaptionMasker, MaskedCaption
 from pipeline.data.sample_order import BatchPlan, MixedOrder
-from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shard_reader import OpenShard, ShardReader
 from pipeline.data.text_masking import TextMasker
 
 # A shard in which this many samples in a row cannot be used is no shard to train on.
@@ -37,7 +40,9 @@ class Sample(NamedTuple):
     """One pair ready to be batched; `problems` names the unusable samples that it stands in for.
 
     key: the shard and the sample's key in it
+    image_CHW: empty where captions are read alone
     concepts: numbers of those that the whole caption names; None where nobody asks
+    masked: places in the caption whose tokens are to be predicted, and these tokens; None where nobody does
     """
 
     key: str
@@ -45,6 +50,7 @@ class Sample(NamedTuple):
     token_ids: list[int]
     problems: list[str]
     concepts: list[int] | None = None
+    masked: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Batch:
 
     keys: of the B samples, in order: shard and key, as in `problems`
     concepts: that their captions name, where the samples have them
+    words: that are masked, where captions are read alone
     """
 
     images_BCHW: Tensor
@@ -62,6 +69,7 @@ class Batch:
     problems: list[str]
     keys: list[str]
     concepts: Labels | None = None
+    words: MaskedWords | None = None
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader for asynchronous copies to the device."""
@@ -78,6 +86,9 @@ class Batch:
             tokens_N=function(self.tokens_N),
             cu_seqlens_B1=function(self.cu_seqlens_B1),
             concepts=None if self.concepts is None else Labels(*map(function, self.concepts)),
+            words=None
+            if self.words is None
+            else MaskedWords(function(self.words.token_R), Labels(*map(function, self.words.labels))),
         )
 
     @property
@@ -86,28 +97,16 @@ class Batch:
         return pack_tokens(self.tokens_N, self.cu_seqlens_B1, self.longest_caption)
 
 
-class TrainingSet(Dataset[Sample]):
-    """Samples by their position in the stream: all of one, crop and tokens included, follows from that and the seed."""
+class SampleStream(Dataset[Sample], abc.ABC):
+    """Samples by their position in the stream: all of one, crop and tokens included, follows from that and the seed.
 
-    def __init__(
-        self,
-        shards: ShardReader,
-        order: MixedOrder,
-        seed: int,
-        text_masker: TextMasker,
-        image_size: int,
-        crop_min_area: float,
-        concepts: Concepts | None = None,
-        samples_before: int = 0,
-    ) -> None:
-        """concepts: to be found in captions; samples_before: seen by the run where the stream's positions begin"""
+    samples_before: seen by the run where the stream's positions begin
+    """
+
+    def __init__(self, shards: ShardReader, order: MixedOrder, seed: int, samples_before: int) -> None:
         self._shards = shards
         self._order = order
         self._seed = seed
-        self._text_masker = text_masker
-        self._image_size = image_size
-        self._crop_min_area = crop_min_area
-        self._concepts = concepts
         self._samples_before = samples_before
 
     def __getitem__(self, position: int) -> Sample:
@@ -121,18 +120,73 @@ class TrainingSet(Dataset[Sample]):
         rng = random.Random(f"{self._seed}/{position}")
         text_rng = random.Random(f"{self._seed}/{position}/text")  # text masking moves no crop
         for distance in range(min(_MAX_SUBSTITUTES, len(shard.index.keys))):
-            sample = (first + distance) % len(shard.index.keys)
-            key = f"{shard.url}: {shard.index.keys[sample]}"
+            number = (first + distance) % len(shard.index.keys)
+            key = f"{shard.url}: {shard.index.keys[number]}"
             try:
-                image, content = shard.read(sample)
-                crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
-                caption = _decode_caption(content)
-                token_ids = self._text_masker.encode(caption, text_rng, self._samples_before + position)
-                concepts = None if self._concepts is None else self._concepts.named_in(caption)
-                return Sample(key, crop_CHW, token_ids, problems, concepts)
+                sample = self._make(shard, number, self._samples_before + position, rng, text_rng)
+                return sample._replace(key=key, problems=problems)
             except (ImageError, TextError) as error:
                 problems.append(f"{key}: {error}")
         raise UserError(f"{len(problems)} samples in a row cannot be used, the first is {problems[0]}")
+
+    @abc.abstractmethod
+    def _make(
+        self, shard: OpenShard, number: int, samples_seen: int, rng: random.Random, text_rng: random.Random
+    ) -> Sample:
+        """The n-th sample of a shard, still nameless; raises ImageError or TextError for one that cannot be used."""
+
+
+class TrainingSet(SampleStream):
+    """Pairs."""
+
+    def __init__(
+        self,
+        shards: ShardReader,
+        order: MixedOrder,
+        seed: int,
+        text_masker: TextMasker,
+        image_size: int,
+        crop_min_area: float,
+        concepts: Concepts | None = None,
+        samples_before: int = 0,
+    ) -> None:
+        """concepts: to be found in captions"""
+        super().__init__(shards, order, seed, samples_before)
+        self._text_masker = text_masker
+        self._image_size = image_size
+        self._crop_min_area = crop_min_area
+        self._concepts = concepts
+
+    def _make(
+        self, shard: OpenShard, number: int, samples_seen: int, rng: random.Random, text_rng: random.Random
+    ) -> Sample:
+        image, content = shard.read(number)
+        crop_CHW = random_resized_crop(decode_image(image), self._image_size, self._crop_min_area, rng)
+        caption = _decode_caption(content)
+        token_ids = self._text_masker.encode(caption, text_rng, samples_seen)
+        concepts = None if self._concepts is None else self._concepts.named_in(caption)
+        return Sample("", crop_CHW, token_ids, [], concepts)
+
+
+class CaptionSet(SampleStream):
+    """Captions alone, with masked words; no picture is read."""
+
+    def __init__(
+        self, shards: ShardReader, order: MixedOrder, seed: int, masker: CaptionMasker, samples_before: int = 0
+    ) -> None:
+        super().__init__(shards, order, seed, samples_before)
+        self._masker = masker
+
+    def _make(
+        self, shard: OpenShard, number: int, samples_seen: int, rng: random.Random, text_rng: random.Random
+    ) -> Sample:
+        caption = _decode_caption(shard.read_caption(number))
+        return caption_sample(self._masker.mask(caption, text_rng, samples_seen))
+
+
+def caption_sample(caption: MaskedCaption) -> Sample:
+    """A caption without a picture, still nameless."""
+    return Sample("", torch.empty(3, 0, 0, dtype=torch.uint8), caption.token_ids, [], masked=caption.masked)
 
 
 def _decode_caption(caption: bytes) -> str:
@@ -170,6 +224,7 @@ def collate(samples: list[Sample]) -> Batch:
         [problem for sample in samples for problem in sample.problems],
         [sample.key for sample in samples],
         _labels([sample.concepts for sample in samples if sample.concepts is not None]),
+        _masked_words([sample.masked for sample in samples if sample.masked is not None], lengths_B),
     )
 
 
@@ -180,7 +235,18 @@ def _labels(rows: list[list[int]]) -> Labels | None:
     return Labels(numbers_M, lengths_to_cu_seqlens(torch.tensor([len(row) for row in rows])))
 
 
-def make_loader(dataset: TrainingSet, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader[Sample]:
+def _masked_words(rows: list[list[tuple[int, int]]], lengths_B: Tensor) -> MaskedWords | None:
+    """Masked tokens of all captions; the first token, without a label, where nothing is masked."""
+    if not rows:
+        return None
+    starts = (lengths_B.cumsum(0) - lengths_B).tolist()
+    places = [start + place for start, row in zip(starts, rows, strict=True) for place, _ in row]
+    labels = _labels([[token] for row in rows for _, token in row] or [[]])
+    assert labels is not None
+    return MaskedWords(torch.tensor(places or [0]), labels)
+
+
+def make_loader(dataset: SampleStream, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader[Sample]:
     """A loader whose output depends on neither the number of workers nor their speed."""
     return DataLoader(
         dataset,

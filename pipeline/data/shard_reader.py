@@ -45,15 +45,25 @@ class OpenShard:
     def read(self, sample: int) -> tuple[bytes, bytes]:
         """(image, caption) bytes of the n-th usable sample; raises UserError if the shard changed or cannot be read."""
         image_offset, image_size, text_offset, text_size = self.index.spans_n4[sample].tolist()
+        image, text = self._read((image_offset, image_size), (text_offset, text_size))
+        return image, text
+
+    def read_caption(self, sample: int) -> bytes:
+        """The caption alone, as `read` has it."""
+        (text,) = self._read(tuple(self.index.spans_n4[sample, 2:].tolist()))
+        return text
+
+    def _read(self, *spans: tuple[int, int]) -> list[bytes]:
+        """The bytes of (offset, size) each."""
         descriptor = self._tar.fileno()
         try:
-            image, text = os.pread(descriptor, image_size, image_offset), os.pread(descriptor, text_size, text_offset)
+            found = [os.pread(descriptor, size, offset) for offset, size in spans]
             state = self._state()
         except OSError as error:
             raise UserError(f"shard {self.url} can no longer be read: {error.strerror}") from error
-        if state != self._before or len(image) + len(text) != image_size + text_size:
+        if state != self._before or any(len(part) != size for part, (_, size) in zip(found, spans, strict=True)):
             raise UserError(f"shard {self.url} was changed or removed while it was read")
-        return image, text
+        return found
 
     def close(self) -> None:
         """Let go of the file."""

@@ -118,6 +118,7 @@ def _first(batch: Batch, pairs: int) -> Batch:
         batch.problems,
         batch.keys[:pairs],
         concepts,
+        None if batch.words is None else batch.words.among_first(int(ends_B1[-1])),
     )
 
 

@@ -1,5 +1,7 @@
 """Evaluation of the weights that are being trained: all ranks encode equal shares, the main one scores.
 
+A stage that predicts masked words is evaluated by these, on the captions of sets for retrieval.
+
 Nothing of training is touched: no generator is used, no gradient kept.
 """
 
@@ -16,15 +18,17 @@ from torch import Tensor
 from formats.errors import UserError
 from formats.pictures import ImageError
 from model.clip import CLIP
+from model.masked_words import MaskedWordCLIP
 from model.packing import normalize_pixels
 from pipeline.data.captions import Tokenizer
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.evaluation.jobs import tasks_of
 from pipeline.evaluation.sets.files import Collection, ImageFile
-from pipeline.evaluation.sets.layouts import EvaluationSet, open_evaluation_sets
-from pipeline.evaluation.tasks.task import Task
+from pipeline.evaluation.sets.layouts import EvaluationSet, RetrievalSet, open_evaluation_sets
+from pipeline.evaluation.tasks.task import Task, distinct
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection
+from pipeline.training.word_evaluation import METRIC, masked_token_accuracy
 
 
 class LiveEvaluation:
@@ -38,18 +42,29 @@ class LiveEvaluation:
         for dataset in open_evaluation_sets([Path(directory) for directory in section.data]).values():
             self._jobs += [(dataset, task) for task in tasks_of(dataset, None)]
 
-    def is_due(self, step: int) -> bool:
-        """Whether the recipe evaluates after so many steps."""
-        return bool(self._jobs) and step % self._section.every_steps == 0
+    def is_due(self, step: int, at_least: bool = False) -> bool:
+        """Whether the recipe evaluates after so many steps; where it does at all, it does `at_least` then."""
+        return bool(self._jobs) and (at_least or step % self._section.every_steps == 0)
 
     @torch.no_grad()
     def figures(self, clip: CLIP) -> dict[str, float]:
         """`eval/SET/METRIC` of all sets, the same on all ranks. Collective."""
+        if isinstance(clip, MaskedWordCLIP):
+            return self._word_figures(clip)
         figures: dict[str, float] = {}
         for dataset, task in self._jobs:
             features = {name: self._encode(clip, collection) for name, collection in task.collections(dataset).items()}
             metrics = task.score(dataset, features).metrics
             figures |= {f"eval/{dataset.name}/{name}": value for name, value in metrics.items()}
+        return figures
+
+    def _word_figures(self, clip: MaskedWordCLIP) -> dict[str, float]:
+        figures = {}
+        for dataset in {dataset.name: dataset for dataset, _ in self._jobs}.values():
+            if isinstance(dataset, RetrievalSet):
+                captions, _ = distinct(dataset.captions)
+                accuracy = masked_token_accuracy(clip, captions, self._tokenizer, self._section.batch_size, self._ranks)
+                figures[f"eval/{dataset.name}/{METRIC}"] = accuracy
         return figures
 
     def _encode(self, clip: CLIP, collection: Collection) -> Tensor:

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from formats.manifest import Shard
 from pipeline.data.captions import Tokenizer
 from pipeline.data.coverage import describe_coverage
-from pipeline.data.data_loader import Batch, MicroBatches, TrainingSet, batches_of, make_loader
+from pipeline.data.data_loader import (
+    Batch,
+    CaptionSet,
+    MicroBatches,
+    SampleStream,
+    TrainingSet,
+    batches_of,
+    make_loader,
+)
+from pipeline.data.masked_words import CaptionMasker
 from pipeline.data.sample_order import MixedOrder
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import ShardReader
@@ -18,20 +27,31 @@ from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
 
 
-def make_training_set(stage: Stage, shards: Sequence[Shard], order: MixedOrder, tokenizer: Tokenizer) -> TrainingSet:
+def make_training_set(stage: Stage, shards: Sequence[Shard], order: MixedOrder, tokenizer: Tokenizer) -> SampleStream:
     """The samples of a stage, with what its recipe wants of them."""
     recipe, curriculum = stage.recipe, stage.curriculum
-    objective = recipe.concepts.objective
+    objective, reader = recipe.concepts.objective, ShardReader(shards, make_cache(recipe.data))
+    samples_before = stage.starts[-1].samples_seen - stage.first_position
+    if masker := make_caption_masker(stage, tokenizer):
+        return CaptionSet(reader, order, stage.seed, masker, samples_before)
     return TrainingSet(
-        ShardReader(shards, make_cache(recipe.data)),
+        reader,
         order,
         stage.seed,
         TextMasker(tokenizer, recipe.text_masking, curriculum if objective == "keep" else None),
         stage.model.vision.image_size,
         recipe.data.crop_min_area,
         concepts=curriculum.concepts if curriculum and objective == "predict" else None,
-        samples_before=stage.starts[-1].samples_seen - stage.first_position,
+        samples_before=samples_before,
     )
+
+
+def make_caption_masker(stage: Stage, tokenizer: Tokenizer) -> CaptionMasker | None:
+    """What masks words of captions, in a stage in which they are predicted."""
+    recipe, curriculum = stage.recipe, stage.curriculum
+    if curriculum is None or not recipe.masks_words:
+        return None
+    return CaptionMasker(tokenizer, curriculum, recipe.concepts.curriculum, recipe.longest_caption)
 
 
 class StageData:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from formats.errors import UserError
 from model.config import CLIPConfig
-from model.flops import step_flops
+from model.flops import masked_word_flops, step_flops
 from model.masking import MaskingConfig
 from pipeline.data.curriculum import Curriculum, read_curriculum
 from pipeline.data.data_loader import BATCHES_AHEAD
+from pipeline.data.masked_words import MASKED_SHARE
 from pipeline.data.sample_order import BatchPlan, Epochs, EqualEpochs
 from pipeline.recipe import ConceptsSection, OptimizerSection, Recipe
 from pipeline.training.progress import Progress, StageStart
@@ -87,9 +88,14 @@ class Stage:
         return self.recipe.train.seed
 
     @property
+    def masks_words(self) -> bool:
+        """Whether it reads captions alone and predicts masked words of them."""
+        return self.recipe.masks_words
+
+    @property
     def masking(self) -> MaskingConfig:
         """Which patches this stage drops."""
-        return self.recipe.masking
+        return MaskingConfig(strategy="none") if self.masks_words else self.recipe.masking
 
     @property
     def patches_kept(self) -> float:
@@ -108,6 +114,11 @@ class Stage:
 
     def _flops(self, num_samples: int) -> int:
         caption_tokens = min(CAPTION_TOKENS, self.recipe.longest_caption)
+        if self.masks_words:
+            predicted = round(MASKED_SHARE * num_samples * caption_tokens)
+            return masked_word_flops(self.model.text, [caption_tokens], 0) * num_samples + masked_word_flops(
+                self.model.text, [], predicted
+            )
         return num_samples * step_flops(self.model, [round(self.patches_kept)], [caption_tokens])
 
     @property
@@ -293,6 +304,8 @@ def describe_stages(stages: Sequence[Stage], num_shards: int) -> str:
 
 
 def _describe_images(stage: Stage) -> str:
+    if stage.masks_words:
+        return f"captions alone: masked words are predicted, curriculum {stage.recipe.concepts.curriculum}"
     masking, vision = stage.masking, stage.model.vision
     dropped = ""
     if masking.strategy != "none":
@@ -309,9 +322,10 @@ def _describe_batch(stage: Stage) -> str:
     plan = stage.batches
     first = stage.starts[-1].global_batch_size
     before = "" if first == plan.global_batch_size else f"; {first:,} pairs when the stage began"
+    negatives = "" if stage.masks_words else f"; each pair meets {stage.pairs_at_once - 1:,} negatives"
     return (
         f"batch: {plan.global_batch_size:,} = {plan.micro_batch_size:,} micro x {plan.accumulation_steps} "
-        f"accumulation x {plan.world_size} ranks; each pair meets {stage.pairs_at_once - 1:,} negatives{before}"
+        f"accumulation x {plan.world_size} ranks{negatives}{before}"
     )
 
 

@@ -67,7 +67,7 @@ def warnings_about_precision(config: dict[str, Any], machine: Machine) -> list[s
 
 def _check_negatives(stage: Stage) -> None:
     """A loss over one pair has nothing to tell it from: the softmax is 1 and its gradient 0 from the first step on."""
-    if stage.pairs_at_once > 1:
+    if stage.pairs_at_once > 1 or stage.masks_words:
         return
     batches = stage.batches
     if batches.global_batch_size == 1:

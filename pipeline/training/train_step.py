@@ -1,11 +1,13 @@
 """One training step: a batch becomes masked images and packed captions, features, a loss, and new weights.
 
-B pairs of this rank, L patches of an image, R values of a report
+Or captions with masked words (word_step.py).
+
+B pairs of this rank, L patches of an image
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from model.clip import CLIP, CLIPOutput
 from model.heads import NamedConcepts
+from model.masked_words import MaskedWordCLIP
 from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
@@ -23,22 +26,9 @@ from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.observing.step_observer import StepObserver
 from pipeline.training.stage_plan import Stage
 from pipeline.training.step_loss import StepLoss, make_step_loss
+from pipeline.training.step_report import Part, StepReport
 from pipeline.training.weights.stage_model import speed_up
-
-REPORT_NAMES = (
-    "loss",
-    "logit_scale",
-    "mask_ratio",
-    "mask_ratio_std",
-    "mask_threshold",
-    "flat_patches",
-    "image_tokens",
-    "text_tokens",
-)
-# Where concepts are predicted.
-CONCEPT_NAMES = ("concept_loss", "concept_hits")
-# NaN where a masking strategy does not have them.
-OPTIONAL_NAMES = ("mask_threshold", "flat_patches", *CONCEPT_NAMES)
+from pipeline.training.word_step import word_parts
 
 
 @dataclass(frozen=True)
@@ -82,22 +72,6 @@ class Encoded(NamedTuple):
     output: CLIPOutput
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What became of a step, all on the device: nothing here makes the host wait.
-
-    means_R: of the micro-batches, of REPORT_NAMES and perhaps CONCEPT_NAMES, on this rank
-    grad_norm: of all gradients on all ranks, before clipping
-    skipped: 1 if the step changed nothing, else 0; the same on all ranks
-    finite_B: of every pair of this rank, whether its features are finite
-    """
-
-    means_R: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    finite_B: Tensor
-
-
 def train_step(
     learner: Learner,
     micro_batches: Sequence[Batch],
@@ -116,30 +90,19 @@ def train_step(
     engine, masks = learner.engine, learner.masks
     ended = observer.end if observer else _nobody_asks
     ended("data")
-
-    def encode(number: int, with_heads: bool) -> Encoded:
-        batch = micro_batches[number].to(learner.ranks.device)
-        images, chosen = masks.draw(batch.images_BCHW, step, number, progress)
-        patches_KP = images.gather(chosen.selection.kept_K)
-        ended("masks")
-        named = NamedConcepts(batch.concepts, num_taught) if batch.concepts and with_heads else None
-        output = engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT, named)
-        ended("forward")
-        return Encoded(batch, images, chosen, output)
-
+    if isinstance(engine.module, MaskedWordCLIP):
+        parts = word_parts(engine, micro_batches, learner.ranks, ended)
+    else:
+        parts = _pair_parts(learner, micro_batches, step, progress, num_taught, ended)
     means, finite = [], []
-    loss_of = learner.loss.begin(lambda number: encode(number, with_heads=False).output, len(micro_batches))
-    for number in range(len(micro_batches)):
-        encoded = encode(number, with_heads=True)
-        loss, concepts = loss_of(number, encoded.output), encoded.output.concepts
+    for part in parts:
         ended("loss")
-        whole_loss = loss if concepts is None else loss + learner.concept_weight * concepts.loss
-        engine.backward(spread_non_finite(whole_loss))
+        engine.backward(spread_non_finite(part.loss))
         ended("backward")
-        means.append(_means(loss, encoded))
-        finite.append(_finite(encoded.output))
-        if observer:
-            observer.see_features(encoded.output)
+        means.append(part.means_R)
+        finite.append(part.finite_B)
+        if observer and part.output:
+            observer.see_features(part.output)
 
     grad_norm = engine.gradient_norm()  # of all ranks: where one has a loss or gradient that is not finite, nor is this
     skipped = (~grad_norm.isfinite()).float()
@@ -154,6 +117,34 @@ def train_step(
     masks.update_copy()
     ended("update")
     return StepReport(torch.stack(means).mean(dim=0), grad_norm, skipped, torch.cat(finite))
+
+
+def _pair_parts(
+    learner: Learner,
+    micro_batches: Sequence[Batch],
+    step: int,
+    progress: float,
+    num_taught: int,
+    ended: Callable[[str], None],
+) -> Iterator[Part]:
+    """Every micro-batch of pairs, encoded, with its loss. Collective."""
+
+    def encode(number: int, with_heads: bool) -> Encoded:
+        batch = micro_batches[number].to(learner.ranks.device)
+        images, chosen = learner.masks.draw(batch.images_BCHW, step, number, progress)
+        patches_KP = images.gather(chosen.selection.kept_K)
+        ended("masks")
+        named = NamedConcepts(batch.concepts, num_taught) if batch.concepts and with_heads else None
+        output: CLIPOutput = learner.engine(patches_KP, chosen.selection, batch.text, chosen.visible_BT, named)
+        ended("forward")
+        return Encoded(batch, images, chosen, output)
+
+    loss_of = learner.loss.begin(lambda number: encode(number, with_heads=False).output, len(micro_batches))
+    for number in range(len(micro_batches)):
+        encoded = encode(number, with_heads=True)
+        loss, concepts = loss_of(number, encoded.output), encoded.output.concepts
+        whole_loss = loss if concepts is None else loss + learner.concept_weight * concepts.loss
+        yield Part(whole_loss, _means(loss, encoded), _finite(encoded.output), encoded.output)
 
 
 def _nobody_asks(phase: str) -> None:

@@ -140,12 +140,17 @@ class StageTrainer:
     def _has_line(self, step: int) -> bool:
         """Whether metrics are due after so many steps."""
         is_last = step == self._stage.end_step
-        return is_last or step % self._recipe.train.log_every_steps == 0 or self._run.evaluation.is_due(step)
+        return is_last or step % self._recipe.train.log_every_steps == 0 or self._is_evaluated(step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """After so many steps; masked words also at their stage's end, where nobody can look later: the head goes."""
+        ends_words = self._stage.masks_words and step == self._stage.end_step
+        return self._run.evaluation.is_due(step, at_least=ends_words)
 
     def _log(self, lr: float, logger: RunLogger | None, observer: StepObserver | None) -> None:
         """A line of metrics; stops the run if it shows what must not be. Collective."""
         metrics = self._metrics(lr, observer)
-        if self._run.evaluation.is_due(self._progress.step):
+        if self._is_evaluated(self._progress.step):
             metrics |= self._evaluate()
         if logger:
             logger.log(metrics)

@@ -93,7 +93,7 @@ class TrainingRun:
             deepspeed_config(stage.recipe, stage.batches, recipe.train.deepspeed_config) for stage in self._stages
         ]
         self._word_counts_sha256 = self._check_stages()
-        taught = {stage.curriculum.concepts.sha256 for stage in self._stages if stage.curriculum}
+        taught = {stage.curriculum.concepts.sha256 for stage in self._stages if stage.curriculum} - {""}
         self._concepts_sha256 = next(iter(taught), None)  # all stages have the same file
         resumed = None if self._checkpoint is None else self._checkpoint.parent.parent  # a run, this or another
         if resumed is not None:

@@ -10,7 +10,6 @@ from small_problem import start_engine, train_engine
 from torch import Tensor
 
 from pipeline.ranks import Ranks
-from pipeline.training.engines.fragments import full_weights
 from pipeline.training.engines.weight_average import WeightAverage
 
 STEPS, DECAY = 4, 0.2
@@ -30,14 +29,14 @@ def average_weights(ranks: Ranks) -> dict[str, dict[str, tuple[Tensor, Tensor]]]
     for case, (template, options) in CASES.items():
         engine = start_engine(ranks, template, ["optimizer.lr=0.01", *options])
         average = WeightAverage(engine, DECAY, 0, ranks)
-        expected = full_weights(engine.deepspeed, ranks)
+        expected = engine.weights(ranks)
         for step, _ in enumerate(train_engine(engine, ranks, STEPS), start=1):
             average.update(step - 1)
             decay = min(DECAY, step / (step + 9))  # 0.1, 0.18, then 0.2
-            for name, weights in full_weights(engine.deepspeed, ranks).items():
+            for name, weights in engine.weights(ranks).items():
                 expected[name] = decay * expected[name] + (1 - decay) * weights
-        before, state = full_weights(engine.deepspeed, ranks), average.state()
-        assert all(torch.equal(before[name], after) for name, after in full_weights(engine.deepspeed, ranks).items())
+        before, state = engine.weights(ranks), average.state()
+        assert all(torch.equal(before[name], after) for name, after in engine.weights(ranks).items())
 
         shared = [{name: value + 1 for name, value in state.items()}]
         torch.distributed.broadcast_object_list(shared)

@@ -33,7 +33,8 @@ from pipeline.training.engines.engine_config import deepspeed_config
 from pipeline.training.engines.weight_average import WeightAverage
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.step_loss import make_step_loss
-from pipeline.training.train_step import Learner, StepReport, train_step
+from pipeline.training.step_report import StepReport
+from pipeline.training.train_step import Learner, train_step
 
 # `cluster-reference` asks how many patches are kept, as the released code does
 NEVER_WAIT = sorted(set(STRATEGIES) - {"cluster-reference"})

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pipeline import train
 from pipeline.data import data_loader
-from pipeline.training.train_step import Learner, StepReport
+from pipeline.training.step_report import StepReport
+from pipeline.training.train_step import Learner
 
 _SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "freeze": signal.SIGSTOP}
 

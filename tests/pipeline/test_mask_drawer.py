@@ -21,7 +21,8 @@ from model.towers import embed_patches
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.mask_drawer import MaskDrawer, seed_masks
-from pipeline.training.train_step import REPORT_NAMES, Encoded, _means
+from pipeline.training.step_report import REPORT_NAMES
+from pipeline.training.train_step import Encoded, _means
 
 B, L = 6, 16
 LENGTHS = [5, 3, 8, 4, 7, 5]

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model.clip import CLIP, CLIPOutput
+from model.clip import CLIP
 from pipeline.ranks import Ranks
 from pipeline.recipe import OptimizerSection, Precision, Recipe
 from pipeline.training.engines.engine_config import offload_device, precision_of
@@ -41,7 +42,11 @@ class Engine:
     module: the model; under ZeRO stage 3 a rank has its parameters only while they are used
     """
 
-    def __init__(self, deepspeed: DeepSpeedEngine, precision: Precision) -> None:
+    def __init__(
+        self, deepspeed: DeepSpeedEngine, precision: Precision, frozen: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """frozen: fp32 values of parameters that are not trained, where the model has them in 16 bits (main rank)"""
+        self._frozen = dict(frozen or {})
         self.deepspeed = deepspeed
         self.precision: Precision = precision
         self.module: CLIP = deepspeed.module
@@ -53,10 +58,9 @@ class Engine:
             names = enumerate(("logit_scale", "logit_bias"))
             self._scalars = [(number, fragments[name]) for number, name in names if name in fragments]
 
-    def __call__(self, *inputs: Any) -> CLIPOutput:
+    def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass."""
-        output: CLIPOutput = self.deepspeed(*inputs)
-        return output
+        return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients; with the step's last, they are the means over micro-batches and ranks."""
@@ -108,11 +112,14 @@ class Engine:
 
     def weights(self, ranks: Ranks) -> dict[str, Tensor]:
         """All fp32 weights in the main rank's memory, whatever the stage; nothing on other ranks. Collective."""
-        return full_weights(self.deepspeed, ranks)
+        return full_weights(self.deepspeed, ranks) | self._frozen
 
     def load_weights(self, file: Path) -> None:
         """Take over what `weights` gave, now in a file. Collective."""
         load_full_weights(self.deepspeed, file)
+        if self._frozen:
+            with safe_open(file, framework="pt") as weights:
+                self._frozen = {name: weights.get_tensor(name) for name in self._frozen}
         self._share_scalars()
 
     def set_scalars(self, scalars: Mapping[str, Tensor]) -> None:
@@ -169,9 +176,13 @@ def make_engine(clip: CLIP, recipe: Recipe, config: dict[str, Any], ranks: Ranks
     freeze_towers(clip, recipe.optimizer)
     optimizer = _make_optimizer(clip, recipe.optimizer, config)
     scalars = {name: value.detach().clone() for name, value in clip.named_parameters(recurse=False)}
+    frozen = {}
+    if ranks.is_main and precision_of(config) in ("bf16", "fp16"):
+        still = [(name, value) for name, value in clip.named_parameters() if not value.requires_grad]
+        frozen = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in still}
     with contextlib.redirect_stdout(None):  # one of its optimizers prints how much memory there is
         deepspeed_engine, _, _, _ = deepspeed.initialize(model=clip, optimizer=optimizer, config=config)
-    engine = Engine(deepspeed_engine, precision_of(config))
+    engine = Engine(deepspeed_engine, precision_of(config), frozen)
     engine.set_scalars(scalars)
     return engine
 

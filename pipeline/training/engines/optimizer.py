@@ -17,9 +17,14 @@ _INPUT = re.compile(r"(visual|text)\.(class_embedding|positional_embedding|patch
 
 
 def freeze_towers(clip: CLIP, section: OptimizerSection) -> None:
-    """A tower whose learning rate is none gets no gradients, and no memory for them or for optimizer states."""
+    """A tower whose learning rate is none gets no gradients, and no memory for them or for optimizer states.
+
+    Nor does what the training pass does not use.
+    """
     clip.visual.requires_grad_(section.image_lr_ratio > 0)
     clip.text.requires_grad_(section.text_lr_ratio > 0)
+    for parameter in clip.idle_parameters():
+        parameter.requires_grad_(False)
 
 
 def parameter_groups(clip: CLIP, section: OptimizerSection) -> list[dict[str, Any]]:

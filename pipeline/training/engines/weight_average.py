@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.ranks import Ranks
 from pipeline.training.checkpoints.checkpoint import AVERAGED_WEIGHTS
 from pipeline.training.engines.engine import Engine
-from pipeline.training.engines.fragments import find_fragments, full_weights
+from pipeline.training.engines.fragments import find_fragments
 
 
 class WeightAverage:
@@ -25,11 +25,14 @@ class WeightAverage:
     name = AVERAGED_WEIGHTS.removesuffix(".safetensors")
 
     def __init__(self, engine: Engine, decay: float, first_step: int, ranks: Ranks) -> None:
-        self._engine = engine.deepspeed
+        self._engine = engine
         self._decay = decay
         self._first_step = first_step
         self._ranks = ranks
-        holders = {id(fragment.holder): fragment.holder.detach() for fragment in find_fragments(self._engine).values()}
+        holders = {
+            id(fragment.holder): fragment.holder.detach()
+            for fragment in find_fragments(self._engine.deepspeed).values()
+        }
         self._weights = list(holders.values())
         self._averages = [holder.clone() for holder in self._weights]
         self._average_of = dict(zip(holders, self._averages, strict=True))
@@ -43,11 +46,11 @@ class WeightAverage:
     def state(self) -> dict[str, Tensor]:
         """The averaged model by parameter, in the main rank's memory; nothing on other ranks. Collective."""
         with self._in_place_of_weights():
-            return full_weights(self._engine, self._ranks)
+            return self._engine.weights(self._ranks)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """This rank's shares of an averaged model."""
-        for name, fragment in find_fragments(self._engine).items():
+        for name, fragment in find_fragments(self._engine.deepspeed).items():
             fragment.of_holder(self._average_of[id(fragment.holder)]).copy_(fragment.of_parameter(state[name]))
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import FaultsSection
 from pipeline.training.faults.agreement import RankCheck
 from pipeline.training.side_files import LineFile
-from pipeline.training.train_step import REPORT_NAMES, StepReport
+from pipeline.training.step_report import StepReport
 
 Action = Literal["go_on", "roll_back", "stop"]
 
@@ -206,7 +206,7 @@ class StepGuard:
 
     def note(self, step: int, report: StepReport, batches: Sequence[Batch]) -> None:
         """A step that was taken; `step` counts it too."""
-        outcome_2 = torch.stack((report.means_R[REPORT_NAMES.index("loss")], report.skipped))
+        outcome_2 = torch.stack((report.means_R[0], report.skipped))
         keys = [key for batch in batches for key in batch.keys]
         self._unread.append(_Step(step, outcome_2, report.finite_B, keys))
 

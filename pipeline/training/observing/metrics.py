@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from model.flops import step_flops
+from model.flops import masked_word_flops, step_flops
 from pipeline.hardware import accelerator_of
 from pipeline.ranks import Ranks
 from pipeline.training.stage_plan import Stage
-from pipeline.training.train_step import CONCEPT_NAMES, OPTIONAL_NAMES, REPORT_NAMES, StepReport
+from pipeline.training.step_report import CONCEPT_NAMES, OPTIONAL_NAMES, REPORT_NAMES, WORD_NAMES, StepReport
 
 
 class MetricsWindow:
@@ -28,9 +28,9 @@ class MetricsWindow:
         self._stage = stage
         self._ranks = ranks
         self._steps = 0
-        self._names = REPORT_NAMES + (CONCEPT_NAMES if stage.num_predicted else ())
+        self._names = _names_of(stage)
         self._sums = torch.zeros(len(self._names), device=ranks.device)
-        self._is_loss = torch.arange(len(self._names), device=ranks.device) == self._names.index("loss")
+        self._is_loss = torch.arange(len(self._names), device=ranks.device) == 0
         self._skipped = torch.zeros((), device=ranks.device)
         self._grad_norm = torch.zeros((), device=ranks.device)
         self._start_s = time.perf_counter()
@@ -66,7 +66,8 @@ class MetricsWindow:
         grad_norm = self._grad_norm.item()  # waits for the device, so that the time is that of finished work
         seconds = time.perf_counter() - self._start_s - self._paused_s
         *means, skipped = self._ranks.mean(torch.cat((self._sums / counts, self._skipped.view(1)))).tolist()
-        report: dict[str, float | None] = dict(zip(self._names, means, strict=True))
+        report: dict[str, float | None] = {**dict.fromkeys(REPORT_NAMES), "image_tokens": 0.0}
+        report |= zip(self._names, means, strict=True)
         for name in report.keys() & {"loss", *OPTIONAL_NAMES}:
             report[name] = None if math.isnan(report[name] or 0.0) else report[name]
         return {
@@ -96,11 +97,20 @@ class MetricsWindow:
         }
 
 
+def _names_of(stage: Stage) -> tuple[str, ...]:
+    if stage.masks_words:
+        return WORD_NAMES
+    return REPORT_NAMES + (CONCEPT_NAMES if stage.num_predicted else ())
+
+
 def _micro_batch_flops(stage: Stage, report: Mapping[str, Any]) -> int:
     """With every image and caption of the mean length: attention's squares alone know the difference."""
     B = stage.batches.micro_batch_size
+    lengths = [round(report["text_tokens"] / B)] * B
+    if stage.masks_words:
+        return masked_word_flops(stage.model.text, lengths, round(report["mlm_tokens"]))
     patches_kept = round(report["image_tokens"] / B) - 1
-    return step_flops(stage.model, [patches_kept] * B, [round(report["text_tokens"] / B)] * B)
+    return step_flops(stage.model, [patches_kept] * B, lengths)
 
 
 def _peak_flops_per_s(device: torch.device) -> float | None:

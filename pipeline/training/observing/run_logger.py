@@ -62,11 +62,13 @@ def progress_line(metrics: dict[str, Any], total_steps: int, eta_s: float) -> st
     """What a person watching wants to know, in one line."""
     eta = format_duration(eta_s) if metrics["step"] < total_steps else "done"
     stage = f"{metrics['stage']}  " if "stage" in metrics else ""
-    loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+    value = metrics.get("mlm_loss", metrics["loss"])
+    loss = "not finite" if value is None else f"{value:.4f}"
+    masked = "words masked" if metrics["mask_ratio"] is None else f"masked {metrics['mask_ratio']:.1%}"
     return (
         f"{stage}step {metrics['step']:>6,}/{total_steps:,}  epoch {metrics['epoch']:.2f}  loss {loss}  "
         f"lr {metrics['lr']:.2e}  {metrics['samples_per_s']:,.0f} samples/s  {metrics['tokens_per_s']:,.0f} tokens/s  "
-        f"masked {metrics['mask_ratio']:.1%}  data wait {metrics['data_wait_share']:.1%}  ETA {eta}"
+        f"{masked}  data wait {metrics['data_wait_share']:.1%}  ETA {eta}"
     )
 
 

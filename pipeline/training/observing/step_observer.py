@@ -62,9 +62,11 @@ class StepObserver:
 
         grad_norm: of all gradients, before clipping
         """
-        accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
-        accuracies = zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True)
-        return {**self._norms.read(grad_norm), **self._clock.read(), **dict(accuracies)}
+        accuracies: dict[str, float] = {}
+        if self._accuracies:  # of pairs
+            accuracy_2 = self._ranks.mean(torch.stack(self._accuracies).mean(0)).tolist()
+            accuracies = dict(zip(("batch_image_accuracy", "batch_text_accuracy"), accuracy_2, strict=True))
+        return {**self._norms.read(grad_norm), **self._clock.read(), **accuracies}
 
 
 def memory_peak_bytes(device: torch.device) -> int:

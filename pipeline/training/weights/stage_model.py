@@ -11,6 +11,7 @@ import torch
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.heads import ConceptHead
+from model.masked_words import MaskedWordCLIP
 from model.towers import resize_grid
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.stage_plan import Stage
@@ -30,7 +31,7 @@ def make_model(stage: Stage, checkpoint: Path | None, device: torch.device) -> C
     checkpoint: the last one of the stage before; of another image size, if its positional embeddings are resized
     """
     _seed_generators(stage.seed)
-    clip = CLIP(stage.model)
+    clip = MaskedWordCLIP(stage.model) if stage.masks_words else CLIP(stage.model)
     add_heads(clip, stage)
     if checkpoint is not None:
         _load_weights(clip, checkpoint / WEIGHTS)
