@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.heads import TILE_ELEMENTS
 from pipeline.planning.workload import Tower, Workload
 
 _FP32, _FP64, _INDEX = 4, 8, 8
@@ -185,11 +186,18 @@ def _update(load: Workload) -> dict[str, int]:
 
 def _batch(load: Workload) -> int:
     """Images in bytes, indices and ids; the kept patches are among what the image tower keeps."""
-    return load.micro_batch_size * 3 * load.model.vision.image_size**2 + _INDEX * (load.patches + load.text.tokens)
+    return load.vision.sequences * 3 * load.model.vision.image_size**2 + _INDEX * (load.patches + load.text.tokens)
 
 
 def _loss(load: Workload) -> int:
-    """Features of all ranks and the gradients at them, both sides' own gradients, three tiles of logits."""
+    """Features of all ranks and the gradients at them, both sides' own gradients, three tiles of logits.
+
+    Of masked words the embedding of tokens, looked up, and two gradients at it; a tile of logits, and its exponentials.
+    """
+    if load.masked_words:
+        vocabulary, width = load.model.text.vocab_size, load.text.width
+        tile = min(TILE_ELEMENTS, load.masked_words * vocabulary)
+        return (2 * _FP32 + load.weight_bytes) * vocabulary * width + 2 * _FP32 * tile
     B, G, E = load.micro_batch_size, load.global_micro_batch, load.model.embed_dim
     columns = G if load.exchange == "gather" else min(G, 4 * B)
     tile = min(load.tile_size, B) * min(load.tile_size, columns)
@@ -230,7 +238,7 @@ def text_memory(load: Workload) -> TowerMemory:
     if not load.parameters.text:
         return TowerMemory(0, 0)
     tower, ids = load.text, _INDEX * load.text.tokens
-    if load.model.text.pool == "last":
+    if load.model.text.pool == "last" and not load.masked_words:
         return _tower_memory(tower, load, ids, tower.layers - 1, _pooled_block(tower, load))
     norm = load.weight_bytes * tower.tokens * tower.width  # over all tokens
     return _tower_memory(tower, load, ids, tower.layers, norm)

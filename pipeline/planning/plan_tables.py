@@ -10,7 +10,6 @@ import torch
 from pipeline.hardware import Accelerator, find_interconnect
 from pipeline.planning.memory import FRAGMENTATION, RESERVED_BYTES
 from pipeline.planning.run_plan import (
-    IMAGES_PER_CORE_S,
     Hardware,
     RunPlan,
     StagePlan,
@@ -18,6 +17,7 @@ from pipeline.planning.run_plan import (
     plan_stage,
     this_accelerator,
 )
+from pipeline.planning.workload import Workload
 from pipeline.training.stage_plan import CAPTION_TOKENS, Stage
 from pipeline.training.start_checks import warnings_about
 
@@ -59,15 +59,18 @@ def _stage_lines(plan: StagePlan, run: RunPlan) -> list[str]:
             f"{stage.batches.global_batch_size:,} = {load.micro_batch_size:,} x {load.accumulation_steps} x "
             f"{load.world_size:,} ranks",
         ),
-        (
-            "tokens",
-            f"{load.patches / load.micro_batch_size:,.1f} of {load.model.vision.num_patches:,} patches an image, "
-            f"{run.caption_tokens:g} tokens a caption",
-        ),
+        ("tokens", _tokens(load, run.caption_tokens)),
         ("operations", f"{time.flops / _TERA:,.1f} TFLOP a step and GPU"),
     ]
     lines = [f"{name:12s}{text}" for name, text in rows]
     return [*lines, "", *_memory_lines(plan, run), "", *_traffic_lines(plan), "", *_time_lines(plan, run)]
+
+
+def _tokens(load: Workload, caption_tokens: float) -> str:
+    if load.masked_words:
+        return f"captions alone, {caption_tokens:g} tokens each; {load.masked_words:,} of a micro-batch are predicted"
+    patches = f"{load.patches / load.micro_batch_size:,.1f} of {load.model.vision.num_patches:,} patches an image"
+    return f"{patches}, {caption_tokens:g} tokens a caption"
 
 
 def _memory_lines(plan: StagePlan, run: RunPlan) -> list[str]:
@@ -111,17 +114,18 @@ def _traffic_lines(plan: StagePlan) -> list[str]:
 def _time_lines(plan: StagePlan, run: RunPlan) -> list[str]:
     time, stage = plan.time, plan.stage
     bound = "the host, which launches kernels" if time.host_s > time.compute_s else "the device"
+    samples = "captions" if plan.stage.masks_words else "images"
     assumed = f"at the given {run.hardware.mfu:.0%}" if run.hardware.mfu else f"bound by {bound}"
     lines = [
         f"time        {time.step_s:.3f} s a step: {max(time.compute_s, time.host_s):.3f} computing ({assumed}), "
         f"{time.exposed_s:.3f} waiting for collectives ({time.communication_s:.3f} in all)",
-        f"            {time.mfu:.0%} of the data sheet's products; {plan.images_per_s_per_gpu:,.0f} images/s a GPU, "
-        f"which takes {plan.loader_cores:.1f} CPU cores a GPU at {IMAGES_PER_CORE_S} images/s a core",
+        f"            {time.mfu:.0%} of the data sheet's products; {plan.images_per_s_per_gpu:,.0f} {samples}/s a GPU, "
+        f"which takes {plan.loader_cores:.1f} CPU cores a GPU at {plan.samples_per_core_s} {samples}/s a core",
     ]
     if plan.cores and plan.fed_step_s > time.step_s:
         lines.append(
             f"            {plan.fed_step_s:.3f} s a step with {plan.cores:g} cores a GPU: bound by the loader, "
-            f"which delivers {plan.cores * IMAGES_PER_CORE_S:,.0f} images/s"
+            f"which delivers {plan.cores * plan.samples_per_core_s:,.0f} {samples}/s"
         )
     return [
         *lines,

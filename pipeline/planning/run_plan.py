@@ -22,6 +22,8 @@ from pipeline.training.start_checks import Machine, check_stage
 
 # What a core reads, decodes, crops and scales of 256-pixel JPEGs (benchmarks/results/loader.json: 1.08 ms each).
 IMAGES_PER_CORE_S = 900
+# What it encodes and masks of captions alone (benchmarks/results/concepts_cost.json: 0.16 ms each).
+CAPTIONS_PER_CORE_S = 6_000
 _DAY_S, _HOUR_S = 86_400, 3_600
 
 
@@ -79,13 +81,18 @@ class StagePlan:
 
     @property
     def images_per_s_per_gpu(self) -> float:
-        """What the loader of each rank has to deliver not to bind."""
+        """Images, or captions alone: what the loader of each rank has to deliver not to bind."""
         return self.load.micro_batch_size * self.load.accumulation_steps / self.time.step_s
 
     @property
     def loader_cores(self) -> float:
         """CPU cores a rank needs for that."""
-        return self.images_per_s_per_gpu / IMAGES_PER_CORE_S
+        return self.images_per_s_per_gpu / self.samples_per_core_s
+
+    @property
+    def samples_per_core_s(self) -> int:
+        """Images, or captions alone, that a core makes ready."""
+        return CAPTIONS_PER_CORE_S if self.stage.masks_words else IMAGES_PER_CORE_S
 
 
 @dataclass(frozen=True)

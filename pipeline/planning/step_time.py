@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from model.flops import step_flops
+from model.flops import masked_word_flops, step_flops
 from pipeline.hardware import Accelerator, Interconnect
 from pipeline.planning.memory import text_memory, vision_memory
 from pipeline.planning.workload import Workload
@@ -78,6 +78,8 @@ def _weights_and_gradients(load: Workload) -> list[Traffic]:
 
 def _features(load: Workload) -> list[Traffic]:
     """The loss's exchange of columns and of what is found at them (training/feature_exchange.py)."""
+    if load.masked_words:
+        return []
     times = 1 if load.cache_gradients else load.accumulation_steps
     B = load.micro_batch_size * (load.accumulation_steps if load.cache_gradients else 1)
     G, E = B * load.world_size, load.model.embed_dim
@@ -113,7 +115,7 @@ def step_time(load: Workload, accelerator: Accelerator, network: Interconnect, m
     peak = accelerator.fp32_flops_per_s if load.precision == "fp32" else accelerator.bf16_flops_per_s
     flops = micro_batch_flops(load) * load.accumulation_steps
     again = 1 + (load.checkpoint_blocks + load.cache_gradients) / 3  # forward passes are a third
-    blocks = (load.vision.layers + load.text.layers) * load.accumulation_steps
+    blocks = load.blocks * load.accumulation_steps
     host_s = again * HOST_S_PER_BLOCK * blocks
     if mfu is None:
         products_s = flops / (PRODUCT_EFFICIENCY * peak)
@@ -130,8 +132,10 @@ def step_time(load: Workload, accelerator: Accelerator, network: Interconnect, m
 def micro_batch_flops(load: Workload) -> int:
     """Operations of one rank for one micro-batch, with all ranks' columns in its loss."""
     pairs = load.micro_batch_size
-    kept = [load.patches // pairs] * pairs
     lengths = [round(load.text.tokens / pairs)] * pairs
+    if load.masked_words:
+        return masked_word_flops(load.model.text, lengths, load.masked_words)
+    kept = [load.patches // pairs] * pairs
     others = load.global_micro_batch - pairs
     return step_flops(load.model, kept, lengths) + 4 * 2 * pairs * others * load.model.embed_dim
 

@@ -14,6 +14,8 @@ from model.clip import CLIP
 from model.config import CLIPConfig, TextConfig, VisionConfig
 from model.heads import ConceptHead
 from model.loss import LossKind
+from model.masked_words import MaskedWordCLIP
+from pipeline.data.masked_words import MASKED_SHARE
 from pipeline.recipe import OptimizerSection, Precision, Recipe
 from pipeline.training.engines.engine_config import (
     accumulates_in_fp32,
@@ -90,10 +92,11 @@ class Parameters:
         section: OptimizerSection,
         persistence_threshold: int = _PERSISTENCE_THRESHOLD,
         concepts: int = 0,
+        masks_words: bool = False,
     ) -> Parameters:
-        """Counted on a model without memory; `concepts` that a head of it predicts."""
+        """Counted on a model without memory; `concepts` that a head of it predicts, or masked words."""
         with torch.device("meta"):
-            clip = CLIP(config)
+            clip = MaskedWordCLIP(config) if masks_words else CLIP(config)
             if concepts:
                 clip.heads["concepts"] = ConceptHead(config.embed_dim, [1] * concepts, concepts)
         freeze_towers(clip, section)
@@ -128,7 +131,8 @@ def _parameters_of(clip: CLIP, kind: type[nn.Module]) -> Iterator[nn.Parameter]:
 class Workload:
     """One rank's step: `accumulation_steps` micro-batches of `micro_batch_size` pairs through both towers.
 
-    patches: kept of all images of a micro-batch
+    patches: kept of all images of a micro-batch; captions alone have none, and an image tower without sequences
+    masked_words: tokens of a micro-batch that are predicted, where captions are read alone; else 0
     norm_in_fp64: whether DeepSpeed itself computes the norm of gradients
     reduce_bucket, max_live: elements, as in the DeepSpeed configuration
     sums_in_fp32, reduces_in_fp32: 16-bit gradients of micro-batches, and of ranks
@@ -139,6 +143,7 @@ class Workload:
     vision: Tower
     text: Tower
     patches: int
+    masked_words: int
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
@@ -160,6 +165,11 @@ class Workload:
     exchange: Literal["gather", "ring"]
     cache_gradients: bool
     loss: LossKind
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks that a micro-batch passes."""
+        return self.text.layers + (0 if self.masked_words else self.vision.layers)
 
     def without_recomputation(self) -> Workload:
         """The same with every activation stored."""
@@ -201,14 +211,15 @@ def workload_of(
     recipe, model, batches = stage.recipe, stage.model, stage.batches
     zero, precision = config.get("zero_optimization", {}), precision_of(config)
     pairs, kept = batches.micro_batch_size, stage.patches_kept
-    number = zero_stage(config)
+    number, images = zero_stage(config), 0 if stage.masks_words else pairs
     threshold = int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD))
     return Workload(
         model=model,
-        parameters=Parameters.of(model, recipe.optimizer, threshold, stage.num_predicted),
-        vision=Tower.of(model.vision, pairs, kept + 1),
+        parameters=Parameters.of(model, recipe.optimizer, threshold, stage.num_predicted, stage.masks_words),
+        vision=Tower.of(model.vision, images, kept + 1),
         text=Tower.of(model.text, pairs, caption_tokens),
-        patches=round(pairs * kept),
+        patches=round(images * kept),
+        masked_words=round(MASKED_SHARE * pairs * caption_tokens) if stage.masks_words else 0,
         micro_batch_size=pairs,
         accumulation_steps=batches.accumulation_steps,
         world_size=batches.world_size,
@@ -224,11 +235,11 @@ def workload_of(
         reduces_in_fp32=reduces_in_fp32(config),
         offload_optimizer=offload_device(config, "optimizer") == "cpu",
         offload_parameters=offload_device(config, "param") == "cpu",
-        attentive=recipe.masking.strategy == "attentive",
+        attentive=stage.masking.strategy == "attentive",
         averages_weights=recipe.optimizer.ema_decay is not None,
         tile_size=recipe.loss.tile_size,
         exchange=recipe.loss.exchange,
-        cache_gradients=recipe.loss.cache_gradients,
+        cache_gradients=recipe.loss.cache_gradients and not stage.masks_words,
         loss=recipe.loss.kind,
     )
 

@@ -12,6 +12,8 @@ from forked_ranks import run_ranks
 
 from model.clip import CLIP
 from model.config import config_from_name
+from model.heads import Labels
+from model.masked_words import MaskedWords
 from model.packing import keep_all, lengths_to_cu_seqlens, pack_tokens
 from pipeline.data.data_loader import Batch
 from pipeline.planning.measurement import Trial, try_steps
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     wide: bool = False
 
 
+WORDS = ("concepts.objective=mlm", "concepts.curriculum=none")
 CASES = [
     Case(0, "fp32", 1),
     Case(1, "bf16", 2),
@@ -50,6 +53,8 @@ CASES = [
     Case(1, "fp32", 2, ("loss.cache_gradients=true",)),
     Case(1, "fp32", 1, ("loss.exchange=ring",)),
     Case(1, "bf16", 1, ("optimizer.image_lr_ratio=0",)),
+    Case(1, "bf16", 2, WORDS),
+    Case(3, "fp32", 1, WORDS),
     *(Case(stage, "bf16", 2, wide=True) for stage in (1, 2, 3)),
     Case(1, "autocast", 1),  # the last: DeepSpeed then sends gradients of engines to come in autocast's precision
 ]
@@ -75,6 +80,11 @@ def run_case(ranks: Ranks, case: Case, directory: Path) -> tuple[Workload, Trial
     [stage] = plan_stages(recipe, 1_000_000, ranks.world_size, 2_000, 3)
     config = deepspeed_config(recipe, stage.batches, str(template))
     side = stage.model.vision.image_size
+    words = None
+    if stage.masks_words:
+        side, count = 0, round(0.15 * pairs * CAPTION_TOKENS)
+        labels = Labels(torch.arange(count), torch.arange(count + 1, dtype=torch.int32))
+        words = MaskedWords(torch.arange(count), labels)
     batch = Batch(
         torch.randint(0, 256, (pairs, 3, side, side), dtype=torch.uint8),
         torch.randint(4, 2_000, (pairs * CAPTION_TOKENS,)),
@@ -82,6 +92,7 @@ def run_case(ranks: Ranks, case: Case, directory: Path) -> tuple[Workload, Trial
         CAPTION_TOKENS,
         [],
         [""] * pairs,
+        words=words,
     )
     load = workload_of(stage, config, CAPTION_TOKENS, on_gpu=False)
     return load, try_steps(stage, config, ranks, [[batch] * case.accumulation] * 2)

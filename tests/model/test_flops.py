@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.clip import CLIP
 from model.config import Pool, TextPool, config_from_name
-from model.flops import loss_flops, step_flops
+from model.flops import loss_flops, masked_word_flops, step_flops
+from model.heads import Labels
+from model.masked_words import MaskedWordCLIP, MaskedWords
 from model.masking import PatchSelection
 from model.packing import lengths_to_cu_seqlens, pack_tokens
 
@@ -41,3 +43,14 @@ def test_formula_equals_the_counter(name: str, pool: Pool, text_pool: TextPool) 
     # torch does not count the products that the loss adds in place
     towers = step_flops(clip.config, kept, lengths) - loss_flops(len(kept), clip.config.embed_dim)
     assert towers == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_formula_of_masked_words_equals_the_counter() -> None:
+    config = config_from_name("ViT-test-8")
+    clip = MaskedWordCLIP(replace(config, text=replace(config.text, attention="bidirectional")))
+    lengths = [4, 8, 8, 12]
+    text = pack_tokens(torch.randint(1, 99, (sum(lengths),)), lengths_to_cu_seqlens(torch.tensor(lengths)), 12)
+    words = MaskedWords(torch.arange(5), Labels(torch.arange(5), torch.arange(6, dtype=torch.int32)))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        clip(text, words).loss.backward()
+    assert masked_word_flops(clip.config.text, lengths, 5) == pytest.approx(counter.get_total_flops(), rel=1e-9)
