@@ -94,6 +94,22 @@ def test_recipes_of_views_see_what_they_should() -> None:
     tail = study_plan.recipe_of(study, study_plan.Run("random 0.5", "tail", 0), 1.0, Path("data"), Path("out"))
     assert [stage["train"]["max_steps"] for stage in tail["stages"]] == [7, 1]
     assert tail["stages"][1]["masking"] == {"strategy": "none"}
+    assert tail["stages"][1]["optimizer"] == {"lr": 1e-4, "warmup_steps": 0}
+
+
+def test_words_then_pairs_share_what_stages_of_a_recipe_share(tmp_path: Path) -> None:
+    study_plan = module("study_plan")
+    words = {"concepts": {"file": "c.jsonl", "objective": "mlm"}, "concept_stages_at": [0.25, 0.5]}
+    pairs = {"masking": {"strategy": "none"}, "optimizer": {"lr": 1e-3, "warmup_steps": 2}}
+    arms = SMALL["arms"] | {"words": words, "pairs": pairs, "both": {"parts": {"words": 0.5, "pairs": 0.5}}}
+    study = study_plan.Study.model_validate(SMALL | {"arms": arms, "views": {"samples": ["both"]}})
+    assert study.timed_arms() == ["words", "pairs"]
+    fields = study_plan.recipe_of(study, study_plan.Run("both", "samples", 0), 1.0, Path("data"), Path("out"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    (_, first), (_, second) = load_recipe(str(tmp_path / "recipe.yaml"), []).by_stage()
+    assert (first.concepts.objective, second.concepts.objective) == ("mlm", "none")
+    assert {first.concepts.boundaries, second.concepts.boundaries} == {(16, 32)}
+    assert (second.optimizer.lr, second.optimizer.warmup_steps) == (1e-3, 2)
 
 
 @pytest.mark.slow

@@ -42,13 +42,15 @@ class Outcomes:
     @property
     def metrics(self) -> list[str]:
         """Names of what is compared."""
-        return [*self.study.metrics, *([PROBE] if self._probes else [])]
+        return [*self.study.metrics, *self.study.last, *([PROBE] if self._probes else [])]
 
     def final(self, arm: str, view: str, metric: str) -> dict[int, float]:
         """By seed."""
         runs = self._runs.get((arm, view), {})
         if metric == PROBE:
             return {seed: self._probes[run["name"]] for seed, run in runs.items() if run["name"] in self._probes}
+        if metric in self.study.last:
+            return {seed: run["last"][metric] for seed, run in runs.items() if metric in run["last"]}
         return {seed: run["curve"][-1][metric] for seed, run in runs.items()}
 
     def at(self, arm: str, view: str, metric: str) -> dict[int, float]:

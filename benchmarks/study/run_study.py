@@ -158,15 +158,17 @@ def _jobs(study: Study, data: Path, output: Path, workers: int) -> list[Job]:
 def outcome(study: Study, run: Run, directory: Path) -> dict[str, Any]:
     """What is kept of a finished run: its figures at every evaluation, with the pairs and tokens seen until then."""
     curve, tokens, step = [], {"image_tokens": 0.0, "text_tokens": 0.0}, 0
+    last: dict[str, float] = {}
     for line in read_lines(directory / "metrics.jsonl"):
         for name in tokens:
             tokens[name] += (line["step"] - step) * line[name]
         step = line["step"]
+        last |= {name: line[key] for name, key in study.last.items() if key in line}
         found = {name: _mean_of(line, keys.split(" + ")) for name, keys in study.metrics.items()}
         if None not in found.values():
             seen = {"step": step, "pairs": line["samples_seen"], **{name: round(n) for name, n in tokens.items()}}
             curve.append(seen | {name: line[name] for name in ("loss", "mask_threshold", "wall_time_s")} | found)
-    return {"name": run.name, "arm": run.arm, "view": run.view, "seed": run.seed, "curve": curve}
+    return {"name": run.name, "arm": run.arm, "view": run.view, "seed": run.seed, "curve": curve, "last": last}
 
 
 def _mean_of(line: dict[str, Any], keys: list[str]) -> float | None:

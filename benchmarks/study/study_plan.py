@@ -4,8 +4,9 @@ The file of a study is YAML, perhaps a diff over another (`base`). `views` of an
 every other; `time` trains for as long as the baseline; `tail` sees as many, the last tenth of them unmasked at a tenth
 of the learning rate. `further` are as `samples`, of the first seed alone, when all others are done.
 
-An arm is sections of a recipe, or `parts`: shares of the run, each as another arm has it, at a tenth of the learning
-rate from the second on. `experiment` names one of experiments.py, at the ratio of the arm's masks.
+An arm is sections of a recipe, or `parts`: shares of the run, each as another arm has it, from the second on at a tenth
+of the learning rate where that arm does not name its own. `experiment` names one of experiments.py, at the ratio of the
+arm's masks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Arm(BaseModel):
     model: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     concepts: dict[str, Any] = {}  # its file is within the folder of prepared data
+    concept_stages_at: list[float] = []  # after which shares of its part stages 2, 3, … of concepts begin
     experiment: str | None = None
     parts: dict[str, float] = {}  # name of an arm: share of the run
 
@@ -51,6 +53,7 @@ class Study(BaseModel):
     tokenizer: str
     evaluation: list[str]  # sets, evaluated during training and at its end
     metrics: dict[str, str]  # name in tables: key in metrics.jsonl
+    last: dict[str, str] = {}  # the same of figures that some parts have alone: the last value is kept
     pairs: int  # of a run at equal samples
     evaluations: int  # of a run, evenly spaced, the last at its end
     seeds: int
@@ -157,17 +160,26 @@ def recipe_of(study: Study, run: Run, share: float, data: Path, output: Path) ->
         parts = {run.arm: 1 - TAIL_SHARE, BASELINE: TAIL_SHARE}
     if not parts:
         return merged(fields, study.arms[run.arm].sections(data))
-    return fields | {"stages": _stages(study, parts, steps, fields["optimizer"]["lr"], data)}
+    return fields | _stages(study, parts, steps, fields["optimizer"]["lr"], data)
 
 
-def _stages(study: Study, parts: dict[str, float], steps: int, lr: float, data: Path) -> list[dict[str, Any]]:
-    """Of a run in parts: the last takes the steps that rounding leaves."""
+# What all stages of a recipe have in common.
+_SHARED = ("file", "curriculum")
+
+
+def _stages(study: Study, parts: dict[str, float], steps: int, lr: float, data: Path) -> dict[str, Any]:
+    """Of a run in parts, with what its concepts share: the first takes the steps that rounding leaves."""
     lengths = [max(1, round(share * steps)) for share in parts.values()]
     lengths[0] += steps - sum(lengths)
-    stages = []
+    stages, concepts, begin = [], dict[str, Any](), 0
     for number, (arm, length) in enumerate(zip(parts, lengths, strict=True)):
-        stage = {"name": f"part{number + 1}", **study.arms[arm].sections(data), "train": {"max_steps": length}}
+        sections = study.arms[arm].sections(data)
+        concepts |= {name: value for name, value in sections["concepts"].items() if name in _SHARED}
+        if shares := study.arms[arm].concept_stages_at:
+            concepts["boundaries"] = [(begin + round(share * length)) * study.batch for share in shares]
+        sections["concepts"] = {name: value for name, value in sections["concepts"].items() if name not in _SHARED}
         if number:
-            stage["optimizer"] = {"lr": lr * TAIL_LR_RATIO, "warmup_steps": 0}
-        stages.append(stage)
-    return stages
+            sections["optimizer"] = {"lr": lr * TAIL_LR_RATIO, "warmup_steps": 0} | sections["optimizer"]
+        stages.append({"name": f"part{number + 1}", **sections, "train": {"max_steps": length}})
+        begin += length
+    return {"stages": stages} | ({"concepts": concepts} if concepts else {})

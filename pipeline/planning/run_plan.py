@@ -22,7 +22,7 @@ from pipeline.training.start_checks import Machine, check_stage
 
 # What a core reads, decodes, crops and scales of 256-pixel JPEGs (benchmarks/results/loader.json: 1.08 ms each).
 IMAGES_PER_CORE_S = 900
-# What it encodes and masks of captions alone (benchmarks/results/concepts_cost.json: 0.16 ms each).
+# What it encodes and masks of captions alone, about: Flickr8k's took 0.16 ms each (docs/log.md).
 CAPTIONS_PER_CORE_S = 6_000
 _DAY_S, _HOUR_S = 86_400, 3_600
 

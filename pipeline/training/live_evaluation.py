@@ -21,6 +21,7 @@ from model.clip import CLIP
 from model.masked_words import MaskedWordCLIP
 from model.packing import normalize_pixels
 from pipeline.data.captions import Tokenizer
+from pipeline.data.curriculum import Curriculum
 from pipeline.data.image_transform import decode_image, resize_center_crop
 from pipeline.evaluation.jobs import tasks_of
 from pipeline.evaluation.sets.files import Collection, ImageFile
@@ -28,7 +29,7 @@ from pipeline.evaluation.sets.layouts import EvaluationSet, RetrievalSet, open_e
 from pipeline.evaluation.tasks.task import Task, distinct
 from pipeline.ranks import Ranks
 from pipeline.recipe import EvaluationSection
-from pipeline.training.word_evaluation import METRIC, masked_token_accuracy
+from pipeline.training.word_evaluation import held_out_maskers, masked_token_accuracy
 
 
 class LiveEvaluation:
@@ -47,10 +48,10 @@ class LiveEvaluation:
         return bool(self._jobs) and (at_least or step % self._section.every_steps == 0)
 
     @torch.no_grad()
-    def figures(self, clip: CLIP) -> dict[str, float]:
-        """`eval/SET/METRIC` of all sets, the same on all ranks. Collective."""
+    def figures(self, clip: CLIP, taught: Curriculum | None = None) -> dict[str, float]:
+        """`eval/SET/METRIC` of all sets, the same on all ranks; `taught`: the stage's concepts. Collective."""
         if isinstance(clip, MaskedWordCLIP):
-            return self._word_figures(clip)
+            return self._word_figures(clip, taught)
         figures: dict[str, float] = {}
         for dataset, task in self._jobs:
             features = {name: self._encode(clip, collection) for name, collection in task.collections(dataset).items()}
@@ -58,13 +59,16 @@ class LiveEvaluation:
             figures |= {f"eval/{dataset.name}/{name}": value for name, value in metrics.items()}
         return figures
 
-    def _word_figures(self, clip: MaskedWordCLIP) -> dict[str, float]:
+    def _word_figures(self, clip: MaskedWordCLIP, taught: Curriculum | None) -> dict[str, float]:
         figures = {}
+        maskers = held_out_maskers(self._tokenizer, taught, clip.config.text.context_length)
         for dataset in {dataset.name: dataset for dataset, _ in self._jobs}.values():
-            if isinstance(dataset, RetrievalSet):
-                captions, _ = distinct(dataset.captions)
-                accuracy = masked_token_accuracy(clip, captions, self._tokenizer, self._section.batch_size, self._ranks)
-                figures[f"eval/{dataset.name}/{METRIC}"] = accuracy
+            if not isinstance(dataset, RetrievalSet):
+                continue
+            captions, _ = distinct(dataset.captions)
+            for name, masker in maskers.items():
+                accuracy = masked_token_accuracy(clip, captions, masker, self._section.batch_size, self._ranks)
+                figures[f"eval/{dataset.name}/{name}"] = accuracy
         return figures
 
     def _encode(self, clip: CLIP, collection: Collection) -> Tensor:

@@ -184,7 +184,7 @@ class StageTrainer:
     def _evaluate(self) -> dict[str, float]:
         start_s = time.perf_counter()
         with self._run.watchdog.patient(), self._window.paused():
-            figures = self._run.evaluation.figures(self._learner.engine.module)
+            figures = self._run.evaluation.figures(self._learner.engine.module, self._stage.curriculum)
         return figures | {"evaluation_s": time.perf_counter() - start_s}
 
     def _check_steps(self) -> None:

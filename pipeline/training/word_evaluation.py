@@ -1,7 +1,7 @@
 """How well masked words of held-out captions are predicted, while a stage trains for that.
 
-All runs have the same places masked, whatever their curriculum: any whole words, 15 % of tokens, as the caption's place
-in the set has it.
+All runs have the same places masked, whatever their curriculum; they follow from a caption's place in its set: 15 % of
+tokens, of any whole words, and once more of the concepts of all stages, if there are some.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ from pipeline.data.data_loader import caption_sample, collate
 from pipeline.data.masked_words import CaptionMasker
 from pipeline.ranks import Ranks
 
-METRIC = "masked_token_accuracy"
+
+def held_out_maskers(tokenizer: Tokenizer, taught: Curriculum | None, longest: int) -> dict[str, CaptionMasker]:
+    """By the name of what is measured with each; captions are cut to `longest` tokens."""
+    nothing = Concepts((), captions=1, sha256="")
+    maskers = {"masked_token_accuracy": CaptionMasker(tokenizer, Curriculum(nothing, ()), "none", longest)}
+    if taught is not None and taught.concepts.concepts:
+        every_stage = Curriculum(taught.concepts, ())
+        maskers["masked_concept_accuracy"] = CaptionMasker(tokenizer, every_stage, "concepts", longest)
+    return maskers
 
 
 @torch.no_grad()
 def masked_token_accuracy(
-    clip: MaskedWordCLIP, captions: Sequence[str], tokenizer: Tokenizer, batch_size: int, ranks: Ranks
+    clip: MaskedWordCLIP, captions: Sequence[str], masker: CaptionMasker, batch_size: int, ranks: Ranks
 ) -> float:
     """Share of the masked tokens that are predicted, the same on all ranks; NaN if none is masked. Collective.
 
     With ZeRO stage 3 the weights are collected at every batch: ranks predict equally many, the last ones in vain.
     """
-    no_curriculum = Curriculum(Concepts((), captions=1, sha256=""), ())
-    masker = CaptionMasker(tokenizer, no_curriculum, "none", clip.config.text.context_length)
     num_batches = -(-len(captions) // batch_size)
     per_rank = -(-num_batches // ranks.world_size)
     found_2 = torch.zeros(2, device=ranks.device)
