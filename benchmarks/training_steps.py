@@ -13,6 +13,7 @@ import torch
 from pictures import smooth_images
 from torch import Tensor, nn
 
+from model.attention import Backend
 from model.clip import CLIP
 from model.loss import contrastive_loss
 from model.masking import MaskingConfig, PatchedImages, choose_patches
@@ -93,10 +94,12 @@ def packed_step(
     target_mask_ratio: float = 0.5,
     checkpoint: bool = False,
     compiled: bool = False,
+    backend: Backend = "auto",
 ) -> Step:
     """This project's model on the batch's device; masks are drawn within the step, blocks recomputed if asked."""
     device = batch.images_BCHW.device
     clip = CLIP.from_name(name).to(device)
+    clip.use_backend(backend)
     if checkpoint:
         clip.checkpoint_blocks()
     if compiled:

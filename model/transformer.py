@@ -42,7 +42,8 @@ def make_mlp(width: int, mlp_ratio: float, activation: Activation) -> nn.Sequent
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): what precedes and what follows the attention proper.
 
-    The two halves have static shapes and are what `Transformer.compile_blocks` compiles.
+    The two halves have static shapes and are what `Transformer.compile_blocks` compiles. Uncompiled, in 16 bits and
+    with flash attention, a block launches 10 kernels forward, 19 backward.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool, activation: Activation) -> None:

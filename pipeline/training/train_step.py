@@ -38,10 +38,10 @@ class Learner:
     engine: Engine
     masks: MaskDrawer
     loss: StepLoss
-    concept_weight: float
     max_grad_norm: float
     average: WeightAverage | None
     ranks: Ranks
+    concept_weight: float = 1.0
 
 
 def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks) -> Learner:
@@ -56,10 +56,10 @@ def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks)
         engine=engine,
         masks=masks,
         loss=make_step_loss(stage.recipe.loss, ranks),
-        concept_weight=stage.recipe.concepts.weight,
         max_grad_norm=section.max_grad_norm,
         average=average,
         ranks=ranks,
+        concept_weight=stage.recipe.concepts.weight,
     )
 
 

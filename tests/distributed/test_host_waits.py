@@ -1,29 +1,23 @@
 """How often DeepSpeed makes the host wait for the device in a step, by stage and precision (ds_configs/README.md).
 
-Counted on a CPU, where an operation that gives the host a value, or takes a new one from it, is one that would wait;
-and so is a call that waits for the device, an event or a stream, which does nothing there.
+Counted on a CPU (benchmarks/operations.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
 from forked_ranks import run_ranks
+from operations import CountOperations, counting_synchronization
 from small_problem import start_engine, train_engine
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.ranks import Ranks
 
-WAITING = ("_local_scalar_dense", "nonzero", "lift_fresh")
 STEPS = 4
 # template, options, waits in a step
 CASES = [
@@ -41,56 +35,27 @@ CASES = [
 ]
 
 
-class CountWaits(TorchDispatchMode):
-    """Counts what would wait while updates are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in WAITING:
-            self.waits[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def counting_synchronization(waits: Counter[str]) -> Iterator[None]:
-    """Also DeepSpeed's timers, and whatever else asks the device to finish."""
-    from deepspeed.accelerator import get_accelerator
-
-    def count(*args: Any, **kwargs: Any) -> None:
-        waits["synchronize"] += 1
-
-    with contextlib.ExitStack() as stack:
-        for owner in (type(get_accelerator()), torch.cuda, torch.cuda.Event, torch.cuda.Stream, torch.cpu):
-            stack.enter_context(mock.patch.object(owner, "synchronize", count))
-        yield
-
-
 def count_waits(ranks: Ranks, sums_in_fp32: str) -> list[float]:
     logging.disable()
     found = []
     for name, options, _ in CASES:
         template = sums_in_fp32 if name == "sums_in_fp32" else name
-        engine, counts = start_engine(ranks, template, options), CountWaits()
+        engine, waits = start_engine(ranks, template, options), Counter[str]()
 
-        def counted(function: Any, counts: CountWaits = counts) -> Any:
+        def counted(function: Any, waits: Counter[str] = waits) -> Any:
             def call(*args: Any) -> Any:
-                with counts:
-                    return function(*args)
+                with CountOperations() as counts:
+                    found = function(*args)
+                waits.update(counts.waits)
+                return found
 
             return call
 
         next(iter(train_engine(engine, ranks, 1)))  # what is made in the first step stays
         for name in ("backward", "gradient_norm", "update"):
             setattr(engine, name, counted(getattr(engine, name)))
-        with counting_synchronization(counts.waits):
-            list(train_engine(engine, ranks, STEPS))
-        found.append(sum(counts.waits.values()) / STEPS)
+        list(train_engine(engine, ranks, STEPS))
+        found.append(waits.total() / STEPS)
         engine.release()
     return found
 
@@ -108,12 +73,11 @@ def count_timer_waits(ranks: Ranks) -> int:
     """Of DeepSpeed's own timer, which is on unless it is told otherwise."""
     from deepspeed.utils.timer import ThroughputTimer
 
-    waits: Counter[str] = Counter()
     engine = start_engine(ranks, "zero1_fp32", [])
     timer = engine.deepspeed.tput_timer
     assert isinstance(timer, ThroughputTimer)
     timer.config.enabled = True
-    with counting_synchronization(waits):
+    with counting_synchronization() as waits:
         list(train_engine(engine, ranks, STEPS))
     return waits["synchronize"]
 

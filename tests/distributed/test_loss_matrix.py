@@ -123,7 +123,7 @@ def losses_and_gradients(ranks: Ranks, case: Case) -> Iterator[tuple[bool, float
     for exchange, cache in WAYS:
         options = {"kind": case.kind, "exchange": exchange, "cache_gradients": cache, "tile_size": 16}
         step_loss = make_step_loss(recipe.loss.model_copy(update=options), ranks)
-        learner = Learner(engine, masks, step_loss, WEIGHT, max_grad_norm=0.0, average=None, ranks=ranks)
+        learner = Learner(engine, masks, step_loss, 0.0, average=None, ranks=ranks, concept_weight=WEIGHT)
         report = train_step(learner, batches, STEP, PROGRESS, TAUGHT)
         yield cache, ranks.mean(report.means_R[0]).item(), dict(gradients)
     engine.release()

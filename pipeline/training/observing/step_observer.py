@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.clip import CLIPOutput
 from pipeline.ranks import Ranks
 from pipeline.training.engines.engine import Engine
-from pipeline.training.engines.fragments import Fragment, find_fragments
+from pipeline.training.engines.fragments import find_fragments
 from pipeline.training.side_files import Unwritable
 
 PHASES = ("data", "masks", "forward", "loss", "backward", "update")
@@ -127,22 +128,19 @@ class TowerNorms:
     def __init__(self, engine: Engine, ranks: Ranks) -> None:
         self._ranks = ranks
         self._sums_T3 = torch.zeros(len(TOWERS), 3, device=ranks.device)
-        gradients = {
-            id(holder): torch.cat([piece.reshape(-1) for piece in pieces]) for holder, pieces in engine.gradients()
-        }
-        self._before: list[tuple[Fragment, Tensor]] = []
-        for fragment in find_fragments(engine.deepspeed).values():
-            weights = fragment.of_holder(fragment.holder).clone()
-            self._before.append((fragment, weights))
-            self._add(fragment, _WEIGHT, weights)
-            if id(fragment.holder) in gradients:
-                self._add(fragment, _GRADIENT, fragment.of_holder(gradients[id(fragment.holder)]))
+        self._fragments = list(find_fragments(engine.deepspeed).values())
+        holders = {id(fragment.holder): fragment.holder for fragment in self._fragments}
+        self._before = {number: holder.detach().clone() for number, holder in holders.items()}
+        self._add(_WEIGHT, self._before)
+        gradients = engine.gradients()
+        self._add(_GRADIENT, {id(holder): torch.cat([x.reshape(-1) for x in pieces]) for holder, pieces in gradients})
 
     def after_update(self) -> None:
         """The update is what changed against the copy."""
-        for fragment, before in self._before:
-            self._add(fragment, _UPDATE, fragment.of_holder(fragment.holder) - before)
-        self._before = []
+        holders = {id(fragment.holder): fragment.holder.detach() for fragment in self._fragments}
+        torch._foreach_sub_([*self._before.values()], [holders[number] for number in self._before])
+        self._add(_UPDATE, self._before)
+        self._before = {}
 
     def read(self, grad_norm: float | None) -> dict[str, float]:
         """Norms over all ranks. Collective; waits for the device.
@@ -160,11 +158,21 @@ class TowerNorms:
             norms[f"update_norm_{tower}"] = update**0.5
         return norms
 
-    def _add(self, fragment: Fragment, column: int, values: Tensor) -> None:
-        tower = TOWERS.index(_TOWERS.get(fragment.name.partition(".")[0], TOWERS[-1]))
-        square = torch.linalg.vector_norm(values, dtype=torch.float32).square()
-        # without ZeRO every rank has all of it
-        self._sums_T3[tower, column] += square if fragment.is_only_copy else square / self._ranks.world_size
+    def _add(self, column: int, tensors: Mapping[int, Tensor]) -> None:
+        """Of the fragments of these tensors, by the holders whose shape they have: one kernel for many."""
+        for number, tower in enumerate(TOWERS):
+            fragments = [f for f in self._fragments if _tower(f.name) == tower and id(f.holder) in tensors]
+            if not fragments:
+                continue
+            parts = [fragment.of_holder(tensors[id(fragment.holder)]) for fragment in fragments]
+            square = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()
+            # without ZeRO every rank has all of it
+            self._sums_T3[number, column] = square if fragments[0].is_only_copy else square / self._ranks.world_size
+
+
+def _tower(name: str) -> str:
+    """Which of TOWERS a parameter belongs to."""
+    return _TOWERS.get(name.partition(".")[0], TOWERS[-1])
 
 
 @torch.no_grad()
