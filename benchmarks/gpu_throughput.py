@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_throughput.py [--models ViT-B-16 ViT-L-14] [--batches 256 1024 4096] [--rounds 10]
 
-A step is forward, backward and fused AdamW in bf16 autocast with the attention backend that `auto` takes. For every
-model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the matrix
+A step is forward, backward and fused AdamW in bf16 autocast with the attention backend that `auto` takes; in the arms
+`trainer_…` it is the one that `pipeline/train.py` takes, with the base recipe's engine, from the loader's bytes on. For
+every model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the matrix
 products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run. Batches
 from --checkpoint-from on recompute their blocks in the backward pass (which does not count as operations). A batch that
 does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
@@ -12,10 +13,12 @@ does not fit is recorded as such. Where open_clip is installed its own model is 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from record import record
+from trainer_steps import learner_of, make_stage, trainer_step
 from training_steps import Step, TrainingBatch, make_batch, packed_step, train_with
 
 from model.config import config_from_name
 from model.flops import step_flops
+from pipeline.ranks import Ranks, init_ranks
 
 Arm = Callable[[str, TrainingBatch, bool], Step]
 
 
-def arms() -> dict[str, Arm]:
-    """What is compared: this project's strategies, and open_clip where it is installed."""
+def arms(ranks: Ranks) -> dict[str, Arm]:
+    """What is compared: this project's strategies, bare and as they are trained, and open_clip where it is installed."""
+
+    def trained(strategy: str, compiled: bool = False) -> Arm:
+        def make(name: str, batch: TrainingBatch, checkpoint: bool) -> Step:
+            options = [f"train.activation_checkpointing={checkpoint}", f"train.compile={compiled}"]
+            stage = make_stage(name, len(batch.lengths_B), strategy, options)
+            return trainer_step(learner_of(stage, ranks), batch)
+
+        return make
+
     found: dict[str, Arm] = {
         "none": lambda name, batch, checkpoint: packed_step(name, batch, "none", checkpoint=checkpoint),
         "random_0.5": lambda name, batch, checkpoint: packed_step(name, batch, "random", checkpoint=checkpoint),
@@ -40,6 +54,10 @@ def arms() -> dict[str, Arm]:
         "cluster_0.5_compiled": lambda name, batch, checkpoint: packed_step(
             name, batch, "cluster", checkpoint=checkpoint, compiled=True
         ),
+        "trainer_none": trained("none"),
+        "trainer_random_0.5": trained("random"),
+        "trainer_cluster_0.5": trained("cluster"),
+        "trainer_cluster_0.5_compiled": trained("cluster", compiled=True),
     }
     try:
         from open_clip import ClipLoss, create_model
@@ -106,13 +124,19 @@ def model_flops(name: str, batch: TrainingBatch, mask_ratio: float) -> int:
 
 
 def measure(
-    name: str, batch: TrainingBatch, rounds: int, peak: float, checkpoint: bool, wanted: Collection[str]
+    name: str,
+    batch: TrainingBatch,
+    rounds: int,
+    peak: float,
+    checkpoint: bool,
+    wanted: Collection[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Figures of the wanted arms for one model and batch; arms that do not fit say so."""
     device, pairs = batch.images_BCHW.device, len(batch.lengths_B)
     steps: dict[str, Step] = {}
     figures: dict[str, Any] = {}
-    for arm, make in arms().items():
+    for arm, make in arms(ranks).items():
         if wanted and arm not in wanted:
             continue
         try:
@@ -131,7 +155,7 @@ def measure(
         median = statistics.median(values)
         figures[arm] |= {"images_per_s": round(pairs / median, 1), "step_s": round(median, 5)}
         if not arm.startswith("open_clip"):
-            operations = model_flops(name, batch, 0.0 if arm == "none" else 0.5)
+            operations = model_flops(name, batch, 0.0 if arm.endswith("none") else 0.5)
             figures[arm]["mfu"] = round(operations / median / peak, 4)
         for base in ("none", "open_clip"):
             if base in times:
@@ -154,12 +178,14 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device here; --device cpu --models ViT-test-8 --batches 8 tries the script")
+    logging.disable()
+    ranks = replace(init_ranks(), device=device)
     peak = peak_flops_per_s(device)
     figures: dict[str, Any] = {"bf16_peak_flops_per_s": round(peak)}
     for name in options.models:
         for size in options.batches:
             batch = make_batch(size, config_from_name(name).vision.image_size).to(device)
-            measured = measure(name, batch, options.rounds, peak, size >= options.checkpoint_from, options.arms)
+            measured = measure(name, batch, options.rounds, peak, size >= options.checkpoint_from, options.arms, ranks)
             figures.setdefault(name, {})[str(size)] = measured
             print(name, size, measured, flush=True)
     if device.type == "cuda":

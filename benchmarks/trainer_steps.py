@@ -35,12 +35,14 @@ def learner_of(stage: Stage, ranks: Ranks) -> Learner:
 
 def as_loaded(batch: TrainingBatch) -> Batch:
     """The batch as the loader would give it: bytes of pixels, packed captions."""
+    batch = batch.to(torch.device("cpu"))
     means, deviations = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     pixels_BCHW = ((batch.images_BCHW * deviations + means) * 255).clamp(0, 255).to(torch.uint8)
     is_token_BT = torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
     longest = int(batch.lengths_B.max())
     tokens_N, cu_seqlens_B1 = batch.tokens_BT[is_token_BT], lengths_to_cu_seqlens(batch.lengths_B)
-    return Batch(pixels_BCHW, tokens_N, cu_seqlens_B1, longest, [], [])
+    loaded = Batch(pixels_BCHW, tokens_N, cu_seqlens_B1, longest, [], [])
+    return loaded.pin_memory() if torch.cuda.is_available() else loaded
 
 
 def trainer_step(learner: Learner, batch: TrainingBatch) -> Step:

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 from model.packing import PackedLayout
 
@@ -36,11 +37,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 
 def varlen_attention(tokens_NSHE: Tensor, query_BHE: Tensor | None, layout: PackedLayout, causal: bool) -> Tensor:
     """torch's variable-length flash attention: no padding, and the host never learns the lengths."""
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = _split(tokens_NSHE, query_BHE)
     per_token = query_BHE is None
-    out_NHE = varlen_attn(
+    out_NHE = varlen.varlen_attn(
         query,
         key,
         value,

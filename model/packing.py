@@ -172,7 +172,7 @@ class PackedLayout:
         """Index of each sequence's last token in the packed sequence."""
         return self.cu_seqlens_B1[1:].long() - 1
 
-    @cached_property
+    @property
     def one_each_B1(self) -> Tensor:
         """Prefix sums of one query per sequence, int32."""
         return torch.arange(self.num_sequences + 1, dtype=torch.int32, device=self.cu_seqlens_B1.device)

@@ -42,8 +42,7 @@ def make_mlp(width: int, mlp_ratio: float, activation: Activation) -> nn.Sequent
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): what precedes and what follows the attention proper.
 
-    The two halves have static shapes and are what `Transformer.compile_blocks` compiles. Uncompiled, in 16 bits and
-    with flash attention, a block launches 10 kernels forward, 19 backward.
+    Uncompiled, in 16 bits and with flash attention, a block launches 10 kernels forward, 19 backward.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool, activation: Activation) -> None:
@@ -112,15 +111,17 @@ class Transformer(nn.Module):
         return x_ND
 
     def compile_blocks(self, dynamic: bool) -> None:
-        """Compile what surrounds attention; `dynamic` where the number of tokens differs between steps, as in text.
+        """Compile the blocks; `dynamic` where the number of tokens differs between steps, as in text.
 
-        One compilation serves all blocks, since they differ in their weights alone.
+        Whole where attention is one operator to the compiler, else what surrounds it. One compilation serves all
+        blocks, since they differ in their weights alone.
         """
-        for half in ("before_attention", "after_attention"):
-            compiled = torch.compile(getattr(Block, half), dynamic=dynamic)
+        is_whole = self.blocks[0].attn.backend == "varlen"
+        for part in ("forward", "forward_pooled") if is_whole else ("before_attention", "after_attention"):
+            compiled = torch.compile(getattr(Block, part), dynamic=dynamic)
             for block in self.blocks:
                 # a bound method, which a copy of the block binds to itself
-                setattr(block, half, MethodType(compiled, block))
+                setattr(block, part, MethodType(compiled, block))
 
     @torch.no_grad()
     def init_parameters(self) -> None:
