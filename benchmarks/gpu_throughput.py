@@ -4,15 +4,16 @@
 
 A step is forward, backward and fused AdamW in bf16 autocast with the attention backend that `auto` takes; in the arms
 `trainer_…` it is the one that `pipeline/train.py` takes, with the base recipe's engine, from the loader's bytes on. For
-every model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the matrix
-products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run. Batches
-from --checkpoint-from on recompute their blocks in the backward pass (which does not count as operations). A batch that
-does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
+every model and batch the arms run interleaved; times are medians of steps timed on the device. Utilisation counts the
+matrix products of model/flops.py against the peak that a large bf16 product reaches here, measured in the same run.
+Batches from --checkpoint-from on recompute their blocks in the backward pass (which does not count as operations). A
+batch that does not fit is recorded as such. Where open_clip is installed its own model is an arm too.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import statistics
 import sys
@@ -37,7 +38,7 @@ Arm = Callable[[str, TrainingBatch, bool], Step]
 
 
 def arms(ranks: Ranks) -> dict[str, Arm]:
-    """What is compared: this project's strategies, bare and as they are trained, and open_clip where it is installed."""
+    """What is compared: this project's strategies, bare and as trained, and open_clip where it is installed."""
 
     def trained(strategy: str, compiled: bool = False) -> Arm:
         def make(name: str, batch: TrainingBatch, checkpoint: bool) -> Step:
@@ -98,6 +99,7 @@ def made_with_peak(make: Callable[[], Step], device: torch.device) -> tuple[Step
         step = make()
         step()
         return step, None
+    gc.collect()  # engines of the batch before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Torch's variable-length flash attention with a slow kernel for CPUs: the same operator, traced and compiled as on a GPU.
+"""Torch's flash attention of variable length with a slow kernel for CPUs: the operator that is compiled on a GPU.
 
 B sequences, q and k tokens of queries and keys in all, H heads, E width of a head, Q and K tokens of one sequence
 """

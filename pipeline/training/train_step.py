@@ -21,6 +21,7 @@ from model.masking import Masks, PatchedImages
 from pipeline.data.data_loader import Batch
 from pipeline.ranks import Ranks
 from pipeline.training.engines.engine import Engine, make_engine
+from pipeline.training.engines.engine_config import precision_of
 from pipeline.training.engines.weight_average import WeightAverage
 from pipeline.training.mask_drawer import MaskDrawer
 from pipeline.training.observing.step_observer import StepObserver
@@ -46,7 +47,7 @@ class Learner:
 
 def make_learner(stage: Stage, clip: CLIP, config: dict[str, Any], ranks: Ranks) -> Learner:
     """Give the stage's model to DeepSpeed, with all that belongs to it."""
-    speed_up(clip, stage)
+    speed_up(clip, stage, precision_of(config))
     section = stage.recipe.optimizer
     engine = make_engine(clip, stage.recipe, config, ranks)
     patch_size, decay = stage.model.vision.patch_size, section.ema_decay

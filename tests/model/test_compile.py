@@ -9,10 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from flash_on_a_cpu import use_flash_on_a_cpu
 from torch import Generator, Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.utils import counters
 
+from model.attention import Backend
 from model.clip import CLIP
 from model.config import config_from_name
 from model.masking import Guidance, MaskingConfig, PatchedImages, choose_patches
@@ -23,14 +25,17 @@ B = 6
 STEPS = 5
 
 
-def compilations() -> dict[str, int]:
-    """How many there are of each half of a block, for both towers."""
-    halves = (Block.before_attention, Block.after_attention)
-    return {half.__name__: len(_debug_get_cache_entry_list(half.__code__)) for half in halves}
+# Of images and of captions (for any number of tokens); after attention, of images' class tokens alone as well.
+COMPILATIONS: dict[Backend, dict[str, int]] = {
+    "buckets": {"before_attention": 2, "after_attention": 3},
+    "varlen": {"forward": 2, "forward_pooled": 2},
+}
 
 
-# Images and captions (for any number of tokens); after attention, images' class tokens alone as well.
-COMPILATIONS = {"before_attention": 2, "after_attention": 3}
+def compilations(backend: Backend) -> dict[str, int]:
+    """How many there are of each part of a block that is compiled, for both towers."""
+    parts = {part: getattr(Block, part) for part in COMPILATIONS[backend]}
+    return {part: len(_debug_get_cache_entry_list(function.__code__)) for part, function in parts.items()}
 
 
 @pytest.fixture
@@ -42,13 +47,17 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make_clip(layers: int, text_width: int = 48) -> CLIP:
+def make_clip(layers: int, text_width: int = 48, backend: Backend = "buckets") -> CLIP:
     torch.manual_seed(0)
     config = config_from_name("ViT-test-8")
     text = dataclasses.replace(
         config.text, vocab_size=50, eot_token_id=49, context_length=20, layers=layers, width=text_width, heads=4
     )
-    return CLIP(dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text))
+    clip = CLIP(dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=layers), text=text))
+    clip.use_backend(backend)
+    if backend == "varlen":
+        use_flash_on_a_cpu()
+    return clip
 
 
 def step(clip: CLIP, number: int, masking: MaskingConfig) -> list[Tensor]:
@@ -58,7 +67,8 @@ def step(clip: CLIP, number: int, masking: MaskingConfig) -> list[Tensor]:
     selection = choose_patches(images, masking, generator, Guidance(progress=min(1.0, number / STEPS))).selection
     lengths = torch.randint(2, 20, (B,), generator=generator)
     tokens = torch.randint(1, 49, (int(lengths.sum()),), generator=generator)
-    output = clip(images.gather(selection.kept_K), selection, pack_tokens(tokens, lengths_to_cu_seqlens(lengths), 20))
+    text = pack_tokens(tokens, lengths_to_cu_seqlens(lengths), int(lengths.max()))
+    output = clip(images.gather(selection.kept_K), selection, text)
     gradients = torch.autograd.grad(
         (output.image_features @ output.text_features.T).diag().sum(),
         [parameter for name, parameter in clip.named_parameters() if name != "logit_scale"],
@@ -75,13 +85,14 @@ def assert_equal_in_steady_state(compiled: CLIP, plain: CLIP, masking: MaskingCo
             assert torch.allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["buckets", "varlen"])
 @pytest.mark.parametrize(
     ("layers", "strategy", "checkpointing"), [(2, "cluster", False), (5, "none", False), (3, "cluster", True)]
 )
-def test_one_compilation_per_half_block_whatever_the_depth_and_the_steps(
-    layers: int, strategy: str, checkpointing: bool, without_compiler: None
+def test_one_compilation_serves_all_blocks_and_steps(
+    backend: Backend, layers: int, strategy: str, checkpointing: bool, without_compiler: None
 ) -> None:
-    plain, compiled = make_clip(layers), make_clip(layers)
+    plain, compiled = make_clip(layers, backend=backend), make_clip(layers, backend=backend)
     compiled.compile_blocks()
     if checkpointing:
         compiled.checkpoint_blocks()
@@ -91,7 +102,8 @@ def test_one_compilation_per_half_block_whatever_the_depth_and_the_steps(
     for number in range(STEPS, 50):
         step(compiled, number, masking)
     assert counters["stats"]["unique_graphs"] == graphs
-    assert compilations() == COMPILATIONS
+    assert compilations(backend) == COMPILATIONS[backend]
+    assert not counters["graph_break"]
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
@@ -107,7 +119,7 @@ def test_a_schedule_of_the_ratio_does_not_recompile_either(without_compiler: Non
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs g++ on a CPU")
 def test_the_default_compiler() -> None:
     torch._dynamo.reset()
-    plain, compiled = make_clip(2), make_clip(2)
+    plain, compiled = make_clip(2, backend="varlen"), make_clip(2, backend="varlen")
     compiled.compile_blocks()
     assert_equal_in_steady_state(compiled, plain, MaskingConfig())
     torch._dynamo.reset()

@@ -296,7 +296,7 @@ def test_image_tokens_are_dynamic_where_masks_change_them(recipe_file: Path, mon
     reference = plan(recipe_file, "train.compile=true", "masking.strategy=cluster-reference")
     constant = plan(recipe_file, "train.compile=true", *CONSTANT)
     for stage in (schedule[0], reference[0], *constant):
-        speed_up(CLIP(stage.model), stage)
+        speed_up(CLIP(stage.model), stage, "fp32")
     assert varying == [True, True, False, False]
 
 
@@ -304,7 +304,7 @@ def test_how_the_model_is_computed_follows_the_stage(recipe_file: Path) -> None:
     options = ["model.attention=buckets", "stages.tail.train.activation_checkpointing=true"]
     for stage, recomputes in zip(plan(recipe_file, *options), (False, True), strict=True):
         clip = CLIP(stage.model)
-        speed_up(clip, stage)
+        speed_up(clip, stage, "fp32")
         for tower in (clip.visual, clip.text):
             assert tower.transformer.checkpoint_blocks is recomputes
             assert {block.attn.backend for block in tower.transformer.blocks} == {"buckets"}

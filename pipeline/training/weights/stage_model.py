@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.attention import choose_backend
 from model.clip import CLIP
 from model.config import CLIPConfig
 from model.heads import ConceptHead
 from model.masked_words import MaskedWordCLIP
 from model.towers import resize_grid
+from pipeline.recipe import Precision
 from pipeline.training.checkpoints.checkpoint import WEIGHTS, read_tensors
 from pipeline.training.stage_plan import Stage
 
@@ -59,9 +61,13 @@ def _load_weights(clip: CLIP, file: Path) -> None:
     clip.load_weights(weights)
 
 
-def speed_up(clip: CLIP, stage: Stage) -> None:
+def speed_up(clip: CLIP, stage: Stage, precision: Precision) -> None:
     """How the model is computed, not what; before DeepSpeed wraps it."""
-    clip.use_backend(stage.recipe.model.attention)
+    backend = stage.recipe.model.attention
+    if backend == "auto":  # known from here on, and to the compiler
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+        backend = choose_backend(clip.logit_scale.device, dtype)
+    clip.use_backend(backend)
     if stage.recipe.train.activation_checkpointing:
         clip.checkpoint_blocks()
     if stage.recipe.train.compile:
