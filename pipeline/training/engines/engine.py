@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# Of gradients in 16 bits, that fp32 copies are made of at a time where a CPU sums their squares.
+_NORM_ELEMENTS = 1 << 20
+
+
 class Engine:
     """A model, its optimizer and how ranks share them.
 
@@ -71,8 +75,9 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """Of the step's gradients on all ranks, fp32 scalar; infinite or NaN where one of them is. Collective."""
-        gradients = [piece for _, pieces in self.gradients() for piece in pieces]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        gradients = [piece.flatten() for _, pieces in self.gradients() for piece in pieces]
+        parts = [part for gradient in gradients for part in gradient.split(_NORM_ELEMENTS)]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, torch.float32)))
         if self.stage > 0:  # a rank has a share of them
             square = norm.square().to(self.deepspeed.device)
             dist.all_reduce(square)
