@@ -27,8 +27,18 @@ import torch
 
 from formats.programs import positive, run
 from pipeline.data.captions import load_tokenizer
-from pipeline.data.data_loader import BATCHES_AHEAD, MicroBatches, TrainingSet, collate, make_loader
+from pipeline.data.curriculum import read_curriculum
+from pipeline.data.data_loader import (
+    BATCHES_AHEAD,
+    CaptionSet,
+    MicroBatches,
+    SampleStream,
+    TrainingSet,
+    collate,
+    make_loader,
+)
 from pipeline.data.image_transform import decode_image, random_resized_crop
+from pipeline.data.masked_words import CaptionMasker
 from pipeline.data.sample_order import BatchPlan, MixedOrder
 from pipeline.data.shard_cache import make_cache
 from pipeline.data.shard_reader import OpenShard, ShardReader
@@ -97,9 +107,14 @@ def measure_loader(recipe: Recipe, data: TrainingData, seconds: float) -> Loader
     captions = TextMasker(tokenizer, recipe.text_masking)
     image_size = recipe.clip_config(tokenizer.encoder.vocab_size, tokenizer.encoder.end_token_id).vision.image_size
 
-    def dataset() -> TrainingSet:
+    curriculum = read_curriculum(recipe.concepts)
+
+    def dataset() -> SampleStream:
         """As it is at a run's start: no shard is open."""
         order, reader = data.order(recipe.data, recipe.train.seed), ShardReader(data.shards, make_cache(recipe.data))
+        if recipe.masks_words and curriculum is not None:
+            masker = CaptionMasker(tokenizer, curriculum, recipe.concepts.curriculum, recipe.longest_caption)
+            return CaptionSet(reader, order, recipe.train.seed, masker)
         return TrainingSet(reader, order, recipe.train.seed, captions, image_size, recipe.data.crop_min_area)
 
     micro = recipe.train.micro_batch_size
@@ -111,14 +126,14 @@ def measure_loader(recipe: Recipe, data: TrainingData, seconds: float) -> Loader
     return LoaderSpeed(num_samples, open_s, per_sample, recipe.data.workers, rate)
 
 
-def _measure_parts(dataset: TrainingSet, micro_batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
+def _measure_parts(dataset: SampleStream, micro_batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
     """(samples, seconds of each part) of batches that are made here until the time is up."""
     parts: dict[str, tuple[Callable[..., Any], ...]] = {
         "open": (ShardReader.open,),
-        "read": (MixedOrder.locate, OpenShard.read),
+        "read": (MixedOrder.locate, OpenShard.read, OpenShard.read_caption),
         "decode": (decode_image,),
         "augment": (random_resized_crop,),
-        "tokenise": (TextMasker.encode,),
+        "tokenise": (TextMasker.encode, CaptionMasker.mask),
         "collate": (collate,),
     }
     num_samples, positions = 0, itertools.count()
@@ -133,11 +148,12 @@ def _measure_parts(dataset: TrainingSet, micro_batch_size: int, seconds: float) 
             collate(samples)
             num_samples += len(samples)
     spent_s = {entry.code: entry.totaltime for entry in profile.getstats()}
-    return num_samples, {part: sum(spent_s[f.__code__] for f in functions) for part, functions in parts.items()}
+    by_part = {part: sum(spent_s.get(f.__code__, 0.0) for f in functions) for part, functions in parts.items()}
+    return num_samples, {part: part_s for part, part_s in by_part.items() if part_s}  # captions alone decode nothing
 
 
 def _measure_rate(
-    dataset: TrainingSet, places: MicroBatches, micro_batch_size: int, workers: int, seconds: float
+    dataset: SampleStream, places: MicroBatches, micro_batch_size: int, workers: int, seconds: float
 ) -> float:
     """Samples a second of the whole loader, once it is warm, if they are taken as fast as they come."""
     batches = iter(make_loader(dataset, places, workers, torch.cuda.is_available()))

@@ -98,6 +98,10 @@ def time_arms(study: Study, data: Path, output: Path, rounds: int, workers: int,
         for arm in study.timed_arms():
             directory = output / "timed" / f"{arm.replace(' ', '_')}-{known}-{turn}"
             fields = merged(recipe_of(study, Run(arm, "samples", 0), 1.0, data, directory), settings)
+            if shares := study.arms[arm].concept_stages_at:  # what counts has all of them, in these shares
+                counted = _TIMED_STEPS - _UNTIMED_STEPS
+                boundaries = [(_UNTIMED_STEPS + round(share * counted)) * study.batch for share in shares]
+                fields = merged(fields, {"concepts": {"boundaries": boundaries}})
             jobs.append(write_job(arm, directory, fields, study.arms[arm].experiment))
 
     def keep(job: Job, is_well: bool) -> None:

@@ -33,12 +33,16 @@ class Curriculum:
         return self.concepts.up_to(self.stage(samples_seen))
 
 
+# Of curricula that teach any words.
+NO_CONCEPTS = Concepts((), captions=1, sha256="")
+
+
 def read_curriculum(section: ConceptsSection) -> Curriculum | None:
     """What a recipe teaches, None where concepts have no use; UserError for a file or boundaries that do not fit."""
     if section.objective == "none":
         return None
     if not section.file and section.teaches_words:
-        return Curriculum(Concepts((), captions=1, sha256=""), section.boundaries)
+        return Curriculum(NO_CONCEPTS, section.boundaries)
     if not section.file:
         raise UserError(f"concepts.objective {section.objective} needs concepts.file, made by `data-prep concepts`")
     concepts = read_concepts(section.file)

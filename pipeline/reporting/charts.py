@@ -125,9 +125,10 @@ _MAX_POINTS, _MAX_RUNS = 300, 12
 
 
 def draw_curves(runs: Sequence[Run]) -> list[Chart]:
-    """Loss and realised mask ratio over samples seen; a chart for which no run has figures is left out."""
+    """Losses and realised mask ratio over samples seen; a chart for which no run has figures is left out."""
     charts = [
         ("loss", "Loss", "contrastive loss", False),
+        ("mlm_loss", "Masked words", "cross-entropy of masked tokens of captions", False),
         ("mask_ratio", "Realised mask ratio", "share of patches dropped; shaded: spread between images", True),
     ]
     curves = []

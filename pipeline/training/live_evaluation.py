@@ -68,7 +68,8 @@ class LiveEvaluation:
             captions, _ = distinct(dataset.captions)
             for name, masker in maskers.items():
                 accuracy = masked_token_accuracy(clip, captions, masker, self._section.batch_size, self._ranks)
-                figures[f"eval/{dataset.name}/{name}"] = accuracy
+                if accuracy is not None:
+                    figures[f"eval/{dataset.name}/{name}"] = accuracy
         return figures
 
     def _encode(self, clip: CLIP, collection: Collection) -> Tensor:

@@ -11,10 +11,9 @@ from random import Random
 
 import torch
 
-from formats.concepts import Concepts
 from model.masked_words import MaskedWordCLIP
 from pipeline.data.captions import Tokenizer
-from pipeline.data.curriculum import Curriculum
+from pipeline.data.curriculum import NO_CONCEPTS, Curriculum
 from pipeline.data.data_loader import caption_sample, collate
 from pipeline.data.masked_words import CaptionMasker
 from pipeline.ranks import Ranks
@@ -22,8 +21,7 @@ from pipeline.ranks import Ranks
 
 def held_out_maskers(tokenizer: Tokenizer, taught: Curriculum | None, longest: int) -> dict[str, CaptionMasker]:
     """By the name of what is measured with each; captions are cut to `longest` tokens."""
-    nothing = Concepts((), captions=1, sha256="")
-    maskers = {"masked_token_accuracy": CaptionMasker(tokenizer, Curriculum(nothing, ()), "none", longest)}
+    maskers = {"masked_token_accuracy": CaptionMasker(tokenizer, Curriculum(NO_CONCEPTS, ()), "none", longest)}
     if taught is not None and taught.concepts.concepts:
         every_stage = Curriculum(taught.concepts, ())
         maskers["masked_concept_accuracy"] = CaptionMasker(tokenizer, every_stage, "concepts", longest)
@@ -33,8 +31,8 @@ def held_out_maskers(tokenizer: Tokenizer, taught: Curriculum | None, longest: i
 @torch.no_grad()
 def masked_token_accuracy(
     clip: MaskedWordCLIP, captions: Sequence[str], masker: CaptionMasker, batch_size: int, ranks: Ranks
-) -> float:
-    """Share of the masked tokens that are predicted, the same on all ranks; NaN if none is masked. Collective.
+) -> float | None:
+    """Share of the masked tokens that are predicted, the same on all ranks; None if none is masked. Collective.
 
     With ZeRO stage 3 the weights are collected at every batch: ranks predict equally many, the last ones in vain.
     """
@@ -51,4 +49,4 @@ def masked_token_accuracy(
         if number < num_batches:
             found_2 += torch.stack((count * hits, torch.full_like(hits, count)))
     right, total = ranks.mean(found_2).tolist()
-    return right / total if total else float("nan")
+    return right / total if total else None

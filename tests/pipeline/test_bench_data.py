@@ -48,6 +48,14 @@ def test_what_binds_is_the_slowest_part(
     assert report["samples_measured"] > 0
 
 
+def test_captions_alone_are_read_and_masked(
+    shards: Path, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["concepts.objective=mlm", "concepts.curriculum=none"]
+    assert bench_data.main([*options(shards, tokenizer_file, tmp_path), *words, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["us_per_sample"]) == ["read", "tokenise", "collate"]
+
+
 def test_mistakes_are_those_of_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shard directory"):
         bench_data.main(["--recipe", "demo", f"data.train={tmp_path / 'none'}"])

@@ -240,6 +240,8 @@ def _by_stage(facts: Iterable[str]) -> str:
 
 def _masking(recipe: Recipe) -> str:
     masking = recipe.masking
+    if recipe.masks_words:
+        return "words"
     return masking.strategy if masking.strategy == "none" else f"{masking.strategy}, {masking.target_mask_ratio:.0%}"
 
 
