@@ -59,7 +59,7 @@ def observe(ranks: Ranks, stages: list[int], directory: str) -> list[list[dict[s
         engine = make_engine(clip, recipe, config, ranks)
         masks = MaskDrawer(MASKING, clip.visual, 8, 0, ranks)
         step_loss = make_step_loss(recipe.loss, ranks)
-        learner = Learner(engine, masks, step_loss, 1.0, recipe.optimizer.max_grad_norm, average=None, ranks=ranks)
+        learner = Learner(engine, masks, step_loss, recipe.optimizer.max_grad_norm, average=None, ranks=ranks)
         read = []
         for step in range(3):
             observer = StepObserver(ranks) if step != 1 else None

@@ -85,7 +85,7 @@ def run_steps(
     masks = MaskDrawer(MaskingConfig("random"), clip.visual, 8, seed=0, ranks=ranks)
     section = recipe.optimizer
     learner = Learner(
-        engine, masks, make_step_loss(recipe.loss, ranks), 1.0, section.max_grad_norm, average=None, ranks=ranks
+        engine, masks, make_step_loss(recipe.loss, ranks), section.max_grad_norm, average=None, ranks=ranks
     )
     rank_check = RankCheck(clip, 1, ranks)
     guard = StepGuard(recipe.faults, rank_check, FaultLog(Path(), ranks), is_fp16=False, ranks=ranks)

@@ -99,7 +99,7 @@ def run_case(ranks: Ranks, case: Case, folder: Path) -> tuple[list[float], dict[
     clip = make_clip()
     engine = make_engine(clip, recipe, config, ranks)
     masks = MaskDrawer(MaskingConfig(strategy="none"), clip.visual, 8, 0, ranks)
-    learner = Learner(engine, masks, make_step_loss(recipe.loss, ranks), 1.0, 0.0, average=None, ranks=ranks)
+    learner = Learner(engine, masks, make_step_loss(recipe.loss, ranks), 0.0, average=None, ranks=ranks)
     gradients: dict[str, Tensor] = {}
     engine.set_learning_rate(1e-2)
     update = engine.update
