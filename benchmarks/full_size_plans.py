@@ -27,7 +27,7 @@ from record import RESULTS_DIRECTORY, record
 
 from pipeline import plan
 from pipeline.hardware import find_accelerator
-from pipeline.planning.run_plan import IMAGES_PER_CORE_S
+from pipeline.planning.run_plan import IMAGES_PER_CORE_S, SMALL_IMAGES_PER_CORE_S
 from pipeline.reporting.tables.papers import Published, read_published
 
 PAGE = ROOT / "docs/reproduce.md"
@@ -61,12 +61,15 @@ class Case:
     def start(self) -> str:
         """The command that starts it."""
         nodes = -(-self.gpus // find_accelerator(self.gpu).per_node)
-        options = f" OPTIONS={self.started_with}" if self.started_with else ""
+        words = " ".join(filter(None, (self.started_with, *(self.options if self.shards else ()))))
+        options = f' OPTIONS="{words}"' if " " in words else f" OPTIONS={words}" if words else ""
         return f"RECIPE={self.recipe} SHARDS={self.shards}{options} sbatch --nodes={nodes} slurm/train.sbatch"
 
 
 # Pairs: of CC12M as in both papers' scripts; of LAION-400M what DynamiCS could still fetch; of DataComp the whole pool.
 CC12M, LAION_400M, DATACOMP = 10_968_539, 298_000_000, 128_000_000
+# For the stage at 112 pixels, in both recipes that have one: `data-prep reshard --image-size 128`.
+SMALL_EDITION = "stages.low.data.train=data/laion400m/shards_128"
 CASES = (
     *(
         Case(f"cc12m_vit_b16_{name}", CC12M, 8, "h100", "data/cc12m/shards", row)
@@ -96,7 +99,7 @@ CASES = (
     ),
     Case("laion400m_vit_b16_cluster", LAION_400M, 64, "h100", "data/laion400m/shards"),
     Case("datacomp_medium_vit_b16_cluster", DATACOMP, 8, "h100", "data/datacomp_medium/shards"),
-    Case("efficient_vit_b16", LAION_400M, 8, "h100", "data/laion400m/shards"),
+    Case("efficient_vit_b16", LAION_400M, 8, "h100", "data/laion400m/shards", options=(SMALL_EDITION,)),
     Case(
         "dynamics_vit_b16",
         LAION_400M,
@@ -104,6 +107,7 @@ CASES = (
         "h100",
         "data/laion400m/shards",
         "DynamiCS ViT-B/16",
+        options=(SMALL_EDITION,),
         started_with="data.balance=data/laion400m/balance",
     ),
 )
@@ -237,6 +241,7 @@ def plan_all() -> dict[str, Any]:
     """The record's figures."""
     return {
         "images_per_core_s": IMAGES_PER_CORE_S,
+        "small_images_per_core_s": SMALL_IMAGES_PER_CORE_S,
         "recipes": {case.recipe: plan_case(case) for case in CASES},
         "published_runs": {system: plan_case(case) for system, case in PUBLISHED_RUNS.items()},
     }

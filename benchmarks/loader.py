@@ -97,33 +97,44 @@ def write_shards(folder: Path, jpegs: list[bytes], captions: list[str]) -> None:
     verify(folder, processes=1, max_bad_ratio=0)
 
 
-def transform(jpegs: list[bytes], finish: Callable[[torch.Tensor], object]) -> float:
+def transform(
+    jpegs: list[bytes], finish: Callable[[torch.Tensor], object], image_size: int = IMAGE_SIZE, area: float = MIN_AREA
+) -> float:
     """Seconds an image, with what comes after the crop."""
     start_s = time.process_time()
     for number, jpeg in enumerate(jpegs):
-        finish(random_resized_crop(decode_image(jpeg), IMAGE_SIZE, MIN_AREA, random.Random(f"0/{number}")))
+        finish(random_resized_crop(decode_image(jpeg), image_size, area, random.Random(f"0/{number}")))
     return (time.process_time() - start_s) / len(jpegs)
 
 
-def endless_batches(shards: Path, merges: str, cache: Path) -> Iterator[Batch]:
+def endless_batches(
+    shards: Path,
+    merges: str,
+    cache: Path,
+    image_size: int = IMAGE_SIZE,
+    area: float = MIN_AREA,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Batch]:
     """Our loader with one worker."""
-    section = DataSection(train=str(shards), cache_directory=str(cache), crop_min_area=MIN_AREA)
+    section = DataSection(train=str(shards), cache_directory=str(cache), crop_min_area=area)
     data = read_training_data(section)
     captions = TextMasker(load_tokenizer(merges, 77), TextMaskingSection())
     reader = ShardReader(data.shards, make_cache(section))
-    dataset = TrainingSet(reader, data.order(section, 0), 0, captions, IMAGE_SIZE, MIN_AREA)
-    plan = BatchPlan(data.num_samples, BATCH_SIZE, BATCH_SIZE, world_size=1)
+    dataset = TrainingSet(reader, data.order(section, 0), 0, captions, image_size, area)
+    plan = BatchPlan(data.num_samples, batch_size, batch_size, world_size=1)
     return iter(make_loader(dataset, MicroBatches(plan, 0, 0, 10**6), workers=1, pin_memory=False))
 
 
-def load(loader: Iterator[Batch], finish: Callable[[torch.Tensor], object]) -> float:
+def load(loader: Iterator[Batch], finish: Callable[[torch.Tensor], object], batches: int = BATCHES) -> float:
     """Seconds a sample, warm."""
     for _ in range(5):  # what was made in advance while nobody asked
         next(loader)
-    start_s = cpu_s()
-    for _ in range(BATCHES):
-        finish(next(loader).images_BCHW)
-    return (cpu_s() - start_s) / BATCHES / BATCH_SIZE
+    start_s, images = cpu_s(), 0
+    for _ in range(batches):
+        batch = next(loader)
+        finish(batch.images_BCHW)
+        images += len(batch.keys)
+    return (cpu_s() - start_s) / images
 
 
 def pixel_difference(jpegs: list[bytes]) -> float:
@@ -220,7 +231,7 @@ def main() -> None:
         figures[name] = {kind: figures[kind][name] for kind in ("originals", "256px")}
     print(json.dumps(figures, indent=2))
     command = f"python benchmarks/loader.py {options.photos.name} --rounds {options.rounds}"
-    print(record("loader", figures, command, options.rounds))
+    print(record("loader", figures, command, options.rounds, keep_others=True))
 
 
 if __name__ == "__main__":

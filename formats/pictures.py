@@ -172,7 +172,9 @@ def check_picture(data: bytes) -> None:
 
 def upright(pixels_HWC: Pixels, turn: int) -> Pixels:
     """Rows as a camera's EXIF orientation wants them seen."""
-    quarters, is_mirrored = _UPRIGHT.get(turn, (0, False))
+    if turn not in _UPRIGHT:
+        return pixels_HWC
+    quarters, is_mirrored = _UPRIGHT[turn]
     turned_HWC = np.rot90(pixels_HWC, quarters)
     return turned_HWC[:, ::-1] if is_mirrored else turned_HWC
 

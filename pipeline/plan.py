@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         for stage in (stage_plan.stage for stage_plan in plan.stages):
             order = data.order(stage.recipe.data, stage.seed)
             data.check_batch(order, stage.own_positions, stage.batches.global_batch_size)
+            data.shards_of(stage.recipe.data)
     print(json.dumps(to_dict(plan), indent=2) if options.json else describe(plan), flush=True)
     return 0 if plan.fits else 1
 

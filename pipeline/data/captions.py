@@ -10,6 +10,7 @@ import hashlib
 import html
 import importlib.util
 import itertools
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ from torch import Tensor
 from formats.errors import UserError
 
 CLIP_BPE = "clip-bpe"
+# CLIP's words in a lower-cased text without other characters: with \p{L} and \p{N} as in `ClipBytePairs`.
+_ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+# The words met first are the frequent ones; the rest of a web corpus would fill a worker's memory.
+_MAX_KNOWN_WORDS = 100_000
 
 
 class TokenSpans(NamedTuple):
@@ -104,8 +109,22 @@ class ClipBytePairs:
             ]
         )
 
+        self._known: dict[str, list[int]] = {}
+
     def encode(self, text: str) -> list[int]:
-        return self.encode_with_spans(text).ids
+        cleaned = _clean(text)
+        if not cleaned.isascii():
+            return list(self._tokenizer.encode(cleaned).ids)
+        # no pair is merged across words, and most captions consist of words that were met before
+        return [token_id for word in _ASCII_WORDS.findall(cleaned) for token_id in self._encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids = self._known.get(word)
+        if ids is None:
+            ids = list(self._tokenizer.encode(word).ids)
+            if len(self._known) < _MAX_KNOWN_WORDS:
+                self._known[word] = ids
+        return ids
 
     def encode_with_spans(self, text: str) -> TokenSpans:
         cleaned = _clean(text)

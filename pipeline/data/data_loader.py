@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Batch:
         """The batch on a device; the copies do not block where memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
         return replace(
             self,
             images_BCHW=function(self.images_BCHW),
@@ -91,10 +91,19 @@ class Batch:
             else MaskedWords(function(self.words.token_R), Labels(*map(function, self.words.labels))),
         )
 
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[dict[str, Any]]]:
+        # a tensor goes to another process as an open file, over which both talk for a millisecond: images are worth it
+        return _received, (vars(self._map(lambda tensor: tensor.numpy())) | {"images_BCHW": self.images_BCHW},)
+
     @property
     def text(self) -> PackedTokens:
         """The captions as the text tower takes them."""
         return pack_tokens(self.tokens_N, self.cu_seqlens_B1, self.longest_caption)
+
+
+def _received(fields: dict[str, Any]) -> Batch:
+    """A batch from another process."""
+    return Batch(**fields)._map(torch.as_tensor)
 
 
 class SampleStream(Dataset[Sample], abc.ABC):

@@ -41,8 +41,8 @@ def decode_image(data: bytes) -> Tensor:
     return torch.from_numpy(decode_picture(data)).permute(2, 0, 1)
 
 
-def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic on uint8, within 0.05 grey levels of Pillow's on photographs; channels last in memory."""
+def resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bicubic on uint8 [3, H, W], within 0.05 grey levels of Pillow's on photographs."""
     if image_CHW.shape[1:] == (height, width):
         return image_CHW
     resized = F.interpolate(
@@ -137,4 +137,4 @@ def random_resized_crop(image_CHW: Tensor, size: int, min_area: float, rng: rand
     """The training transform: a random crop to `size`, uint8 [3, size, size]."""
     _, H, W = image_CHW.shape
     top, left, height, width = random_crop_box(H, W, min_area, rng)
-    return _resize(image_CHW[:, top : top + height, left : left + width], size, size)
+    return resize(image_CHW[:, top : top + height, left : left + width], size, size)

@@ -120,7 +120,7 @@ def _time_lines(plan: StagePlan, run: RunPlan) -> list[str]:
         f"time        {time.step_s:.3f} s a step: {max(time.compute_s, time.host_s):.3f} computing ({assumed}), "
         f"{time.exposed_s:.3f} waiting for collectives ({time.communication_s:.3f} in all)",
         f"            {time.mfu:.0%} of the data sheet's products; {plan.images_per_s_per_gpu:,.0f} {samples}/s a GPU, "
-        f"which takes {plan.loader_cores:.1f} CPU cores a GPU at {plan.samples_per_core_s} {samples}/s a core",
+        f"which takes {plan.loader_cores:.1f} CPU cores a GPU at {plan.samples_per_core_s:,} {samples}/s a core",
     ]
     if plan.cores and plan.fed_step_s > time.step_s:
         lines.append(
@@ -222,6 +222,7 @@ def _stage_to_dict(plan: StagePlan) -> dict[str, Any]:
         "mfu": time.mfu,
         "images_per_s_per_gpu": plan.images_per_s_per_gpu,
         "loader_cores_per_gpu": plan.loader_cores,
+        "samples_per_core_s": plan.samples_per_core_s,
         "fits": plan.fits,
         "warnings": warnings_about(plan.stage),
         "suggestion": None

@@ -22,6 +22,9 @@ from pipeline.training.start_checks import Machine, check_stage
 
 # What a core reads, decodes, crops and scales of 256-pixel JPEGs (benchmarks/results/loader.json: 1.08 ms each).
 IMAGES_PER_CORE_S = 900
+# The same for crops of 112 pixels from an edition of 128 (`low_resolution` there), which a stage that names data of its
+# own is taken to read.
+SMALL_IMAGES_PER_CORE_S = 2_500
 # What it encodes and masks of captions alone, about: Flickr8k's took 0.16 ms each (docs/log.md).
 CAPTIONS_PER_CORE_S = 6_000
 _DAY_S, _HOUR_S = 86_400, 3_600
@@ -58,7 +61,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage needs; `cores` as of the hardware."""
+    """What one stage needs; `cores` as of the hardware, `has_small_pictures` where it reads an edition."""
 
     stage: Stage
     load: Workload
@@ -68,6 +71,7 @@ class StagePlan:
     fits: bool
     suggestion: Suggestion | None
     cores: float | None
+    has_small_pictures: bool
 
     @property
     def seconds(self) -> float:
@@ -92,7 +96,9 @@ class StagePlan:
     @property
     def samples_per_core_s(self) -> int:
         """Images, or captions alone, that a core makes ready."""
-        return CAPTIONS_PER_CORE_S if self.stage.masks_words else IMAGES_PER_CORE_S
+        if self.stage.masks_words:
+            return CAPTIONS_PER_CORE_S
+        return SMALL_IMAGES_PER_CORE_S if self.has_small_pictures else IMAGES_PER_CORE_S
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,13 @@ def plan_run(
     stages = plan_stages(recipe, samples, hardware.gpus, vocab_size, eot_token_id, read=planned_curriculum)
     for stage in stages:
         check_stage(stage, _config(stage), hardware.machine)
-    return RunPlan(hardware, caption_tokens, [plan_stage(stage, hardware, caption_tokens) for stage in stages])
+    plans = [
+        plan_stage(stage, hardware, caption_tokens, stage.recipe.data.train != recipe.data.train) for stage in stages
+    ]
+    return RunPlan(hardware, caption_tokens, plans)
 
 
-def plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> StagePlan:
+def plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float, has_small_pictures: bool = False) -> StagePlan:
     """What a stage needs, and what would suit the hardware better."""
     load = _load(stage, hardware, caption_tokens)
     memory, time = estimate_memory(load), _time(load, hardware)
@@ -149,7 +158,8 @@ def plan_stage(stage: Stage, hardware: Hardware, caption_tokens: float) -> Stage
     suggestion = suggest(stage, hardware, caption_tokens)
     if suggestion is not None and fits and suggestion.time.step_s > 0.97 * time.step_s:
         suggestion = None
-    return StagePlan(stage, load, memory, step_traffic(load), time, fits, suggestion, hardware.cores)
+    traffic, cores = step_traffic(load), hardware.cores
+    return StagePlan(stage, load, memory, traffic, time, fits, suggestion, cores, has_small_pictures)
 
 
 def suggest(stage: Stage, hardware: Hardware, caption_tokens: float) -> Suggestion | None:

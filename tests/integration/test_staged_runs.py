@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from faulty_train import start
 from safetensors.torch import load_file
 
+from data_prep.editions import write_edition
 from formats.balance import write_balance
 from formats.concepts import Concept, write_concepts
 from formats.manifest import read_manifest
@@ -158,21 +159,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, staged_options: list[s
     return run
 
 
-def test_a_finished_stage_is_never_redone(undisturbed: Path, tmp_path: Path, staged_options: list[str]) -> None:
-    """SIGKILL between stages and in both, SIGTERM in the second, with one checkpoint kept: the same bits."""
+def test_a_finished_stage_is_never_redone(
+    undisturbed: Path, tmp_path: Path, shards: Path, staged_options: list[str]
+) -> None:
+    """SIGKILL between stages and in both, SIGTERM in the second, with one checkpoint kept: the same bits.
+
+    Each time it goes on with another edition of the data, whose pictures are small enough already to be the same.
+    """
+    edition = tmp_path / "edition"
+    write_edition(shards, edition, 64, 90, 1)
+    in_stage, in_all = [f"stages.small.data.train={edition}"], [f"data.train={edition}"]
     run, options = (
         tmp_path / "run",
         [*staged_options, "train.keep_checkpoints=1", "stages.whole.train.save_every_steps=20"],
     )
     assert interrupt(options, run, "kill", 5) == -signal.SIGKILL
-    assert interrupt(options, run, "kill", 12) == -signal.SIGKILL
+    assert interrupt([*options, *in_stage], run, "kill", 12) == -signal.SIGKILL
     assert [line["stage"] for line in metrics(run)] == ["small"] * 12
     first_stage = metrics(run)
 
     # killed in the second stage before that has a checkpoint: the last one of the first is still there
     assert interrupt(options, run, "kill", 14) == -signal.SIGKILL
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000012"]
-    assert interrupt(options, run, "terminate", 15) == 75
+    assert interrupt([*options, *in_all], run, "terminate", 15) == 75
     stopped = newest_checkpoint(run)
     assert stopped is not None
     assert 15 <= int(stopped.name.removeprefix("step_")) < 30

@@ -6,9 +6,11 @@ import gzip
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from formats.errors import UserError
-from pipeline.data.captions import load_tokenizer
+from pipeline.data.captions import ClipBytePairs, load_tokenizer
 
 
 def test_sentencepiece_captions_start_and_end(tokenizer_file: Path) -> None:
@@ -34,6 +36,14 @@ def test_clip_byte_pairs_follow_the_merges(tmp_path: Path) -> None:
     assert tokenizer.encode("  A CAT\n dog") == [start, 256 + ord("a") - ord("!"), cat, dog, end]
     # unmerged: a letter of its own, then the last letter with the end-of-word mark
     assert tokenizer.encode("cx") == [start, ord("c") - ord("!"), 256 + ord("x") - ord("!"), end]
+
+
+@given(st.lists(st.text("ab'sdtllve 019!?.-\x00\x1f<|>&;éñ’ ", max_size=20), min_size=1, max_size=4))
+def test_words_that_are_known_are_encoded_as_the_library_does(texts: list[str]) -> None:
+    merges = gzip.compress(b"#version: 0.2\n' s</w>\na b\nab b</w>\nl l</w>\n! !\nd t\n")
+    encoder = ClipBytePairs(merges)
+    for text in (*texts, *texts):  # the second time from memory
+        assert encoder.encode(text) == encoder.encode_with_spans(text).ids
 
 
 def test_what_is_no_tokenizer_is_an_error(tmp_path: Path, tokenizer_file: Path) -> None:
