@@ -100,7 +100,7 @@ class CaptionMasker:
 
     def _share_at(self, stage: int) -> float:
         """Of a caption's tokens that are to be masked; `masking_ratio` rises, with the same mean over its stages."""
-        if self._kind != "masking_ratio":
+        if self._kind != "masking_ratio" or not self._curriculum.boundaries:
             return MASKED_SHARE
         return MASKED_SHARE * 2 * stage / (self._curriculum.num_stages + 1)
 

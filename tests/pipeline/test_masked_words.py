@@ -161,7 +161,7 @@ def test_eighty_ten_ten_of_whole_concepts(tokenizer: Tokenizer) -> None:
     # three deviations of 2,000 draws
     assert [fates[fate] / 2000 for fate in ("masked", "random", "same")] == pytest.approx([0.8, 0.1, 0.1], abs=0.027)
 
-    everything = masker(tokenizer, "none")
+    everything = masker(tokenizer, "masking_ratio")  # without stages: as plain as "none"
     long = " ".join([caption] * 3)
     tokens = len(everything.mask(long, Random(0), 0).token_ids) - 2
     shares = [len(everything.mask(long, Random(seed), 0).masked) / tokens for seed in range(300)]
