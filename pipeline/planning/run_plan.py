@@ -24,7 +24,7 @@ from pipeline.training.start_checks import Machine, check_stage
 IMAGES_PER_CORE_S = 900
 # The same for crops of 112 pixels from an edition of 128 (`low_resolution` there), which a stage that names data of its
 # own is taken to read.
-SMALL_IMAGES_PER_CORE_S = 2_500
+SMALL_IMAGES_PER_CORE_S = 2_400
 # What it encodes and masks of captions alone, about: Flickr8k's took 0.16 ms each (docs/log.md).
 CAPTIONS_PER_CORE_S = 6_000
 _DAY_S, _HOUR_S = 86_400, 3_600

@@ -190,6 +190,21 @@ def test_few_cores_make_the_loader_bind(capsys: pytest.CaptureFixture[str]) -> N
     assert "bound by the loader" in capsys.readouterr().out
 
 
+def test_a_stage_that_reads_small_pictures_takes_fewer_cores(capsys: pytest.CaptureFixture[str]) -> None:
+    def stages(*options: str) -> list[dict[str, Any]]:
+        arguments = ["--recipe", "efficient_vit_b16", "--gpus", "8", "--gpu", "h100", "--samples", "298000000"]
+        assert plan.main([*arguments, "--cores-per-gpu", "8", "--json", "data.train=set", *options]) == 0
+        values: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["stages"]
+        return values
+
+    (low, full), (small_low, small_full) = stages(), stages("stages.low.data.train=small")
+    assert full == small_full
+    ratio = small_low["samples_per_core_s"] / low["samples_per_core_s"]
+    assert ratio > 2
+    assert small_low["loader_cores_per_gpu"] == pytest.approx(low["loader_cores_per_gpu"] / ratio)
+    assert small_low["fed_step_s"] == small_low["step_s"] < low["fed_step_s"]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     small=st.integers(1, 512),
