@@ -13,7 +13,19 @@ from data_prep.__main__ import main
 
 COMMANDS = (
     *("build", "sources", "synthetic", "ingest", "download", "retry", "report", "pack", "tokenizer"),
-    *("verify", "reshard", "merge", "stats", "words", "dedup", "forget", "embeddings", "clusters", "balance"),
+    *(
+        "verify",
+        "reshard",
+        "merge",
+        "stats",
+        "words",
+        "concepts",
+        "dedup",
+        "forget",
+        "embeddings",
+        "clusters",
+        "balance",
+    ),
 )
 
 
