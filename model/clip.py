@@ -115,7 +115,7 @@ class CLIP(nn.Module):
         return CLIPOutput(image_features_BD, text_features_BD, scale, bias, concepts)
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
-        """Features [B, D] of whole images, nothing masked: uint8 RGB, or floats that are normalised.
+        """Features [B, D] of whole images, nothing masked: uint8 RGB, or floats that are normalised; unit ones in fp32.
 
         Raises ValueError for images of another size than the model's.
         """
@@ -124,7 +124,7 @@ class CLIP(nn.Module):
             raise ValueError(f"{self.config.name} takes images of {size} x {size}, not {tuple(images_BCHW.shape[2:])}")
         selection = keep_all(images.num_images, images.num_patches, images.device)
         features_BD: Tensor = self.visual(images.patches().flatten(0, 1), selection)
-        return F.normalize(features_BD, dim=-1) if normalize else features_BD
+        return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD
 
     def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
         """Features [B, D] of captions: token ids ending in end-of-text, then any padding.
@@ -135,7 +135,7 @@ class CLIP(nn.Module):
         if tokens_BT.shape[1] > longest:
             raise ValueError(f"{self.config.name} takes captions of {longest} tokens, not {tokens_BT.shape[1]}")
         features_BD: Tensor = self.text(PackedTokens.from_padded(tokens_BT, self.config.text.eot_token_id))
-        return F.normalize(features_BD, dim=-1) if normalize else features_BD
+        return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD
 
     def first_mismatch(self, weights: Mapping[str, Tensor]) -> str | None:
         """The first parameter whose shape is not this model's, or that one side lacks, in words; None if all fit.

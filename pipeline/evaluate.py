@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -64,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
             masking = model.masking if arguments.mask_images else None
             if masking is not None:
                 check_maskable(masking)
+            identity = replace(model.identity, precision="" if arguments.precision == "fp32" else arguments.precision)
             return FeatureEncoder(
-                model.identity, model.clip, model.tokenizer, model.preprocessing, ranks, arguments.workers, masking
+                identity, model.clip, model.tokenizer, model.preprocessing, ranks, arguments.workers, masking
             )
 
         def jobs_of(encoder: FeatureEncoder) -> list[Job]:
@@ -182,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-size", type=whole, default=64, metavar="N", help="images or texts at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the features; bf16 takes half the time or less, and moves figures a little (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",

@@ -206,8 +206,9 @@ def _is_usual(data: bytes) -> bool:
 class FeatureEncoder:
     """Encodes with one model what is missing of a share of a collection.
 
-    `workers` threads decode images: the decoder and the resize release the interpreter's lock.
-    `masking`, on request, hides patches of the images as training did; an evaluation looks at whole images otherwise.
+    `workers` threads decode images: the decoder and the resize release the interpreter's lock. The model's identity says in
+    which precision it computes. `masking`, on request, hides patches of the images as training did; an evaluation looks at
+    whole images otherwise.
     """
 
     model: ModelIdentity
@@ -247,7 +248,8 @@ class FeatureEncoder:
             features, item_sha256 = [], []
             for batch in piece:
                 contents = list(islice(loaded, len(store.rows(batch))))
-                features.append(encode([content for content, _ in contents]))
+                with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.model.precision == "bf16"):
+                    features.append(encode([content for content, _ in contents]))
                 item_sha256 += [sha256 for _, sha256 in contents]
                 progress(len(contents))
             features_nD = torch.cat(features)

@@ -144,7 +144,7 @@ class Job:
         }
 
     def _features_of(self, collection: Collection) -> dict[str, Any]:
-        named = ("name", "weights_sha256", "settings_sha256")
+        named = ("name", "weights_sha256", "settings_sha256", "precision")
         identity = {name: value for name, value in _known_fields(self.model).items() if name in named}
         if collection.kind == "texts":
             return identity | {"tokenizer_sha256": self.model.tokenizer_sha256}
@@ -217,7 +217,7 @@ def score_job(job: Job, output: Path, device: torch.device = CPU, is_checked: bo
                 step=job.model.step,
                 samples_seen=job.model.samples_seen,
                 batch_size=job.batch_size,
-                details=scores.details,
+                details=scores.details | ({"precision": job.model.precision} if job.model.precision else {}),
                 versions=versions(),
                 wall_time_s=round(_slice_seconds(job.directory(output)) + time.monotonic() - start_s, 3),
             )

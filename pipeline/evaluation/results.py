@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -26,6 +26,7 @@ class ModelIdentity:
     """Which model it is that gave some features: what results say of it.
 
     settings_sha256: of a model of another library, whose configuration and preprocessing lie beside its weights
+    precision: in which features are computed; "" is fp32
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelIdentity:
     weights_sha256: str
     tokenizer_sha256: str
     settings_sha256: str = ""
+    precision: Literal["", "bf16"] = ""
 
 
 @dataclass(frozen=True)

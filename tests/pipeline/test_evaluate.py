@@ -134,6 +134,25 @@ def classification_set(directory: Path, images: Sequence[ImageFile]) -> Path:
     return directory
 
 
+def test_features_in_bf16_are_near_and_are_kept_apart(
+    model: InferenceModel, images: list[ImageFile], tmp_path: Path
+) -> None:
+    dataset = ClassificationSet(
+        "c", ("one", "two"), ("a {c}",), tuple(ClassificationSample(image, i % 2) for i, image in enumerate(images))
+    )
+    features = {}
+    for precision in ("", "bf16"):
+        encoder = replace(encoder_of(model), model=replace(model.identity, precision=precision))
+        job = make_job(encoder.model, tmp_path, dataset, None, batch_size=3, masking=None)
+        encode_slice(job, encoder, Slice(), tmp_path)
+        (result,) = score_job(job, tmp_path)
+        assert result.details.get("precision", "") == precision
+        features[precision] = job.stores(tmp_path)["zeroshot"]["images"].load()[0]
+    difference = (features[""] - features["bf16"]).abs().max()
+    assert 0 < difference < 0.02
+    assert torch.allclose(features["bf16"].norm(dim=1), torch.ones(len(images)), atol=1e-6)
+
+
 def test_word_counts_give_accuracy_by_frequency_also_when_collecting(
     tmp_path: Path, model: InferenceModel, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
