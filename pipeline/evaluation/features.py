@@ -206,9 +206,9 @@ def _is_usual(data: bytes) -> bool:
 class FeatureEncoder:
     """Encodes with one model what is missing of a share of a collection.
 
-    `workers` threads decode images: the decoder and the resize release the interpreter's lock. The model's identity says in
-    which precision it computes. `masking`, on request, hides patches of the images as training did; an evaluation looks at
-    whole images otherwise.
+    `workers` threads decode images: the decoder and the resize release the interpreter's lock. The model's identity
+    says in which precision it computes. `masking`, on request, hides patches of the images as training did; an
+    evaluation looks at whole images otherwise.
     """
 
     model: ModelIdentity
