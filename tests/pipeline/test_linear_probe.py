@@ -69,13 +69,18 @@ def test_steep_and_flat_quadratics_are_minimised_at_once() -> None:
     curvature_SP = torch.tensor([[1.0, 1e4], [1e-3, 1.0], [5.0, 5.0]]).double()
     minimum_SP = torch.tensor([[1.0, -2.0], [30.0, 4.0], [0.0, 0.0]]).double()
 
-    def quadratic(points_SP: Tensor) -> tuple[Tensor, Tensor]:
-        offsets_SP = points_SP - minimum_SP
-        return (curvature_SP * offsets_SP.square()).sum(1) / 2, curvature_SP * offsets_SP
+    asked: list[int] = []
+
+    def quadratic(points_SP: Tensor, which_S: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(which_S))
+        offsets_SP = points_SP - minimum_SP[which_S]
+        return (curvature_SP[which_S] * offsets_SP.square()).sum(1) / 2, curvature_SP[which_S] * offsets_SP
 
     points_SP, converged_S = minimise(quadratic, torch.zeros(3, 2).double())
     assert converged_S.all()
     torch.testing.assert_close(points_SP, minimum_SP, rtol=0, atol=0.05)
+    assert asked == sorted(asked, reverse=True)
+    assert asked[-1] == 1  # what is solved is not computed any more
 
 
 def test_a_probe_finds_the_classes_and_chooses_its_weight_decay() -> None:

@@ -52,10 +52,10 @@ class Probed(NamedTuple):
 
 def probe(train: Split, validation: Split, test: Split, num_classes: int, refit: bool = True) -> Probed:
     """Outcomes on `test` of a fit on `train` with the weight decay that is best on `validation`; `refit`: on both."""
-    decay, validation_acc1 = _sweep(train, validation, num_classes)
+    decay, validation_acc1, best = _sweep(train, validation, num_classes)
     if refit:
         train = Split(torch.cat((train.features_ND, validation.features_ND)), torch.cat((train[1], validation[1])))
-    solution = _fit(train, [decay], num_classes)
+    solution = _fit(train, [decay], num_classes, best)
     scores = (solution.logits(part_nD)[0].cpu() for part_nD in test.features_ND.split(_ROWS_AT_ONCE))
     outcomes = outcomes_of_scores(scores, test.labels_N.cpu())
     return Probed(
@@ -69,22 +69,24 @@ def probe(train: Split, validation: Split, test: Split, num_classes: int, refit:
     )
 
 
-def _sweep(train: Split, validation: Split, num_classes: int) -> tuple[float, float]:
-    """The weight decay with the best accuracy on `validation` (of equal ones the largest), and that accuracy."""
-    coarse, _ = _best(train, validation, num_classes, _COARSE)
-    return _best(train, validation, num_classes, [coarse * factor for factor in _FINE])
+def _sweep(train: Split, validation: Split, num_classes: int) -> tuple[float, float, Solution]:
+    """The weight decay that is best on `validation` (of equal ones the largest), its accuracy there, and the fit."""
+    coarse, _, near = _best(train, validation, num_classes, _COARSE, None)
+    return _best(train, validation, num_classes, [coarse * factor for factor in _FINE], near)
 
 
-def _best(train: Split, validation: Split, num_classes: int, decays: Sequence[float]) -> tuple[float, float]:
-    solution = _fit(train, decays, num_classes)
+def _best(
+    train: Split, validation: Split, num_classes: int, decays: Sequence[float], start: Solution | None
+) -> tuple[float, float, Solution]:
+    solution = _fit(train, decays, num_classes, start)
     predicted = [solution.logits(part_nD).argmax(-1) for part_nD in validation.features_ND.split(_ROWS_AT_ONCE)]
     acc1_S = (torch.cat(predicted, 1) == validation.labels_N).double().mean(1).tolist()
     acc1, decay = max(zip(acc1_S, decays, strict=True))
-    return decay, acc1
+    return decay, acc1, solution.of(decays.index(decay))
 
 
-def _fit(train: Split, decays: Sequence[float], num_classes: int) -> Solution:
-    return fit(train.features_ND, train.labels_N, num_classes, torch.tensor(decays))
+def _fit(train: Split, decays: Sequence[float], num_classes: int, start: Solution | None) -> Solution:
+    return fit(train.features_ND, train.labels_N, num_classes, torch.tensor(decays), start)
 
 
 class _Rows(NamedTuple):

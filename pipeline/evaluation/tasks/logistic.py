@@ -28,21 +28,31 @@ class Solution:
     biases_SC: Tensor
     converged_S: Tensor
 
+    def of(self, problem: int) -> Solution:
+        """One of them alone, S = 1."""
+        return Solution(*(part[problem : problem + 1] for part in (self.weights_SDC, self.biases_SC, self.converged_S)))
+
     def logits(self, features_ND: Tensor) -> Tensor:
         """[S, N, C]."""
         return torch.einsum("nd,sdc->snc", features_ND, self.weights_SDC) + self.biases_SC[:, None]
 
 
-def fit(features_ND: Tensor, labels_N: Tensor, num_classes: int, decays_S: Tensor) -> Solution:
+def fit(
+    features_ND: Tensor, labels_N: Tensor, num_classes: int, decays_S: Tensor, start: Solution | None = None
+) -> Solution:
     """Minimise, for each weight decay s, mean cross-entropy + s / 2 * |weights|^2; biases are not decayed.
 
+    start: one that is near all of them, which saves steps and changes nothing else
     With s = 1 / (C * N) the objective of scikit-learn's LogisticRegression(C), up to a factor.
     """
     S, D = len(decays_S), features_ND.shape[1]
-    start_SP = features_ND.new_zeros(S, (D + 1) * num_classes)
+    if start is None:
+        start_SP = features_ND.new_zeros(S, (D + 1) * num_classes)
+    else:
+        start_SP = torch.cat((start.weights_SDC.flatten(1), start.biases_SC), 1).expand(S, -1)
 
-    def objective(points_SP: Tensor) -> tuple[Tensor, Tensor]:
-        return _objective(points_SP, features_ND, labels_N, num_classes, decays_S.to(features_ND))
+    def objective(points_SP: Tensor, which_S: Tensor) -> tuple[Tensor, Tensor]:
+        return _objective(points_SP, features_ND, labels_N, num_classes, decays_S.to(features_ND)[which_S])
 
     points_SP, converged_S = minimise(objective, start_SP)
     weights_SDC, biases_SC = _unpack(points_SP, D, num_classes)
@@ -82,40 +92,46 @@ def _chunks(total: int, values_per_row: int) -> Iterator[slice]:
         yield slice(first, first + size)
 
 
-def minimise(objective: Callable[[Tensor], tuple[Tensor, Tensor]], start_SP: Tensor) -> tuple[Tensor, Tensor]:
-    """S independent smooth convex problems, by L-BFGS (Nocedal and Wright, algorithm 7.4) with backtracking.
+def minimise(objective: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], start_SP: Tensor) -> tuple[Tensor, Tensor]:
+    """Independent smooth convex problems, by L-BFGS (Nocedal and Wright, algorithm 7.4) with backtracking.
 
-    objective: points [S, P] -> values [S], gradients [S, P]
-    Returns the points and which of them converged; what has is left where it is.
+    objective: points [S, P] and which problems they are of, [S] -> values [S], gradients [S, P]
+    Returns the points and which of them converged. What has is left where it is, and costs nothing from then on.
     """
-    points_SP = start_SP
-    values_S, gradients_SP = objective(points_SP)
+    solved_SP, converged_S = start_SP.clone(), torch.zeros(len(start_SP), dtype=torch.bool, device=start_SP.device)
+    points_SP, which_S = start_SP, torch.arange(len(start_SP), device=start_SP.device)
+    values_S, gradients_SP = objective(points_SP, which_S)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
-    stuck_S = torch.zeros_like(values_S, dtype=torch.bool)
-    for _ in range(_MAX_STEPS):
-        open_S = (gradients_SP.abs().amax(1) > _TOLERANCE) & ~stuck_S
-        if not open_S.any():
+    stuck_S = torch.zeros_like(converged_S)
+    for number in range(_MAX_STEPS + 1):
+        is_solved_S = (gradients_SP.abs().amax(1) <= _TOLERANCE) | stuck_S
+        solved_SP[which_S], converged_S[which_S] = points_SP, is_solved_S
+        if is_solved_S.all() or number == _MAX_STEPS:
             break
-        directions_SP = torch.where(open_S[:, None], -_two_loops(gradients_SP, history), 0.0)
+        if is_solved_S.any():
+            left = ~is_solved_S
+            points_SP, values_S, gradients_SP = points_SP[left], values_S[left], gradients_SP[left]
+            history = [(steps[left], changes[left], curvature[left]) for steps, changes, curvature in history]
+            which_S = which_S[left]
+        directions_SP = -_two_loops(gradients_SP, history)
         slopes_S = (directions_SP * gradients_SP).sum(1)
         step_S = torch.ones_like(values_S) if history else 1 / gradients_SP.abs().sum(1).clamp_min(1e-12)
         for _ in range(_MAX_HALVINGS):
             trial_SP = points_SP + step_S[:, None] * directions_SP
-            trial_values_S, trial_gradients_SP = objective(trial_SP)
-            too_long_S = open_S & (trial_values_S > values_S + _SUFFICIENT_DECREASE * step_S * slopes_S)
+            trial_values_S, trial_gradients_SP = objective(trial_SP, which_S)
+            too_long_S = trial_values_S > values_S + _SUFFICIENT_DECREASE * step_S * slopes_S
             if not too_long_S.any():
                 break
             step_S = torch.where(too_long_S, step_S / 2, step_S)
-        # rounding forbids a further decrease
-        stuck_S |= too_long_S
-        moved_S1 = (open_S & ~too_long_S)[:, None]
+        stuck_S = too_long_S  # rounding forbids a further decrease
+        moved_S1 = ~too_long_S[:, None]
         steps_SP = torch.where(moved_S1, trial_SP - points_SP, 0.0)
         changes_SP = torch.where(moved_S1, trial_gradients_SP - gradients_SP, 0.0)
         history = [*history[-_MEMORY + 1 :], (steps_SP, changes_SP, (steps_SP * changes_SP).sum(1))]
         points_SP = points_SP + steps_SP
         gradients_SP = gradients_SP + changes_SP
         values_S = torch.where(moved_S1[:, 0], trial_values_S, values_S)
-    return points_SP, (gradients_SP.abs().amax(1) <= _TOLERANCE) | stuck_S
+    return solved_SP, converged_S
 
 
 def _two_loops(gradients_SP: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
