@@ -249,7 +249,7 @@ class TrainSection(Section):
     activation_checkpointing: PerStage[OnResume[bool]] = Field(
         False, description="recompute blocks backward: less memory, more time"
     )
-    compile: PerStage[bool] = Field(False, description="torch.compile the transformer blocks around attention")
+    compile: PerStage[bool] = Field(False, description="torch.compile the transformer blocks")
     log_every_steps: PerStage[OnResume[int]] = Field(10, description="steps between lines of metrics.jsonl", gt=0)
     save_every_steps: PerStage[OnResume[int]] = Field(
         1000, description="steps between checkpoints; the last step always saves", gt=0
