@@ -51,7 +51,10 @@ class Cluster:
     def mend_node(self, node: str) -> None:
         """The node is back."""
         small_slurm.start_node(self._directory, node)
-        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        # refused where the node has come back by itself
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        states = ("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+        self.wait_for(lambda: "down" not in self.run(*states).stdout, f"{node} to be back")
 
     def state(self, job: str) -> str:
         return self.fields(job)["JobState"]

@@ -45,7 +45,7 @@ def accumulate(engine: Engine, ranks: Ranks, times: int) -> Tensor:
     loss = make_step_loss(LossSection(kind="sigmoid"), ranks)
     patches_GLP, tokens_GT = make_batch(0)
     for _ in range(times):
-        engine.backward(loss.pairs(*engine(*inputs(patches_GLP[mine], tokens_GT[mine]))))
+        engine.backward(loss.pairs(*engine(*inputs(patches_GLP[mine], tokens_GT[mine])).for_pairs))
     return torch.cat([safe_get_full_grad(parameter).flatten().float() for parameter in engine.module.parameters()])
 
 

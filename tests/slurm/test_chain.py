@@ -28,7 +28,7 @@ from pipeline.training.weights.run_weights import find_checkpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS = 120
+STEPS = 300  # a run of which something is left after three disturbances, however fast it is
 OPTIONS = [
     *("model.name=ViT-test-8", "data.workers=1", "train.global_batch_size=16", "train.micro_batch_size=8"),
     *(f"train.max_steps={STEPS}", "train.save_every_steps=10", "train.log_every_steps=1"),
