@@ -23,7 +23,10 @@ def outcome(main: Callable[[Sequence[str]], int], arguments: Sequence[str], log:
     process = multiprocessing.get_context("fork").Process(target=_run, args=(main, arguments, log))
     process.start()
     process.join(120)
-    return process.exitcode or 0, log.read_text()
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{main.__module__} {' '.join(arguments)} does not end: {log.read_text()}")
+    return process.exitcode, log.read_text()
 
 
 def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], log: Path) -> None:
@@ -32,8 +35,14 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], log: Pa
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(RANK_ENVIRONMENT)
     torch.set_num_threads(1)  # others that this process had did not come along when it was forked
+    _forget_process_group()
     _respect_permissions()
     os._exit(exit_code_of(lambda: main(arguments)))
+
+
+def _forget_process_group() -> None:
+    """Let a program make its own: of one that a test has left to this process, the threads did not come along."""
+    torch.distributed.distributed_c10d._update_default_pg(None)  # torch keeps it: its end would wait for them
 
 
 def _respect_permissions() -> None:
