@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of the features; bf16 takes half the time or less, and moves figures a little (default: %(default)s)",
+        help="of the features; bf16 is faster, and moves figures a little (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
